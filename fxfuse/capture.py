@@ -1,0 +1,294 @@
+"""Any model → an FX graph over a replica of its modules; the source is only read.
+
+``torch.fx`` traces a model by running its Python on proxies, and stops where Python asks a proxy for a
+value. Three additions take it further without specialising the graph:
+
+* A plain function that asks for a value (``math``-heavy padding code, mostly) becomes a leaf: it is
+  called by the graph as it was called by the model. The trace is then begun again.
+* Buffers are proxies, as parameters are: what a model computes from them stays in the graph.
+* ``isinstance(x, torch.Tensor)`` is answered for the tensor that the proxy stands for.
+
+A module that carries hooks is a leaf too, so that its hooks go on running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import linecache
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from types import FrameType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import ParameterProxy, Proxy
+
+from fxfuse.errors import CaptureError, UsageError
+from fxfuse.replica import replicate
+
+# What a model's forward may raise when it meets a proxy, beyond fx's own TraceError (a ValueError).
+_TRACE_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A graph and the modules that it calls, both free to be edited."""
+
+    root: nn.Module
+    graph: fx.Graph
+    name: str
+
+    def module(self) -> fx.GraphModule:
+        """The graph as a module. Root hooks are kept; modules that the graph does not use are left out."""
+        built = fx.GraphModule(self.root, self.graph, self.name)
+        for hooks in (*HOOKS, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+            getattr(built, hooks).update(getattr(self.root, hooks))
+        built.meta.update(getattr(self.root, "meta", {}))
+        return built
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` runs more than its forward."""
+    return any(getattr(module, hooks, None) for hooks in HOOKS)
+
+
+def capture(model: nn.Module) -> Capture:
+    """Traces `model`, or takes its graph if it is a ``GraphModule``.
+
+    Arguments of ``forward`` that default to None, a bool or a str keep that default, because a trace
+    can follow only one of the branches that they choose; the graph asserts that they are not given.
+
+    Raises:
+        UsageError: `model` is no module, or still has uninitialised (lazy) parameters.
+        CaptureError: the model cannot be traced; the message names the line and the reason.
+    """
+    _check_usable(model)
+    root = replicate(model)
+    if isinstance(model, fx.GraphModule):
+        return Capture(root, _copied(model, root), model._get_name())
+    return Capture(root, _trace(model, root), type(model).__name__)
+
+
+def _check_usable(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"expected a torch.nn.Module, got {type(model).__name__}; "
+            "pass the model itself, not its class, its state_dict or its name"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError(
+            "the model is TorchScript, which has no Python to trace; pass the module it was made from"
+        )
+    lazy = [
+        name for name, tensor in _tensors(model) if isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    ]
+    if lazy:
+        raise UsageError(
+            f"{len(lazy)} lazy parameters are not initialised yet ({', '.join(lazy[:3])}"
+            f"{', ...' if len(lazy) > 3 else ''}); run the model once on an input first"
+        )
+    if "forward" in model.__dict__:
+        raise CaptureError(
+            f"the forward of this {type(model).__name__} was replaced on the instance, so that a trace of its "
+            "class would not be what it computes; remove the replacement (del model.forward) or wrap the model"
+        )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+
+
+def _copied(model: fx.GraphModule, root: nn.Module) -> fx.Graph:
+    """The model's graph; of a module or tensor that has several names it uses the first, as a trace does."""
+    graph = copy.deepcopy(model.graph)
+    names = {id(value): name for name, value in reversed([*_tensors(root), *root.named_modules()])}
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = names.get(id(attribute(root, node.target)), node.target)
+    return graph
+
+
+def attribute(root: nn.Module, name: str) -> Any:
+    """The module, parameter or buffer of that qualified name; `root` itself for the empty name."""
+    value: Any = root
+    for atom in name.split(".") if name else ():
+        value = getattr(value, atom)
+    return value
+
+
+class _TensorProxy(Proxy):
+    """A proxy that ``isinstance`` takes for the tensor that it stands for, in the model's own code."""
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        asker = sys._getframe(1).f_globals.get("__name__", "")
+        return type(self) if asker.partition(".")[0] in ("torch", "fxfuse") else Tensor
+
+    @__class__.setter
+    def __class__(self, _: type) -> None:
+        raise TypeError("a proxy keeps its class")
+
+
+class ModuleTracer(fx.Tracer):
+    """Traces through every module that is not ``torch.nn``'s own or that has no hooks."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source: nn.Module | None = None
+        self._names: dict[int, str] = {}
+        self._paths: dict[int, str] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Traces `root`; modules and tensors of ``source``, of which `root` is a replica, count as its own."""
+        for model in (root, self.source):
+            if isinstance(model, nn.Module):
+                self._names |= {id(tensor): name for name, tensor in reversed([*_tensors(model)])}
+                self._paths |= {id(module): name for name, module in model.named_modules()}
+        return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Leaves are torch.nn's modules, subclasses that inherit their forward from one, hooked modules."""
+        if super().is_leaf_module(m, module_qualified_name) or has_hooks(m):
+            return True
+        forward = inspect.unwrap(type(m).forward)
+        return forward.__module__.startswith("torch.nn.modules") and not isinstance(m, nn.Sequential)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """The qualified name, also where the model reaches a module by a way that replicas do not follow."""
+        if id(mod) not in self._paths:
+            raise NameError(f"{type(mod).__name__} is called but is not registered as a submodule")
+        return self._paths[id(mod)]
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        """A proxy for each parameter and buffer, one per name; other attributes as they are."""
+        if not isinstance(attr_val, Tensor) or id(attr_val) not in self._names:
+            return attr_val
+        name = self._names[id(attr_val)]
+        if name not in parameter_proxy_cache:
+            factory = _constant_shape(self, name, attr_val) if isinstance(attr_val, nn.Parameter) else None
+            parameter_proxy_cache[name] = self.create_proxy(
+                "get_attr", name, (), {}, proxy_factory_fn=factory
+            )
+        return parameter_proxy_cache[name]
+
+    def create_arg(self, a: Any) -> Any:
+        """As fx does, with the names of parameters and buffers looked up instead of searched for."""
+        if isinstance(a, Tensor) and id(a) in self._names:
+            return self.create_node("get_attr", self._names[id(a)], (), {})
+        return super().create_arg(a)
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        """Inputs and results of modules are tensors; of anything else that is not known."""
+        return _TensorProxy(node, self) if node.op in ("placeholder", "call_module") else Proxy(node, self)
+
+
+def _constant_shape(tracer: fx.Tracer, name: str, tensor: nn.Parameter) -> Callable[[fx.Node], Proxy]:
+    return lambda node: ParameterProxy(tracer, node, name, tensor)
+
+
+def _trace(model: nn.Module, root: nn.Module) -> fx.Graph:
+    leaves: list[_LeafFunction] = []
+    while True:
+        tracer = ModuleTracer()
+        tracer.source = model
+        try:
+            with contextlib.ExitStack() as stack, torch.random.fork_rng(devices=[]):
+                for leaf in leaves:
+                    stack.enter_context(leaf.patched(tracer))
+                generator = torch.get_rng_state()
+                graph = tracer.trace(root, _fixed_arguments(model))
+                if not torch.equal(generator, torch.get_rng_state()):
+                    raise CaptureError("the model draws random numbers that a trace would fix for ever")
+                return graph
+        except _TRACE_FAILURES as error:
+            leaf = _function_that_failed(error, leaves)
+            if leaf is None:
+                raise CaptureError(_explanation(model, error)) from error
+            leaves.append(leaf)
+            root = replicate(model)
+
+
+def _fixed_arguments(model: nn.Module) -> dict[str, Any]:
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, str))}
+
+
+@dataclass(frozen=True)
+class _LeafFunction:
+    """A module-level function and a namespace through which the model calls it."""
+
+    function: FunctionType
+    namespace: dict[str, Any]
+
+    @contextlib.contextmanager
+    def patched(self, tracer: fx.Tracer) -> Iterator[None]:
+        """While the context lasts, a call with proxies becomes a node of the graph."""
+
+        def leaf(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(argument, Proxy) for argument in _flat((args, kwargs))):
+                return tracer.create_proxy("call_function", self.function, args, kwargs)
+            return self.function(*args, **kwargs)
+
+        self.namespace[self.function.__name__] = leaf
+        try:
+            yield
+        finally:
+            self.namespace[self.function.__name__] = self.function
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        yield value
+        return
+    for item in value:
+        yield from _flat(item)
+
+
+def _function_that_failed(error: BaseException, known: list[_LeafFunction]) -> _LeafFunction | None:
+    """The innermost plain function that the model called by name and that the trace could not enter."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for caller, callee in reversed(list(zip(frames, frames[1:], strict=False))):
+        name = callee.f_code.co_name
+        function = caller.f_globals.get(name)
+        if not _is_own_code(callee) or not isinstance(function, FunctionType):
+            continue
+        if function.__code__ is not callee.f_code or callee.f_globals.get(name) is not function:
+            continue
+        if not any(leaf.function is function and leaf.namespace is caller.f_globals for leaf in known):
+            return _LeafFunction(function, caller.f_globals)
+    return None
+
+
+def _is_own_code(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "fxfuse")
+
+
+def _explanation(model: nn.Module, error: BaseException) -> str:
+    own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_own_code(frame)]
+    message = f"{type(model).__name__} cannot be traced: {error}"
+    if own:
+        frame, line = own[-1]
+        source = linecache.getline(frame.f_code.co_filename, line).strip()
+        message += f"\n  at {frame.f_code.co_filename}:{line} in {frame.f_code.co_name}: {source}"
+    return message + "\n  A graph cannot hold control flow that depends on the values of tensors."

@@ -1,0 +1,277 @@
+"""Compares two models: the same structure, the same numbers but for rounding.
+
+The yardstick is a run of the reference in float64. What rounding does to the reference itself, it may do
+to the candidate; what goes beyond that and beyond the tolerances of ``torch.testing`` is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.testing._comparison import default_tolerances
+from torch.utils import _pytree as pytree
+
+from fxfuse.errors import UsageError, VerificationError
+from fxfuse.replica import replicate
+
+# A folded model rounds in other places than its source, so its error is like the source's but not equal.
+_ROUNDING_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The element that is furthest from what it should be.
+
+    Attributes:
+        output: which output, as an index into the model's result: "" for a lone tensor, "['logits']".
+        index: position in that output.
+        reference, candidate: the two values.
+        allowed: the difference up to which the two count as equal.
+    """
+
+    output: str
+    index: tuple[int, ...]
+    reference: float
+    candidate: float
+    allowed: float
+
+    def __str__(self) -> str:
+        place = f"output{self.output}[{', '.join(map(str, self.index))}]"
+        return (
+            f"{place}: {self.reference:.9g} and {self.candidate:.9g}, allowed difference {self.allowed:.2g}"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What comparing two models brought.
+
+    Attributes:
+        ok: whether they agree, rounding aside.
+        conclusive: whether a mistake could have been seen at all; `notes` says why not.
+        max_abs: largest absolute difference of an element.
+        max_rel: largest difference, relative to the largest magnitude in its output.
+        reference_error, candidate_error: relative L2 distance of each model from a float64 run of the
+            reference; nan where that run was not possible.
+        worst: the element that is furthest beyond, or nearest to, what is allowed; None without numbers.
+        notes: reasons and remarks, one sentence each.
+    """
+
+    ok: bool
+    conclusive: bool
+    max_abs: float
+    max_rel: float
+    reference_error: float
+    candidate_error: float
+    worst: Worst | None
+    notes: tuple[str, ...] = ()
+
+    def raise_if_failed(self) -> None:
+        """Raises a VerificationError if the models do not agree."""
+        if not self.ok:
+            raise VerificationError(str(self))
+
+    def __str__(self) -> str:
+        verdict = "equal but for rounding" if self.ok else "NOT equal"
+        lines = [
+            f"{verdict}{'' if self.conclusive else ', but not conclusive'}",
+            f"  largest difference {self.max_abs:.3g} absolute, {self.max_rel:.3g} relative",
+            f"  error against float64: reference {self.reference_error:.3g}, candidate {self.candidate_error:.3g}",
+        ]
+        if self.worst is not None:
+            lines.append(f"  worst element {self.worst}")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def verify(
+    reference: nn.Module,
+    candidate: nn.Module,
+    inputs: Sequence[Any],
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    seed: int = 0,
+) -> Comparison:
+    """Runs both models on the same inputs and compares all their outputs.
+
+    An element may differ by ``atol + rtol·|reference|``, with the tolerances of ``torch.testing`` for the
+    dtype (atol taken relative to outputs that are smaller than 1), and by four times the largest
+    distance of the reference from its own float64 run. Given tolerances replace all of that.
+
+    Args:
+        reference: the model that counts as right, in eval mode.
+        candidate: the model to be checked.
+        inputs: positional inputs. A tuple of ints stands for a standard normal float tensor of that shape,
+            drawn with `seed`, in the dtype and on the device of the reference.
+        rtol, atol: tolerances instead of the default ones.
+        seed: for drawn inputs, and for random numbers that the models draw.
+
+    Raises:
+        UsageError: a model is in training mode, or the reference rejects the inputs.
+    """
+    for name, model in (("reference", reference), ("candidate", candidate)):
+        if model.training:
+            raise UsageError(f"the {name} is in training mode; call {name}.eval()")
+    drawn = _drawn(reference, inputs, seed)
+    if any(tensor.is_meta for model in (reference, candidate) for tensor in model.parameters()):
+        nan = math.nan
+        return Comparison(
+            True, False, nan, nan, nan, nan, None, ("the model is on the meta device: nothing to compare",)
+        )
+    try:
+        expected = _run(reference, drawn, seed)
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        shapes = ", ".join(
+            str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value) for value in drawn
+        )
+        raise UsageError(f"the reference rejects the inputs ({shapes}): {error}") from error
+    actual = _run(candidate, drawn, seed)
+    mismatch = _structural_mismatch(expected, actual)
+    if mismatch:
+        infinite = math.inf
+        return Comparison(False, True, infinite, infinite, math.nan, math.nan, None, (mismatch,))
+    truth, note = _float64_run(reference, drawn, seed)
+    return _compared(expected, actual, truth, (rtol, atol), [*_doubts(reference, expected), *note])
+
+
+def _drawn(model: nn.Module, inputs: Sequence[Any], seed: int) -> list[Any]:
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(value, generator=generator).to(device=like.device, dtype=like.dtype)
+        if isinstance(value, tuple) and value and all(isinstance(size, int) for size in value)
+        else value
+        for value in inputs
+    ]
+
+
+Outputs = dict[str, Any]
+
+
+def _run(model: nn.Module, inputs: Sequence[Any], seed: int) -> Outputs:
+    """The outputs by place. Inputs are copied: a model may write to them."""
+    copies = pytree.tree_map_only(Tensor, torch.clone, list(inputs))
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        leaves, _ = pytree.tree_flatten_with_path(model(*copies))
+    return {pytree.keystr(path): leaf for path, leaf in leaves}
+
+
+def _float64_run(reference: nn.Module, inputs: Sequence[Any], seed: int) -> tuple[Outputs | None, list[str]]:
+    def double(tensor: Tensor) -> Tensor:
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    try:
+        return _run(
+            replicate(reference).double(), pytree.tree_map_only(Tensor, double, list(inputs)), seed
+        ), []
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        return None, [f"the reference does not run in float64 ({reason}), so rounding could not be measured"]
+
+
+def _structural_mismatch(expected: Outputs, actual: Outputs) -> str:
+    if list(expected) != list(actual):
+        return f"the outputs have other places: {list(expected)} and {list(actual)}"
+    for place, value in expected.items():
+        other = actual[place]
+        if type(value) is not type(other):
+            return f"output{place} is of another type: {type(value).__name__} and {type(other).__name__}"
+        if isinstance(value, Tensor):
+            if (value.shape, value.dtype, value.device) != (other.shape, other.dtype, other.device):
+                found = [f"{tuple(t.shape)} {t.dtype} {t.device}" for t in (value, other)]
+                return f"output{place} has another shape, dtype or device: {found[0]} and {found[1]}"
+        elif value != other:
+            return f"output{place} differs: {value!r} and {other!r}"
+    return ""
+
+
+def _doubts(reference: nn.Module, expected: Outputs) -> Iterator[str]:
+    """Why a mistake might not have been seen."""
+    norms = [m for m in reference.modules() if isinstance(getattr(m, "running_var", None), Tensor)]
+    if norms and all(_is_initial(norm) for norm in norms):
+        yield "inconclusive: all norms have their initial statistics, with which a norm does nothing"
+    tensors = [value for value in expected.values() if isinstance(value, Tensor)]
+    if not tensors:
+        yield "inconclusive: the model returns no tensors"
+    for place, value in expected.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            if not bool(value.isfinite().all()):
+                yield f"inconclusive: output{place} holds infinities or NaN"
+            elif value.numel() and not bool(value.any()):
+                yield f"inconclusive: output{place} is zero everywhere"
+
+
+def _is_initial(norm: Any) -> bool:
+    parts = (
+        (norm.running_mean, 0),
+        (norm.running_var, 1),
+        (getattr(norm, "weight", None), 1),
+        (getattr(norm, "bias", None), 0),
+    )
+    return all(tensor is None or bool((tensor == initial).all()) for tensor, initial in parts)
+
+
+def _compared(
+    expected: Outputs,
+    actual: Outputs,
+    truth: Outputs | None,
+    tolerances: tuple[float | None, float | None],
+    notes: list[str],
+) -> Comparison:
+    worst: Worst | None = None
+    beyond, max_abs, max_rel = -math.inf, 0.0, 0.0
+    squares = [0.0, 0.0, 0.0]
+    for place, value in expected.items():
+        if not isinstance(value, Tensor) or not value.numel():
+            continue
+        left, right = _wide(value), _wide(actual[place])
+        exact = None if truth is None else _wide(truth[place])
+        difference = _difference(left, right)
+        allowed = _allowed(value, left, exact, tolerances)
+        excess = difference - allowed
+        at = int(excess.argmax())
+        if float(excess.flatten()[at]) > beyond:
+            beyond = float(excess.flatten()[at])
+            index = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), value.shape))
+            worst = Worst(place, index, float(left[index]), float(right[index]), float(allowed[index]))
+        finite = difference[difference.isfinite()]
+        largest = float(left[left.isfinite()].abs().amax()) if bool(left.isfinite().any()) else 0.0
+        max_abs = max(max_abs, float(difference.amax()))
+        if finite.numel() and largest:
+            max_rel = max(max_rel, float(difference.amax()) / largest)
+        if exact is not None:
+            parts = (_difference(exact, left), _difference(exact, right), exact)
+            squares = [total + float((part * part).sum()) for total, part in zip(squares, parts, strict=True)]
+    errors = [math.sqrt(square / squares[2]) if squares[2] else math.nan for square in squares[:2]]
+    conclusive = not any(note.startswith("inconclusive") for note in notes)
+    return Comparison(beyond <= 0, conclusive, max_abs, max_rel, errors[0], errors[1], worst, tuple(notes))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The values in float64 on the CPU; complex numbers as pairs."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor.detach().to(device="cpu", dtype=torch.float64)
+
+
+def _difference(left: Tensor, right: Tensor) -> Tensor:
+    """|left - right|; 0 where both are the same infinity or both NaN, infinite where only one is."""
+    same = (left == right) | (left.isnan() & right.isnan())
+    return torch.where(same, 0.0, (left - right).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _allowed(
+    value: Tensor, left: Tensor, exact: Tensor | None, given: tuple[float | None, float | None]
+) -> Tensor:
+    rtol, atol = default_tolerances(value.dtype)
+    magnitude = left.abs().nan_to_num(0.0, 0.0, 0.0)
+    if given != (None, None):
+        return (given[1] or 0.0) + (given[0] or 0.0) * magnitude
+    rounding = 0.0 if exact is None else float(_difference(exact, left).amax())
+    rounding = _ROUNDING_FACTOR * rounding if math.isfinite(rounding) else 0.0
+    return atol * min(1.0, float(magnitude.amax())) + rtol * magnitude + rounding

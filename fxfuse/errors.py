@@ -1,0 +1,17 @@
+"""The errors that fxfuse raises. A norm that cannot be folded is a refusal, never one of these."""
+
+
+class FxfuseError(Exception):
+    """Whatever fxfuse raises on purpose."""
+
+
+class UsageError(FxfuseError):
+    """The caller's input cannot be used as it is; the message says what to change."""
+
+
+class CaptureError(FxfuseError):
+    """The model could not be turned into an FX graph; the message names the line and the reason."""
+
+
+class VerificationError(FxfuseError):
+    """Two models that should compute the same function do not."""

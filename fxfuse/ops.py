@@ -1,0 +1,437 @@
+"""What a node is, whatever its dialect: ``call_module``, ``torch.*``, ``torch.nn.functional.*`` or ``aten.*``.
+
+`Reader.read` turns a node into one of a few records. The rest of fxfuse sees only these, so an operator
+that is to be understood is added here, in one of the tables, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxfuse.capture import attribute, has_hooks
+from fxfuse.refusals import Code
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A convolution, transposed convolution or linear layer, with weight and bias of its own.
+
+    Attributes:
+        input: the node whose value it maps.
+        weight: qualified name of the weight, (out, in/groups, *kernel), transposed (in, out/groups, *kernel).
+        bias: qualified name of the bias, (out,); None without bias.
+        dims: number of spatial axes; 0 for a linear layer.
+        transposed: whether the weight's axes are those of a transposed convolution.
+        groups: number of groups.
+    """
+
+    input: fx.Node
+    weight: str
+    bias: str | None
+    dims: int
+    transposed: bool = False
+    groups: int = 1
+
+    def channels(self, weight: Tensor) -> int:
+        """How many channels come out."""
+        return weight.shape[1] * self.groups if self.transposed else weight.shape[0]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm that, by its running statistics, is an affine map per channel.
+
+    Attributes:
+        input: the node whose value it normalises.
+        name: qualified name of the norm.
+        mean, var: qualified names of the running statistics, (channels,).
+        weight, bias: qualified names of γ and β, (channels,); None without.
+        eps: ε.
+        ranks: the numbers of axes that its input may have; None if it does not check.
+        unbatched: whether the batch axis may be missing, so that channels are counted from the end.
+    """
+
+    input: fx.Node
+    name: str
+    mean: str
+    var: str
+    weight: str | None
+    bias: str | None
+    eps: float
+    ranks: frozenset[int] | None = None
+    unbatched: bool = False
+
+
+@dataclass(frozen=True)
+class Transparent:
+    """Gives its input on, unchanged."""
+
+    input: fx.Node
+
+
+@dataclass(frozen=True)
+class Query:
+    """Asks for shape, dtype or device, never for values."""
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """Anything else. `code` and `detail` say why a known operator was not taken for one."""
+
+    code: Code = Code.OPAQUE_PRODUCER
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class LeftNorm:
+    """A norm that is not an affine map, or not safely one: it stays, and `code` says why."""
+
+    name: str
+    code: Code
+    detail: str = ""
+
+
+Op = Linear | Norm | Transparent | Query | Opaque | LeftNorm
+
+_LINEAR_MODULES: dict[type[nn.Module], tuple[int, bool]] = {
+    nn.Linear: (0, False),
+    nn.Conv1d: (1, False),
+    nn.Conv2d: (2, False),
+    nn.Conv3d: (3, False),
+    nn.ConvTranspose1d: (1, True),
+    nn.ConvTranspose2d: (2, True),
+    nn.ConvTranspose3d: (3, True),
+}
+_LINEAR_FUNCTIONS: dict[str, tuple[int, bool]] = {
+    "linear": (0, False),
+    "conv1d": (1, False),
+    "conv2d": (2, False),
+    "conv3d": (3, False),
+    "conv_transpose1d": (1, True),
+    "conv_transpose2d": (2, True),
+    "conv_transpose3d": (3, True),
+}
+# The ranks of the input that the module's own check lets through; instance norms may lack the batch axis.
+_NORM_MODULES: dict[type[nn.Module], frozenset[int] | None] = {
+    nn.BatchNorm1d: frozenset({2, 3}),
+    nn.BatchNorm2d: frozenset({4}),
+    nn.BatchNorm3d: frozenset({5}),
+    nn.SyncBatchNorm: None,
+    nn.InstanceNorm1d: frozenset({2, 3}),
+    nn.InstanceNorm2d: frozenset({3, 4}),
+    nn.InstanceNorm3d: frozenset({4, 5}),
+}
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+# Norm function → the argument that says whether statistics of the input are used instead of the given ones.
+_NORM_FUNCTIONS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
+# Norms that return a tuple: (normalised, statistics saved for the backward pass, ...).
+_TUPLE_NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"}
+_DROPOUT_MODULES = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+_DROPOUT_FUNCTIONS = {
+    *("dropout", "dropout1d", "dropout2d", "dropout3d"),
+    *("alpha_dropout", "feature_alpha_dropout", "feature_dropout"),
+}
+_QUERY_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout"}
+_QUERY_METHODS = {
+    "size",
+    "dim",
+    "ndimension",
+    "numel",
+    "nelement",
+    "is_floating_point",
+    "is_complex",
+    "element_size",
+}
+# What a subclass may not override and still be taken for the class that it comes from.
+_BEHAVIOUR = (
+    *("__call__", "forward", "_conv_forward", "_output_padding", "_check_input_dim"),
+    *("_get_no_batch_dim", "_handle_no_batch_input", "_apply_instance_norm"),
+)
+
+
+class Reader:
+    """Reads the nodes of one graph over the modules of `root`."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self.root = root
+        self._read: dict[fx.Node, Op] = {}
+        self._mutated = {id(attribute(root, name)) for node in graph.nodes for name in _mutated(node)}
+
+    def tensor(self, name: str) -> Tensor:
+        """The parameter or buffer of that qualified name."""
+        value = attribute(self.root, name)
+        assert isinstance(value, Tensor)
+        return value
+
+    def read(self, node: fx.Node) -> Op:
+        """What `node` is, or was when it was first read."""
+        if node not in self._read:
+            readers = {"call_module": self._module, "call_function": self._function, "call_method": _method}
+            self._read[node] = readers[node.op](node) if node.op in readers else Opaque()
+        return self._read[node]
+
+    def layer(self, node: fx.Node) -> nn.Module | None:
+        """The module that `node` calls, if the call does what the module's class says and nothing more."""
+        module = attribute(self.root, str(node.target)) if node.op == "call_module" else None
+        return None if module is None or has_hooks(module) or "forward" in module.__dict__ else module
+
+    def _module(self, node: fx.Node) -> Op:
+        module = attribute(self.root, str(node.target))
+        for kind in type(module).__mro__:
+            if kind in _NORM_MODULES:
+                return self._norm_module(node, module, kind)
+            if kind in _LINEAR_MODULES:
+                return self._linear_module(node, module, kind)
+        identity = type(module) is nn.Identity or (type(module) in _DROPOUT_MODULES and not module.training)
+        if identity and self.layer(node) is not None:
+            return Transparent(_module_input(node))
+        return Opaque(detail=f"{node.target} ({type(module).__name__})")
+
+    def _norm_module(self, node: fx.Node, module: Any, kind: type[nn.Module]) -> Op:
+        name = str(node.target)
+        instance = kind in _INSTANCE_NORMS
+        if instance and not module.track_running_stats:
+            return Opaque(detail=f"{name} ({type(module).__name__} without running statistics)")
+        if has_hooks(module):
+            return LeftNorm(name, Code.NORM_HOOKS)
+        if _replaced(module, kind):
+            return LeftNorm(name, Code.NORM_OWN_FORWARD, type(module).__name__)
+        if module.training:
+            return LeftNorm(name, Code.NORM_TRAINING)
+        if module.running_mean is None or module.running_var is None:
+            return LeftNorm(name, Code.BATCH_STATISTICS)
+        owned = {**module._parameters, **module._buffers}
+        if any(
+            getattr(module, part) is not owned.get(part)
+            for part in ("running_mean", "running_var", "weight", "bias")
+        ):
+            return LeftNorm(name, Code.NORM_COMPUTED)
+        norm = Norm(
+            input=_module_input(node),
+            name=name,
+            mean=f"{name}.running_mean",
+            var=f"{name}.running_var",
+            weight=None if module.weight is None else f"{name}.weight",
+            bias=None if module.bias is None else f"{name}.bias",
+            eps=module.eps,
+            ranks=_NORM_MODULES[kind],
+            unbatched=instance,
+        )
+        return self._unless_mutated(norm)
+
+    def _linear_module(self, node: fx.Node, module: Any, kind: type[nn.Module]) -> Op:
+        name = str(node.target)
+        computed = [part for part in ("weight", "bias") if part not in module._parameters]
+        if computed:
+            return Opaque(Code.OPERATOR_COMPUTED, f"{name}.{computed[0]}")
+        if has_hooks(module):
+            return Opaque(Code.OPERATOR_HOOKS, name)
+        if _replaced(module, kind):
+            return Opaque(Code.OPERATOR_OWN_FORWARD, f"{name} ({type(module).__name__})")
+        if module.training:
+            return Opaque(Code.OPERATOR_TRAINING, name)
+        bias = None if module.bias is None else f"{name}.bias"
+        dims, transposed = _LINEAR_MODULES[kind]
+        groups = getattr(module, "groups", 1)
+        return self._unless_mutated(
+            Linear(_module_input(node), f"{name}.weight", bias, dims, transposed, groups)
+        )
+
+    def _function(self, node: fx.Node) -> Op:
+        name = torch_name(node.target)
+        if name not in _KNOWN_FUNCTIONS:
+            return _python_function(node)
+        bound = arguments(node)
+        if name in _LINEAR_FUNCTIONS:
+            return self._linear_function(bound, *_LINEAR_FUNCTIONS[name])
+        if name in _TUPLE_NORMS:
+            return LeftNorm(_norm_name(node, bound), Code.TUPLE_OUTPUT)
+        if name in _NORM_FUNCTIONS:
+            return self._norm_function(node, bound, name)
+        if name in _DROPOUT_FUNCTIONS and bound.get("training", bound.get("train")) is False:
+            return Transparent(bound["input"])
+        if name in _QUERY_METHODS:
+            return Query()
+        return Opaque(detail=name)
+
+    def _linear_function(self, bound: Mapping[str, Any], dims: int, transposed: bool) -> Op:
+        weight, bias = _attribute_name(bound["weight"]), _attribute_name(bound["bias"])
+        if weight is None or (bias is None and bound["bias"] is not None):
+            return Opaque(Code.OPERATOR_COMPUTED, str(bound["weight"] if weight is None else bound["bias"]))
+        groups = bound.get("groups", 1)
+        if not isinstance(groups, int):
+            return Opaque(Code.OPERATOR_COMPUTED, "groups")
+        return self._unless_mutated(Linear(bound["input"], weight, bias, dims, transposed, groups))
+
+    def _norm_function(self, node: fx.Node, bound: Mapping[str, Any], kind: str) -> Op:
+        name = _norm_name(node, bound)
+        if kind == "instance_norm" and bound[_NORM_FUNCTIONS[kind]] is True:
+            return Opaque(detail=f"{name} (instance_norm without running statistics)")
+        if bound[_NORM_FUNCTIONS[kind]] is not False:
+            return LeftNorm(name, Code.NORM_TRAINING)
+        if bound["running_mean"] is None or bound["running_var"] is None:
+            return LeftNorm(name, Code.BATCH_STATISTICS)
+        parts = {part: bound[part] for part in ("running_mean", "running_var", "weight", "bias")}
+        names = {part: _attribute_name(value) for part, value in parts.items()}
+        mean, var = names["running_mean"], names["running_var"]
+        computed = any(names[part] is None and value is not None for part, value in parts.items())
+        if computed or mean is None or var is None or not isinstance(bound["eps"], (int, float)):
+            return LeftNorm(name, Code.NORM_COMPUTED)
+        return self._unless_mutated(
+            Norm(bound["input"], name, mean, var, names["weight"], names["bias"], float(bound["eps"]))
+        )
+
+    def _unless_mutated(self, op: Linear | Norm) -> Op:
+        names = (op.weight, op.bias) if isinstance(op, Linear) else (op.mean, op.var, op.weight, op.bias)
+        mutated = [name for name in names if name is not None and id(self.tensor(name)) in self._mutated]
+        if not mutated:
+            return op
+        if isinstance(op, Norm):
+            return LeftNorm(op.name, Code.STATE_MUTATED, mutated[0])
+        return Opaque(Code.STATE_MUTATED, mutated[0])
+
+
+def norms_inside(module: nn.Module) -> list[str]:
+    """Qualified names, relative to `module`, of the norms below it."""
+    return [name for name, child in module.named_modules() if name and is_norm(child)]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether fxfuse accounts for `module`: batch norms, and instance norms with running statistics."""
+    if isinstance(module, _INSTANCE_NORMS):
+        return module.track_running_stats
+    return isinstance(module, tuple(_NORM_MODULES))
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by name, defaults filled in, from the schema or signature of its target."""
+    bound = _signature(node.target).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def given_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments that the call gives, by name."""
+    return _signature(node.target).bind(*node.args, **node.kwargs).arguments
+
+
+@cache
+def _signature(target: Callable[..., Any] | str) -> inspect.Signature:
+    if inspect.isfunction(target):
+        return inspect.signature(target)
+    schema = target._schema if isinstance(target, torch._ops.OpOverload) else _schema(torch_name(target))
+    parameter = inspect.Parameter
+    return inspect.Signature(
+        [
+            parameter(
+                argument.name,
+                parameter.POSITIONAL_OR_KEYWORD,
+                default=argument.default_value if argument.has_default_value() else parameter.empty,
+            )
+            for argument in schema.arguments
+        ]
+    )
+
+
+def _schema(name: str | None) -> torch.FunctionSchema:
+    packet = getattr(torch.ops.aten, str(name))
+    overload: torch._ops.OpOverload = getattr(packet, packet.overloads()[0])
+    return overload._schema
+
+
+_KNOWN_FUNCTIONS = {
+    *_LINEAR_FUNCTIONS,
+    *_NORM_FUNCTIONS,
+    *_TUPLE_NORMS,
+    *_DROPOUT_FUNCTIONS,
+    *("numel", "is_floating_point", "is_complex"),
+}
+
+
+@cache
+def torch_name(target: Any) -> str | None:
+    """The name under which ``torch``, ``torch.nn.functional`` or ``torch.ops.aten`` has this very function."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__ if target.namespace == "aten" else None
+    name: str = getattr(target, "__name__", "")
+    return name if name and any(getattr(space, name, None) is target for space in (torch, F)) else None
+
+
+def _python_function(node: fx.Node) -> Op:
+    if node.target is getattr and node.args[1] in _QUERY_ATTRIBUTES:
+        return Query()
+    if node.target is torch.ops.aten._assert_tensor_metadata.default:
+        return Query()
+    return Opaque(detail=getattr(node.target, "__name__", str(node.target)))
+
+
+def _method(node: fx.Node) -> Op:
+    if node.target in _QUERY_METHODS:
+        return Query()
+    if node.target == "contiguous" and isinstance(node.args[0], fx.Node):
+        return Transparent(node.args[0])
+    return Opaque(detail=f".{node.target}()")
+
+
+def _replaced(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` behaves differently from its ancestor `kind`: own methods, or patched on the instance."""
+    return any(
+        name in module.__dict__ or getattr(type(module), name, None) is not getattr(kind, name, None)
+        for name in _BEHAVIOUR
+    )
+
+
+def _module_input(node: fx.Node) -> fx.Node:
+    """The input of a torch.nn layer, by position or by the one name that they all give it."""
+    source = node.args[0] if node.args else node.kwargs["input"]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _attribute_name(value: Any) -> str | None:
+    return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+
+def _norm_name(node: fx.Node, bound: Mapping[str, Any]) -> str:
+    owner, _, leaf = (_attribute_name(bound.get("running_mean")) or "").rpartition(".")
+    return owner if leaf == "running_mean" and owner else node.name
+
+
+def _mutated(node: fx.Node) -> list[str]:
+    """Names of the parameters and buffers that `node` writes to: in place, through a view, or as ``out=``."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_place = isinstance(name, str) and (
+        (name.endswith("_") and not name.endswith("__")) or name == "setitem" or name in _IN_PLACE_OPERATORS
+    )
+    written = [node.args[0]] if in_place and node.args else []
+    written += [
+        node.kwargs[key]
+        for key in ("out", "input", "self")
+        if key in node.kwargs and (in_place or key == "out")
+    ]
+    return [source for value in written if (source := _viewed_attribute(value)) is not None]
+
+
+_IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"}
+
+
+def _viewed_attribute(value: Any) -> str | None:
+    """The attribute at the beginning of a chain of calls on their first arguments, as views are."""
+    while isinstance(value, fx.Node) and value.op in ("call_method", "call_function") and value.args:
+        value = value.args[0]
+    return _attribute_name(value)

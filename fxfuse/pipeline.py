@@ -1,0 +1,97 @@
+"""model → capture → match → rewrite → verify → folded model and report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxfuse.capture import Capture, capture
+from fxfuse.comparison import verify
+from fxfuse.errors import UsageError
+from fxfuse.match import match
+from fxfuse.ops import Reader
+from fxfuse.rank import observed_ranks
+from fxfuse.records import Report
+from fxfuse.rewrite import rewrite
+
+_META_KEY = "fxfuse.report"
+
+
+def fuse(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> fx.GraphModule:
+    """A new module that computes the same function as `model`, with the norms folded away.
+
+    The source is untouched. The weights of layers that were not folded share their memory with the
+    source, so an in-place change of one shows in the other; ``copy.deepcopy`` of the result parts them.
+
+    Args:
+        model: a module in eval mode, or a ``torch.fx.GraphModule``. Arguments of its forward that default
+            to None, a bool or a str are fixed to that default.
+        example_inputs: positional inputs. With them the number of axes of every value is known, which
+            some norms after linear layers need, and the result is verified before it is returned.
+
+    Raises:
+        UsageError: the model is in training mode, is no module, has lazy parameters that are not
+            initialised, or rejects the example inputs.
+        CaptureError: the model cannot be traced.
+        VerificationError: the result differs from `model` on the example inputs.
+    """
+    captured, report = _folded(model, example_inputs)
+    fused = captured.module()
+    fused.meta[_META_KEY] = report.to_json()
+    if example_inputs is not None:
+        verify(model, fused, example_inputs).raise_if_failed()
+    return fused
+
+
+def explain(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> Report:
+    """The report that ``fuse`` would give; nothing is changed. Arguments and errors as there."""
+    return _folded(model, example_inputs)[1]
+
+
+def report(fused: nn.Module) -> Report:
+    """What became of every norm of the model that `fused` was made from.
+
+    Raises:
+        UsageError: `fused` was not made by fxfuse.
+    """
+    text = getattr(fused, "meta", {}).get(_META_KEY)
+    if text is None:
+        raise UsageError(
+            f"this {type(fused).__name__} was not made by fxfuse.fuse; use fxfuse.explain(model) instead"
+        )
+    return Report.from_json(text)
+
+
+def _folded(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[Capture, Report]:
+    if getattr(model, "training", False):
+        raise UsageError(
+            f"{type(model).__name__} is in training mode, where norms use the batch; call model.eval()"
+        )
+    captured = capture(model)
+    reader = Reader(captured.root, captured.graph)
+    observed = None if example_inputs is None else _observed(captured, example_inputs)
+    plan = match(captured.graph, reader, observed)
+    folds, refusals = rewrite(captured, plan, reader)
+    notes = []
+    if any(parameter.is_meta for parameter in captured.root.parameters()):
+        notes.append("the model is on the meta device: the graph was folded, numbers were not checked")
+    return captured, Report(
+        captured.name, plan.norms, tuple(folds), (*plan.refusals, *refusals), tuple(notes)
+    )
+
+
+def _observed(captured: Capture, inputs: Sequence[Any]) -> Any:
+    try:
+        return observed_ranks(captured.root, captured.graph, [_copied(value) for value in inputs])
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        shapes = ", ".join(
+            str(tuple(value.shape)) if isinstance(value, torch.Tensor) else repr(value) for value in inputs
+        )
+        raise UsageError(f"the model rejects the example inputs ({shapes}): {error}") from error
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value

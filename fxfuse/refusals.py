@@ -1,0 +1,128 @@
+"""Why a norm can be left: one code for each reason, with what it means and what can be done.
+
+``docs/refusals.md`` explains each at length; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is true of every refusal with one code."""
+
+    code: str
+    reason: str
+    hint: str
+
+
+class Code(Enum):
+    """The refusal codes. 1xx: where the norm stands; 2xx: the norm; 3xx: the operator; 4xx: numbers."""
+
+    OTHER_USERS = Explanation(
+        "FXF101",
+        "the value that it normalises is used elsewhere too",
+        "the other user needs the value as it was before the norm; nothing to do",
+    )
+    OPAQUE_PRODUCER = Explanation(
+        "FXF102",
+        "what it normalises does not come out of a linear operator",
+        "only what lies between it and a convolution or linear layer keeps it there",
+    )
+    NOTHING_BEFORE = Explanation(
+        "FXF103",
+        "it normalises an input of the model",
+        "there is no operator before it that could absorb it",
+    )
+    AXIS = Explanation(
+        "FXF104",
+        "it normalises another axis than the operator's channels",
+        "check that this is what the model means; if it is, the norm has to stay",
+    )
+    RANK_UNKNOWN = Explanation(
+        "FXF105",
+        "its input may have two axes or more, and which one it normalises depends on that",
+        "pass example_inputs=..., from which the number of axes is read",
+    )
+    CHANNELS = Explanation(
+        "FXF106",
+        "it has another number of channels than the operator before it",
+        "the model cannot run as it is; check num_features",
+    )
+    NORM_BEFORE_LEFT = Explanation(
+        "FXF107",
+        "the norm before it is left, and stands between it and the operator",
+        "see the refusal of the norm before it",
+    )
+    BATCH_STATISTICS = Explanation(
+        "FXF201",
+        "it has no running statistics and normalises by those of the batch",
+        "train it with track_running_stats=True",
+    )
+    NORM_TRAINING = Explanation(
+        "FXF202",
+        "it is in training mode and normalises by the statistics of the batch",
+        "call model.eval(), which reaches every submodule",
+    )
+    NORM_HOOKS = Explanation(
+        "FXF203",
+        "it carries hooks, which would no longer run",
+        "remove the hooks from the norm before folding",
+    )
+    NORM_OWN_FORWARD = Explanation(
+        "FXF204",
+        "its class or instance replaces torch.nn's forward and cannot be traced through",
+        "use torch.nn's norm, or write the forward without control flow on values",
+    )
+    NORM_COMPUTED = Explanation(
+        "FXF205",
+        "its statistics or parameters are computed in forward and are not known beforehand",
+        "store them as buffers or parameters",
+    )
+    STATE_MUTATED = Explanation(
+        "FXF206",
+        "a tensor that would be folded is written to in forward",
+        "a folded tensor could not follow; keep it constant in eval mode",
+    )
+    TUPLE_OUTPUT = Explanation(
+        "FXF207",
+        "it is a native batch norm that also returns its statistics",
+        "use torch.nn.functional.batch_norm",
+    )
+    INSIDE_OPAQUE = Explanation(
+        "FXF208",
+        "it is inside a module that is called as a whole",
+        "remove the hooks from the module around it, or fold that module's children by themselves",
+    )
+    OPERATOR_HOOKS = Explanation(
+        "FXF301",
+        "the operator before it carries hooks, which would see the folded output",
+        "remove the hooks from the operator before folding",
+    )
+    OPERATOR_OWN_FORWARD = Explanation(
+        "FXF302",
+        "the operator before it replaces torch.nn's forward and cannot be traced through",
+        "use torch.nn's layer, or write the forward without control flow on values",
+    )
+    OPERATOR_COMPUTED = Explanation(
+        "FXF303",
+        "the weight of the operator before it is computed in forward",
+        "make it a parameter, for example with torch.nn.utils.parametrize.remove_parametrizations",
+    )
+    OPERATOR_TRAINING = Explanation(
+        "FXF304",
+        "the operator before it is in training mode",
+        "call model.eval(), which reaches every submodule",
+    )
+    OVERFLOW = Explanation(
+        "FXF401",
+        "the folded weight or bias would be infinite or NaN in its dtype",
+        "fold before the model is cast to a smaller dtype, or mend the statistics",
+    )
+    UNDERFLOW = Explanation(
+        "FXF402",
+        "the folded weight of a channel would be too small for its dtype and lose its digits",
+        "fold before the model is cast to a smaller dtype",
+    )

@@ -1,0 +1,65 @@
+"""A copy of a module tree that shares the memory of every tensor, and nothing else.
+
+Tracing runs the model's own Python, which may set attributes; the folded model may later be moved
+to another dtype or device. Neither may reach the source, and copying gigabytes of weights to be safe
+would be waste. A replica has its own modules, its own ``Parameter`` objects and its own containers,
+over the same storage.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+_M = TypeVar("_M", bound=nn.Module)
+
+
+def replicate(model: _M) -> _M:
+    """Copies the module tree of `model`; parameters and buffers are new objects over the same storage.
+
+    Modules and tensors that appear under several names in `model` do so in the copy. Hooks are kept.
+    TorchScript modules cannot be copied without their tensors and stay shared.
+    """
+    return cast(_M, _module(model, {}))
+
+
+def _module(source: Any, memo: dict[int, Any]) -> Any:
+    if source is None or isinstance(source, torch.jit.ScriptModule):
+        return source
+    if id(source) in memo:
+        return memo[id(source)]
+    twin = nn.Module.__new__(type(source))  # not type(source).__new__: a GraphModule's makes a new class
+    memo[id(source)] = twin
+    twin.__dict__.update({name: _container(value) for name, value in source.__dict__.items()})
+    for tensors in (twin._parameters, twin._buffers):
+        for name, tensor in tensors.items():
+            tensors[name] = _tensor(tensor, memo)
+    for name, child in twin._modules.items():
+        twin._modules[name] = _module(child, memo)
+    return twin
+
+
+def _container(value: Any) -> Any:
+    """A model that appends to a list in its forward must append to its own list."""
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+
+
+def _tensor(source: Any, memo: dict[int, Any]) -> Any:
+    if source is None:
+        return None
+    if id(source) not in memo:
+        memo[id(source)] = alias(source, source.detach()) if type(source) is nn.Parameter else source.detach()
+    return memo[id(source)]
+
+
+def alias(source: Tensor, data: Tensor) -> Tensor:
+    """`data` as the same kind of tensor as `source`: a Parameter with its `requires_grad`, or a buffer."""
+    if not isinstance(source, nn.Parameter):
+        return data
+    with torch.inference_mode(source.is_inference()):
+        twin = nn.Parameter(data, requires_grad=source.requires_grad)
+    twin.__dict__.update(source.__dict__)
+    return twin
