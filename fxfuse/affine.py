@@ -26,7 +26,7 @@ class AffineMap:
     def from_norm(
         cls, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> AffineMap:
-        """The map of an eval-mode batch norm. mean, var, weight (γ), bias (β): (channels,), any float dtype."""
+        """The map of an eval-mode batch norm. mean, var, weight γ, bias β: (channels,), any float dtype."""
         scale = torch.rsqrt(exact(var) + eps)
         if weight is not None:
             scale = scale * exact(weight)

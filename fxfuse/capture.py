@@ -21,7 +21,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from types import FrameType, FunctionType
 from typing import Any
 
@@ -56,11 +56,17 @@ class Capture:
     name: str
 
     def module(self) -> fx.GraphModule:
-        """The graph as a module. Root hooks are kept; modules that the graph does not use are left out."""
+        """The graph as a module.
+
+        It keeps the root's hooks; of a GraphModule all other attributes too, which its hooks may use.
+        Modules that the graph does not call are left out.
+        """
         built = fx.GraphModule(self.root, self.graph, self.name)
         for hooks in (*HOOKS, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
             getattr(built, hooks).update(getattr(self.root, hooks))
-        built.meta.update(getattr(self.root, "meta", {}))
+        if isinstance(self.root, fx.GraphModule):
+            built.meta.update(self.root.meta)
+            built.__dict__.update({k: v for k, v in self.root.__dict__.items() if k not in built.__dict__})
         return built
 
 
@@ -82,7 +88,7 @@ def capture(model: nn.Module) -> Capture:
     _check_usable(model)
     root = replicate(model)
     if isinstance(model, fx.GraphModule):
-        return Capture(root, _copied(model, root), model._get_name())
+        return Capture(root, _copied(model, root), type(model).__name__)
     return Capture(root, _trace(model, root), type(model).__name__)
 
 
@@ -96,9 +102,7 @@ def _check_usable(model: object) -> None:
         raise UsageError(
             "the model is TorchScript, which has no Python to trace; pass the module it was made from"
         )
-    lazy = [
-        name for name, tensor in _tensors(model) if isinstance(tensor, nn.parameter.UninitializedTensorMixin)
-    ]
+    lazy = [name for name, tensor in _tensors(model) if nn.parameter.is_lazy(tensor)]
     if lazy:
         raise UsageError(
             f"{len(lazy)} lazy parameters are not initialised yet ({', '.join(lazy[:3])}"
@@ -106,8 +110,8 @@ def _check_usable(model: object) -> None:
         )
     if "forward" in model.__dict__:
         raise CaptureError(
-            f"the forward of this {type(model).__name__} was replaced on the instance, so that a trace of its "
-            "class would not be what it computes; remove the replacement (del model.forward) or wrap the model"
+            f"the forward of this {type(model).__name__} was replaced on the instance, so a trace of its class "
+            "would not be what it computes; remove the replacement (del model.forward) or wrap the model"
         )
 
 
@@ -137,7 +141,7 @@ class _TensorProxy(Proxy):
     """A proxy that ``isinstance`` takes for the tensor that it stands for, in the model's own code."""
 
     @property
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:
         asker = sys._getframe(1).f_globals.get("__name__", "")
         return type(self) if asker.partition(".")[0] in ("torch", "fxfuse") else Tensor
 
@@ -158,7 +162,7 @@ class ModuleTracer(fx.Tracer):
         self._paths: dict[int, str] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Traces `root`; modules and tensors of ``source``, of which `root` is a replica, count as its own."""
+        """Traces `root`; modules and tensors of ``source``, which it is a replica of, count as its own."""
         for model in (root, self.source):
             if isinstance(model, nn.Module):
                 self._names |= {id(tensor): name for name, tensor in reversed([*_tensors(model)])}
@@ -178,7 +182,7 @@ class ModuleTracer(fx.Tracer):
             raise NameError(f"{type(mod).__name__} is called but is not registered as a submodule")
         return self._paths[id(mod)]
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+    def getattr(self, _attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         """A proxy for each parameter and buffer, one per name; other attributes as they are."""
         if not isinstance(attr_val, Tensor) or id(attr_val) not in self._names:
             return attr_val
@@ -220,10 +224,10 @@ def _trace(model: nn.Module, root: nn.Module) -> fx.Graph:
                     raise CaptureError("the model draws random numbers that a trace would fix for ever")
                 return graph
         except _TRACE_FAILURES as error:
-            leaf = _function_that_failed(error, leaves)
-            if leaf is None:
+            failed = _function_that_failed(error, leaves)
+            if failed is None:
                 raise CaptureError(_explanation(model, error)) from error
-            leaves.append(leaf)
+            leaves.append(failed)
             root = replicate(model)
 
 
@@ -238,6 +242,9 @@ class _LeafFunction:
 
     function: FunctionType
     namespace: dict[str, Any]
+
+    def is_same(self, other: _LeafFunction) -> bool:
+        return self.function is other.function and self.namespace is other.namespace
 
     @contextlib.contextmanager
     def patched(self, tracer: fx.Tracer) -> Iterator[None]:
@@ -268,15 +275,13 @@ def _flat(value: Any) -> Iterator[Any]:
 def _function_that_failed(error: BaseException, known: list[_LeafFunction]) -> _LeafFunction | None:
     """The innermost plain function that the model called by name and that the trace could not enter."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    for caller, callee in reversed(list(zip(frames, frames[1:], strict=False))):
-        name = callee.f_code.co_name
-        function = caller.f_globals.get(name)
-        if not _is_own_code(callee) or not isinstance(function, FunctionType):
+    for caller, callee in reversed([*pairwise(frames)]):
+        function = caller.f_globals.get(callee.f_code.co_name)
+        if not isinstance(function, FunctionType) or function.__code__ is not callee.f_code:
             continue
-        if function.__code__ is not callee.f_code or callee.f_globals.get(name) is not function:
-            continue
-        if not any(leaf.function is function and leaf.namespace is caller.f_globals for leaf in known):
-            return _LeafFunction(function, caller.f_globals)
+        leaf = _LeafFunction(function, caller.f_globals)
+        if _is_own_code(callee) and not any(leaf.is_same(other) for other in known):
+            return leaf
     return None
 
 

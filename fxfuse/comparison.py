@@ -7,8 +7,8 @@ to the candidate; what goes beyond that and beyond the tolerances of ``torch.tes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -71,6 +71,22 @@ class Comparison:
     worst: Worst | None
     notes: tuple[str, ...] = ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as JSON values; numbers that could not be measured are None."""
+        record = asdict(self)
+        for name in ("max_abs", "max_rel", "reference_error", "candidate_error"):
+            record[name] = record[name] if math.isfinite(record[name]) else None
+        return record
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Comparison:
+        """The comparison that `to_dict` wrote."""
+        worst = record["worst"]
+        values: dict[str, Any] = {key: math.nan if value is None else value for key, value in record.items()}
+        values["worst"] = None if worst is None else Worst(**{**worst, "index": tuple(worst["index"])})
+        values["notes"] = tuple(record["notes"])
+        return cls(**values)
+
     def raise_if_failed(self) -> None:
         """Raises a VerificationError if the models do not agree."""
         if not self.ok:
@@ -78,10 +94,11 @@ class Comparison:
 
     def __str__(self) -> str:
         verdict = "equal but for rounding" if self.ok else "NOT equal"
+        errors = f"reference {self.reference_error:.3g}, candidate {self.candidate_error:.3g}"
         lines = [
             f"{verdict}{'' if self.conclusive else ', but not conclusive'}",
             f"  largest difference {self.max_abs:.3g} absolute, {self.max_rel:.3g} relative",
-            f"  error against float64: reference {self.reference_error:.3g}, candidate {self.candidate_error:.3g}",
+            f"  error against float64: {errors}",
         ]
         if self.worst is not None:
             lines.append(f"  worst element {self.worst}")
@@ -108,7 +125,8 @@ def verify(
         candidate: the model to be checked.
         inputs: positional inputs. A tuple of ints stands for a standard normal float tensor of that shape,
             drawn with `seed`, in the dtype and on the device of the reference.
-        rtol, atol: tolerances instead of the default ones.
+        rtol: relative tolerance instead of the default one.
+        atol: absolute tolerance instead of the default one.
         seed: for drawn inputs, and for random numbers that the models draw.
 
     Raises:
@@ -119,24 +137,35 @@ def verify(
             raise UsageError(f"the {name} is in training mode; call {name}.eval()")
     drawn = _drawn(reference, inputs, seed)
     if any(tensor.is_meta for model in (reference, candidate) for tensor in model.parameters()):
-        nan = math.nan
-        return Comparison(
-            True, False, nan, nan, nan, nan, None, ("the model is on the meta device: nothing to compare",)
-        )
+        return _unmeasured(ok=True, note="the model is on the meta device: nothing to compare")
     try:
         expected = _run(reference, drawn, seed)
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-        shapes = ", ".join(
-            str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value) for value in drawn
-        )
-        raise UsageError(f"the reference rejects the inputs ({shapes}): {error}") from error
-    actual = _run(candidate, drawn, seed)
+    except REJECTIONS as error:
+        raise UsageError(f"the reference rejects the inputs {rejection(drawn, error)}") from error
+    try:
+        actual = _run(candidate, drawn, seed)
+    except REJECTIONS as error:
+        return _unmeasured(ok=False, note=f"the candidate rejects the inputs {rejection(drawn, error)}")
     mismatch = _structural_mismatch(expected, actual)
     if mismatch:
-        infinite = math.inf
-        return Comparison(False, True, infinite, infinite, math.nan, math.nan, None, (mismatch,))
+        return _unmeasured(ok=False, note=mismatch)
     truth, note = _float64_run(reference, drawn, seed)
     return _compared(expected, actual, truth, (rtol, atol), [*_doubts(reference, expected), *note])
+
+
+# What a model's forward raises when it gets inputs that it cannot take.
+REJECTIONS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+
+
+def rejection(inputs: Sequence[Any], error: BaseException) -> str:
+    """The shapes of the inputs and the first line of what the model raised."""
+    shapes = [str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value) for value in inputs]
+    return f"{', '.join(shapes)}: {str(error).partition(chr(10))[0] or type(error).__name__}"
+
+
+def _unmeasured(*, ok: bool, note: str) -> Comparison:
+    nan = math.nan
+    return Comparison(ok, not ok, nan, nan, nan, nan, None, (note,))
 
 
 def _drawn(model: nn.Module, inputs: Sequence[Any], seed: int) -> list[Any]:

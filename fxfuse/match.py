@@ -128,15 +128,15 @@ class _Matcher:
             return Refusal.because(norm.name, rank, linear.weight.rpartition(".")[0])
         return Move(node, norm, producer, rank)
 
-    def _right_rank(self, producer: fx.Node, norm: Norm, linear: Linear) -> int | None | Code:
-        """The rank for which the norm's axis is the operator's, to be asserted; None if it is certain already.
+    def _right_rank(self, producer: fx.Node, norm: Norm, linear: Linear) -> int | Code | None:
+        """The rank for which the norm's axis is the operator's, to be asserted; None if it is certain.
 
         Counted from the end, a convolution's channels are on axis dims + 1 with or without a batch axis,
         and a norm's are on axis rank - 1: they agree for rank dims + 2.
         """
         right = linear.dims + 2
         if norm.unbatched:
-            return None if norm.ranks == {right - 1, right} else Code.AXIS
+            return None if norm.ranks == frozenset({right - 1, right}) else Code.AXIS
         possible = set(norm.ranks or range(2, right + 2))
         if linear.dims:
             possible &= {right - 1, right}

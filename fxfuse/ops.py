@@ -1,4 +1,4 @@
-"""What a node is, whatever its dialect: ``call_module``, ``torch.*``, ``torch.nn.functional.*`` or ``aten.*``.
+"""What a node is, whatever its dialect: ``call_module``, ``torch.*``, ``F.*`` or ``aten.*``.
 
 `Reader.read` turns a node into one of a few records. The rest of fxfuse sees only these, so an operator
 that is to be understood is added here, in one of the tables, and nowhere else.
@@ -365,7 +365,7 @@ _KNOWN_FUNCTIONS = {
 
 @cache
 def torch_name(target: Any) -> str | None:
-    """The name under which ``torch``, ``torch.nn.functional`` or ``torch.ops.aten`` has this very function."""
+    """The name under which ``torch``, ``F`` or ``torch.ops.aten`` has this very function."""
     if isinstance(target, torch._ops.OpOverload):
         return target.overloadpacket.__name__ if target.namespace == "aten" else None
     name: str = getattr(target, "__name__", "")
@@ -389,7 +389,7 @@ def _method(node: fx.Node) -> Op:
 
 
 def _replaced(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether `module` behaves differently from its ancestor `kind`: own methods, or patched on the instance."""
+    """Whether `module` behaves differently from its ancestor `kind`, by its class or by itself."""
     return any(
         name in module.__dict__ or getattr(type(module), name, None) is not getattr(kind, name, None)
         for name in _BEHAVIOUR

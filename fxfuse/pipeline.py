@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxfuse.capture import Capture, capture
-from fxfuse.comparison import verify
+from fxfuse.comparison import REJECTIONS, rejection, verify
 from fxfuse.errors import UsageError
 from fxfuse.match import match
 from fxfuse.ops import Reader
@@ -40,14 +41,19 @@ def fuse(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> fx
     """
     captured, report = _folded(model, example_inputs)
     fused = captured.module()
-    fused.meta[_META_KEY] = report.to_json()
     if example_inputs is not None:
-        verify(model, fused, example_inputs).raise_if_failed()
+        report = replace(report, verification=verify(model, fused, example_inputs))
+        assert report.verification is not None
+        report.verification.raise_if_failed()
+    fused.meta[_META_KEY] = report.to_dict()
     return fused
 
 
 def explain(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> Report:
-    """The report that ``fuse`` would give; nothing is changed. Arguments and errors as there."""
+    """The report that ``fuse`` would give, less the verification; nothing is changed.
+
+    Arguments and errors as there.
+    """
     return _folded(model, example_inputs)[1]
 
 
@@ -57,12 +63,12 @@ def report(fused: nn.Module) -> Report:
     Raises:
         UsageError: `fused` was not made by fxfuse.
     """
-    text = getattr(fused, "meta", {}).get(_META_KEY)
-    if text is None:
+    record = getattr(fused, "meta", {}).get(_META_KEY)
+    if record is None:
         raise UsageError(
             f"this {type(fused).__name__} was not made by fxfuse.fuse; use fxfuse.explain(model) instead"
         )
-    return Report.from_json(text)
+    return Report.from_dict(record)
 
 
 def _folded(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[Capture, Report]:
@@ -79,18 +85,15 @@ def _folded(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[Cap
     if any(parameter.is_meta for parameter in captured.root.parameters()):
         notes.append("the model is on the meta device: the graph was folded, numbers were not checked")
     return captured, Report(
-        captured.name, plan.norms, tuple(folds), (*plan.refusals, *refusals), tuple(notes)
+        captured.name, plan.norms, tuple(folds), (*plan.refusals, *refusals), notes=tuple(notes)
     )
 
 
-def _observed(captured: Capture, inputs: Sequence[Any]) -> Any:
+def _observed(captured: Capture, inputs: Sequence[Any]) -> Mapping[fx.Node, int]:
     try:
         return observed_ranks(captured.root, captured.graph, [_copied(value) for value in inputs])
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-        shapes = ", ".join(
-            str(tuple(value.shape)) if isinstance(value, torch.Tensor) else repr(value) for value in inputs
-        )
-        raise UsageError(f"the model rejects the example inputs ({shapes}): {error}") from error
+    except REJECTIONS as error:
+        raise UsageError(f"the model rejects the example inputs {rejection(inputs, error)}") from error
 
 
 def _copied(value: Any) -> Any:

@@ -1,0 +1,37 @@
+# make demo   fold a real network and look at a photograph with it, before and after
+# make test   the tests                  make fuzz   tens of thousands of random models
+# make lint   style and types            make plant  plants bugs and shows that the tests find them
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test fuzz plant lint clean
+
+demo: $(INSTALLED)
+	@echo "fxfuse demo: EfficientNet-Lite0 with its ImageNet weights"
+	@$(BIN)/fxfuse demo
+
+test: $(INSTALLED)
+	@echo "running the tests on two cores"
+	@$(BIN)/python -m pytest -n 2
+
+fuzz: $(INSTALLED)
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n 2 tests/test_properties.py
+
+plant: $(INSTALLED)
+	$(BIN)/python -m tests.planted_bugs
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "making .venv and installing what constraints.txt pins (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --progress-bar off --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,5 @@
+"""``python -m fxfuse`` is the command ``fxfuse``."""
+
+from fxfuse.cli import main
+
+main()

@@ -1,0 +1,267 @@
+"""The command line: ``fxfuse fuse|explain|verify|list|demo``.
+
+Results go to stdout, progress to stderr. Exit codes: 0 done, 1 verification failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+
+import fxfuse
+from fxfuse import demo as demonstration
+from fxfuse import zoo
+from fxfuse.errors import FxfuseError, UsageError, VerificationError
+from fxfuse.render import comparison_view, demonstration_view, headline, report_view, show
+
+_MODEL_HELP = """
+
+    MODEL is torchvision:NAME, timm:NAME, package.module:factory or a .pt2 file.
+    """
+
+
+class _Shape(click.ParamType["tuple[int, ...]"]):
+    """``1,3,224,224`` → (1, 3, 224, 224)."""
+
+    name = "shape"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Parses one shape."""
+        if isinstance(value, tuple):
+            return value
+        sizes = str(value).split(",")
+        if not all(size.strip().isdigit() and int(size) > 0 for size in sizes):
+            self.fail(f"{value!r} is no shape; write sizes with commas, as in 1,3,224,224", param, ctx)
+        return tuple(int(size) for size in sizes)
+
+
+_input = click.option(
+    "--input",
+    "shapes",
+    type=_Shape(),
+    multiple=True,
+    help="Shape of an input, as 1,3,224,224; once for each input.",
+)
+_seed = click.option("--seed", default=0, show_default=True, help="Seed of random weights and inputs.")
+_json = click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Write everything as JSON; - for stdout."
+)
+
+
+def _reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns fxfuse's errors into a message on stderr and the documented exit codes."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except VerificationError as error:
+            click.echo(f"Verification failed: {error}", err=True)
+            sys.exit(1)
+        except FxfuseError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(2)
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(fxfuse.__version__)
+def main() -> None:
+    """Takes the batch normalisation out of a trained PyTorch network."""
+    warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
+
+
+@main.command(epilog="Example: fxfuse fuse timm:regnety_002 -o folded.pt2")
+@click.argument("model")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Write the folded model as a .pt2 file."
+)
+@_input
+@_seed
+@_json
+@_reported
+def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, json_file: Path | None) -> None:
+    """Folds the norms of MODEL, verifies the result and says what was done."""
+    _check_writable(output, json_file)
+    with _progress(4 if output else 3) as step:
+        loaded, inputs = _load(model, shapes, seed, step)
+        step("folding and verifying")
+        fused = fxfuse.fuse(loaded.model, example_inputs=inputs)
+        report = fxfuse.report(fused)
+        if output is not None:
+            if inputs is None:
+                raise UsageError("exporting needs an input; say which with --input")
+            step(f"writing {output}")
+            _export(fused, inputs, output)
+        step("done")
+    record = {
+        "model": model,
+        "weights": loaded.weights,
+        "output": output and str(output),
+        "report": report.to_dict(),
+    }
+    if _write_json(record, json_file):
+        return
+    show(headline(model, loaded.weights))
+    show(report_view(report))
+    if report.verification is None:
+        show("not verified: no input is known for this model; say which with --input")
+    else:
+        show(comparison_view(report.verification))
+
+
+@main.command(epilog="Example: fxfuse explain torchvision:densenet121")
+@click.argument("model")
+@_input
+@_seed
+@_json
+@_reported
+def explain(model: str, shapes: tuple[Any, ...], seed: int, json_file: Path | None) -> None:
+    """Says what would become of every norm of MODEL, and changes nothing."""
+    _check_writable(json_file)
+    with _progress(3) as step:
+        loaded, inputs = _load(model, shapes, seed, step)
+        step("matching")
+        report = fxfuse.explain(loaded.model, example_inputs=inputs)
+        step("done")
+    if not _write_json({"model": model, "weights": loaded.weights, "report": report.to_dict()}, json_file):
+        show(headline(model, loaded.weights))
+        show(report_view(report))
+
+
+@main.command(epilog="Example: fxfuse verify model.pt2 folded.pt2")
+@click.argument("model")
+@click.argument("candidate", required=False)
+@_input
+@_seed
+@_json
+@_reported
+def verify(
+    model: str, candidate: str | None, shapes: tuple[Any, ...], seed: int, json_file: Path | None
+) -> None:
+    """Compares MODEL with CANDIDATE, or with what fuse makes of it, on random inputs."""
+    _check_writable(json_file)
+    with _progress(3) as step:
+        loaded, inputs = _load(model, shapes, seed, step)
+        if inputs is None:
+            raise UsageError(f"no input is known for {model}; say which with --input")
+        step("folding" if candidate is None else f"loading {candidate}")
+        other: nn.Module = (
+            fxfuse.fuse(loaded.model) if candidate is None else zoo.load(candidate, seed=seed).model
+        )
+        step("comparing")
+        comparison = fxfuse.verify(loaded.model, other, inputs, seed=seed)
+    record = {
+        "model": model,
+        "candidate": candidate,
+        "weights": loaded.weights,
+        "comparison": comparison.to_dict(),
+    }
+    if not _write_json(record, json_file):
+        show(headline(model, loaded.weights))
+        show(comparison_view(comparison))
+    sys.exit(0 if comparison.ok else 1)
+
+
+@main.command(name="list", epilog="Example: fxfuse list regnety")
+@click.argument("pattern", default="")
+@_reported
+def list_models(pattern: str) -> None:
+    """Lists the models that torchvision and timm know, or those with PATTERN in their name."""
+    found = zoo.names(pattern)
+    if not found:
+        raise UsageError(f"no model has {pattern!r} in its name")
+    click.echo("\n".join(found))
+
+
+@main.command()
+@_reported
+def demo() -> None:
+    """Folds EfficientNet-Lite0 with its ImageNet weights and classifies a photograph before and after."""
+    with _progress(1) as step:
+        step("loading, folding, verifying and timing EfficientNet-Lite0")
+        shown = demonstration.demonstrate()
+    show(demonstration_view(shown))
+    if not shown.comparison.ok:
+        sys.exit(1)
+
+
+for _command in (fuse, explain, verify):
+    _command.help = (_command.help or "") + _MODEL_HELP
+
+
+def _load(
+    model: str, shapes: tuple[tuple[int, ...], ...], seed: int, step: Callable[[str], None]
+) -> tuple[zoo.Loaded, tuple[Any, ...] | None]:
+    step(f"loading {model}")
+    loaded = zoo.load(model, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    return loaded, tuple(torch.randn(shape, generator=generator) for shape in shapes) or loaded.inputs
+
+
+def _check_writable(*files: Path | None) -> None:
+    """Before the work, not after it."""
+    for file in files:
+        if file is None or str(file) == "-":
+            continue
+        if (
+            file.is_dir()
+            or not file.parent.is_dir()
+            or not os.access(file if file.exists() else file.parent, os.W_OK)
+        ):
+            raise UsageError(
+                f"cannot write {file}: the folder does not exist, is not writable, or {file} is a folder"
+            )
+
+
+def _export(fused: nn.Module, inputs: tuple[Any, ...], output: Path) -> None:
+    """Exports for any batch size, and renames a finished file, so that one of that name is always whole."""
+    # A batch of one would be taken for a constant.
+    batches = tuple(torch.cat([value, value]) if value.shape[0] == 1 else value for value in inputs)
+    any_batch = tuple({0: torch.export.Dim.AUTO} for _ in batches)
+    program = torch.export.export(fused, batches, dynamic_shapes=any_batch)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        part = Path(folder, "part.pt2")
+        torch.export.save(program, part)
+        part.replace(output)
+
+
+def _write_json(record: dict[str, Any], file: Path | None) -> bool:
+    """Writes `record`, if a file was asked for; tells whether stdout is taken by it."""
+    if file is None:
+        return False
+    text = json.dumps(
+        {"fxfuse": fxfuse.__version__, "torch": torch.__version__, **record}, indent=2, allow_nan=False
+    )
+    if str(file) == "-":
+        click.echo(text)
+        return True
+    file.write_text(text + "\n", encoding="utf-8")
+    return False
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, on a terminal only; the yielded function names the step that begins."""
+    console = Console(stderr=True)
+    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=steps, completed=-1)
+        yield lambda description: bar.update(task, advance=1, description=description)

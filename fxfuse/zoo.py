@@ -1,0 +1,213 @@
+"""Models by name: ``torchvision:NAME``, ``timm:NAME``, ``package.module:factory`` or a ``.pt2`` file.
+
+Weights are used if they already lie in the local cache of torchvision or Hugging Face. Nothing is
+downloaded: any other model gets random weights and, since a new norm does nothing, random statistics.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxfuse.errors import UsageError
+
+RANDOM = "random weights and random statistics"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode, and what is known about it.
+
+    Attributes:
+        model: the module.
+        weights: where its weights come from, in words.
+        inputs: positional inputs on which it runs; None if nobody says.
+    """
+
+    model: nn.Module
+    weights: str
+    inputs: tuple[Any, ...] | None
+
+
+def load(spec: str, *, seed: int = 0) -> Loaded:
+    """Loads the model that `spec` names. `seed` draws random weights and inputs.
+
+    Raises:
+        UsageError: there is no such model (the nearest names are given), its library is not installed,
+            the factory does not give a module, or the file cannot be read.
+    """
+    if spec.endswith(".pt2"):
+        return _exported(Path(spec))
+    source, colon, name = spec.partition(":")
+    if not colon:
+        raise UsageError(
+            f"{spec!r} names no model; use torchvision:NAME, timm:NAME, package.module:factory or FILE.pt2"
+        )
+    torch.manual_seed(seed)
+    if source == "torchvision":
+        return _torchvision(name)
+    if source == "timm":
+        return _timm(name)
+    return _factory(source, name)
+
+
+def names(pattern: str = "") -> list[str]:
+    """The names, with `pattern` in them, of the models of torchvision and timm, where these are installed."""
+    known = []
+    if importlib.util.find_spec("torchvision"):
+        known += [f"torchvision:{name}" for name in torchvision().models.list_models()]
+    if importlib.util.find_spec("timm"):
+        known += [f"timm:{name}" for name in timm().list_models()]
+    return [name for name in known if pattern in name]
+
+
+@functools.cache
+def torchvision() -> ModuleType:
+    """The torchvision package, importable also beside a torch that it was not built for.
+
+    Without its compiled extension torchvision fails on import, where it describes the operators nms and
+    qnms. They are declared here, without an implementation: models and transforms do not need them.
+    """
+    found = importlib.util.find_spec("torchvision")
+    if found is None or found.origin is None:
+        raise UsageError("torchvision is not installed; pip install 'fxfuse[zoo]'")
+    extensions = [*Path(found.origin).parent.glob("_C*.so"), *Path(found.origin).parent.glob("_C*.pyd")]
+    try:
+        for extension in extensions:
+            torch.ops.load_library(str(extension))  # type: ignore[no-untyped-call]
+    except OSError:
+        extensions = []
+    if not extensions and not hasattr(torch.ops.torchvision, "nms"):
+        for operator in ("nms", "qnms"):
+            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{operator}", schema)
+        warnings.warn(
+            "torchvision was built for another torch: detection operators (nms, ...) are unavailable",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return importlib.import_module("torchvision")
+
+
+@functools.cache
+def timm() -> ModuleType:
+    """The timm package, which needs torchvision to be importable."""
+    if importlib.util.find_spec("timm") is None:
+        raise UsageError("timm is not installed; pip install 'fxfuse[zoo]'")
+    torchvision()
+    return importlib.import_module("timm")
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Draws statistics and affine parameters for every norm in `model`, in place: none stays the identity."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(getattr(module, "running_var", None), Tensor):
+                ranges = {
+                    "running_mean": (-0.3, 0.3),
+                    "running_var": (0.5, 2.0),
+                    "weight": (0.5, 1.5),
+                    "bias": (-0.3, 0.3),
+                }
+                for name, (low, high) in ranges.items():
+                    tensor = getattr(module, name, None)
+                    if tensor is not None:
+                        tensor.uniform_(low, high)
+    return model
+
+
+def _torchvision(name: str) -> Loaded:
+    models = torchvision().models
+    _check_name(name, models.list_models(), "torchvision")
+    weights = models.get_model_weights(name).DEFAULT
+    options: dict[str, Any] = {}
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        options["weights_backbone"] = None
+    if name in (
+        "inception_v3",
+        "googlenet",
+    ):  # they warn unless told whether to draw weights, which takes long
+        options["init_weights"] = False
+    model = models.get_model(name, weights=None, **options)
+    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
+    if file.exists():
+        model.load_state_dict(torch.load(file, weights_only=True))
+        return Loaded(model.eval(), f"pretrained ({weights})", _image(weights.transforms()))
+    return Loaded(randomise(model).eval(), RANDOM, _image(weights.transforms()))
+
+
+def _image(transforms: Any) -> tuple[Any, ...] | None:
+    """An image, or a clip of 16, of the size that a torchvision preset gives."""
+    size = getattr(transforms, "crop_size", None) or getattr(transforms, "resize_size", None)
+    if not size:
+        return None
+    height, width = (size[0], size[-1])
+    frames = [16] if type(transforms).__name__ == "VideoClassification" else []
+    return (torch.randn(1, 3, *frames, height, width),)
+
+
+def _timm(name: str) -> Loaded:
+    library = timm()
+    _check_name(name.partition(".")[0], library.list_models(), "timm")
+    model = library.create_model(name)
+    shape = model.pretrained_cfg.get("input_size", (3, 224, 224))
+    file = _cached_file(model.pretrained_cfg.get("hf_hub_id"))
+    if file is not None:
+        model.load_state_dict(importlib.import_module("safetensors.torch").load_file(file))
+        return Loaded(model.eval(), f"pretrained ({file})", (torch.randn(1, *shape),))
+    return Loaded(randomise(model).eval(), RANDOM, (torch.randn(1, *shape),))
+
+
+def _cached_file(repository: str | None) -> str | None:
+    if not repository:
+        return None
+    hub = importlib.import_module("huggingface_hub")
+    found = hub.try_to_load_from_cache(repository, "model.safetensors")
+    return found if isinstance(found, str) else None
+
+
+def _check_name(name: str, known: list[str], source: str) -> None:
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.4)) or "none is near"
+        raise UsageError(f"{source} has no model {name!r}; nearest: {near}")
+
+
+def _factory(module_name: str, factory_name: str) -> Loaded:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"cannot load {module_name}:{factory_name}: {error}") from error
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{module_name}:{factory_name} gave a {type(model).__name__}, not a torch.nn.Module")
+    return Loaded(model.eval(), "its own", None)
+
+
+def _exported(path: Path) -> Loaded:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"{path} is no exported program, or a damaged one (not a zip archive)")
+    try:
+        program = torch.export.load(path)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{path} cannot be read as an exported program: {error}") from error
+    module = program.module()
+    module.training = False
+    return Loaded(module, f"from {path.name}", program.example_inputs[0] if program.example_inputs else None)
