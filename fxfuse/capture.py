@@ -110,8 +110,8 @@ def _check_usable(model: object) -> None:
         )
     if "forward" in model.__dict__:
         raise CaptureError(
-            f"the forward of this {type(model).__name__} was replaced on the instance, so a trace of its class "
-            "would not be what it computes; remove the replacement (del model.forward) or wrap the model"
+            f"the forward of this {type(model).__name__} was replaced on the instance, so its class "
+            "is not what it computes; remove the replacement (del model.forward) or wrap the model"
         )
 
 

@@ -118,7 +118,8 @@ def verify(
 
     An element may differ by ``atol + rtol·|reference|``, with the tolerances of ``torch.testing`` for the
     dtype (atol taken relative to outputs that are smaller than 1), and by four times the largest
-    distance of the reference from its own float64 run. Given tolerances replace all of that.
+    distance of the reference from its own float64 run; integers and bools must be equal. Given
+    tolerances replace all of that.
 
     Args:
         reference: the model that counts as right, in eval mode.
@@ -149,7 +150,7 @@ def verify(
     mismatch = _structural_mismatch(expected, actual)
     if mismatch:
         return _unmeasured(ok=False, note=mismatch)
-    truth, note = _float64_run(reference, drawn, seed)
+    truth, note = _float64_run(reference, drawn, seed, expected)
     return _compared(expected, actual, truth, (rtol, atol), [*_doubts(reference, expected), *note])
 
 
@@ -180,6 +181,7 @@ def _drawn(model: nn.Module, inputs: Sequence[Any], seed: int) -> list[Any]:
 
 
 Outputs = dict[str, Any]
+Tolerances = tuple[float | None, float | None]
 
 
 def _run(model: nn.Module, inputs: Sequence[Any], seed: int) -> Outputs:
@@ -191,17 +193,21 @@ def _run(model: nn.Module, inputs: Sequence[Any], seed: int) -> Outputs:
     return {pytree.keystr(path): leaf for path, leaf in leaves}
 
 
-def _float64_run(reference: nn.Module, inputs: Sequence[Any], seed: int) -> tuple[Outputs | None, list[str]]:
+def _float64_run(
+    reference: nn.Module, inputs: Sequence[Any], seed: int, expected: Outputs
+) -> tuple[Outputs | None, list[str]]:
     def double(tensor: Tensor) -> Tensor:
         return tensor.double() if tensor.is_floating_point() else tensor
 
     try:
-        return _run(
-            replicate(reference).double(), pytree.tree_map_only(Tensor, double, list(inputs)), seed
-        ), []
+        truth = _run(replicate(reference).double(), pytree.tree_map_only(Tensor, double, list(inputs)), seed)
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         return None, [f"the reference does not run in float64 ({reason}), so rounding could not be measured"]
+    shapes = [{k: getattr(v, "shape", None) for k, v in outputs.items()} for outputs in (expected, truth)]
+    if shapes[0] != shapes[1]:
+        return None, ["in float64 the reference gives other outputs, so rounding could not be measured"]
+    return truth, []
 
 
 def _structural_mismatch(expected: Outputs, actual: Outputs) -> str:
@@ -246,40 +252,62 @@ def _is_initial(norm: Any) -> bool:
     return all(tensor is None or bool((tensor == initial).all()) for tensor, initial in parts)
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """One output: how far its worst element is beyond what is allowed, and sums of squares for the errors."""
+
+    worst: Worst
+    excess: float
+    max_abs: float
+    max_rel: float
+    squares: tuple[float, float, float]
+
+
 def _compared(
-    expected: Outputs,
-    actual: Outputs,
-    truth: Outputs | None,
-    tolerances: tuple[float | None, float | None],
-    notes: list[str],
+    expected: Outputs, actual: Outputs, truth: Outputs | None, tolerances: Tolerances, notes: list[str]
 ) -> Comparison:
-    worst: Worst | None = None
-    beyond, max_abs, max_rel = -math.inf, 0.0, 0.0
-    squares = [0.0, 0.0, 0.0]
-    for place, value in expected.items():
-        if not isinstance(value, Tensor) or not value.numel():
-            continue
-        left, right = _wide(value), _wide(actual[place])
-        exact = None if truth is None else _wide(truth[place])
-        difference = _difference(left, right)
-        allowed = _allowed(value, left, exact, tolerances)
-        excess = difference - allowed
-        at = int(excess.argmax())
-        if float(excess.flatten()[at]) > beyond:
-            beyond = float(excess.flatten()[at])
-            index = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), value.shape))
-            worst = Worst(place, index, float(left[index]), float(right[index]), float(allowed[index]))
-        finite = difference[difference.isfinite()]
-        largest = float(left[left.isfinite()].abs().amax()) if bool(left.isfinite().any()) else 0.0
-        max_abs = max(max_abs, float(difference.amax()))
-        if finite.numel() and largest:
-            max_rel = max(max_rel, float(difference.amax()) / largest)
-        if exact is not None:
-            parts = (_difference(exact, left), _difference(exact, right), exact)
-            squares = [total + float((part * part).sum()) for total, part in zip(squares, parts, strict=True)]
-    errors = [math.sqrt(square / squares[2]) if squares[2] else math.nan for square in squares[:2]]
+    measured = [
+        _measure(place, value, actual[place], None if truth is None else truth[place], tolerances)
+        for place, value in expected.items()
+        if isinstance(value, Tensor) and value.numel()
+    ]
     conclusive = not any(note.startswith("inconclusive") for note in notes)
-    return Comparison(beyond <= 0, conclusive, max_abs, max_rel, errors[0], errors[1], worst, tuple(notes))
+    if not measured:
+        return Comparison(True, conclusive, 0.0, 0.0, math.nan, math.nan, None, tuple(notes))
+    worst = max(measured, key=lambda output: output.excess)
+    reference, candidate, total = (
+        math.sqrt(sum(parts)) for parts in zip(*(m.squares for m in measured), strict=True)
+    )
+    errors = (reference / total, candidate / total) if total else (math.nan, math.nan)
+    max_abs, max_rel = max(m.max_abs for m in measured), max(m.max_rel for m in measured)
+    return Comparison(worst.excess <= 0, conclusive, max_abs, max_rel, *errors, worst.worst, tuple(notes))
+
+
+def _measure(
+    place: str, value: Tensor, other: Tensor, truth: Tensor | None, tolerances: Tolerances
+) -> _Measured:
+    left, right = _wide(value), _wide(other)
+    exact = None if truth is None else _wide(truth)
+    difference = _difference(left, right)
+    allowed = _allowed(value, left, exact, tolerances)
+    excess = difference - allowed
+    index = tuple((excess == excess.amax()).nonzero()[0].tolist())
+    worst = Worst(place, index, float(left[index]), float(right[index]), float(allowed[index]))
+    largest = float(_finite(left).abs().amax())
+    max_abs = float(difference.amax())
+    squares = (0.0, 0.0, 0.0)
+    if exact is not None:
+        distances = (_difference(exact, left), _difference(exact, right))
+        squares = (_square(distances[0]), _square(distances[1]), _square(_finite(exact)))
+    return _Measured(worst, float(excess.amax()), max_abs, max_abs / largest if largest else 0.0, squares)
+
+
+def _square(tensor: Tensor) -> float:
+    return float((tensor * tensor).sum())
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    return tensor.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -294,13 +322,13 @@ def _difference(left: Tensor, right: Tensor) -> Tensor:
     return torch.where(same, 0.0, (left - right).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
-def _allowed(
-    value: Tensor, left: Tensor, exact: Tensor | None, given: tuple[float | None, float | None]
-) -> Tensor:
+def _allowed(value: Tensor, left: Tensor, exact: Tensor | None, given: Tolerances) -> Tensor:
     rtol, atol = default_tolerances(value.dtype)
-    magnitude = left.abs().nan_to_num(0.0, 0.0, 0.0)
+    magnitude = _finite(left).abs()
     if given != (None, None):
         return (given[1] or 0.0) + (given[0] or 0.0) * magnitude
-    rounding = 0.0 if exact is None else float(_difference(exact, left).amax())
+    rounding = 0.0
+    if exact is not None and (value.is_floating_point() or value.is_complex()):
+        rounding = float(_difference(exact, left).amax())
     rounding = _ROUNDING_FACTOR * rounding if math.isfinite(rounding) else 0.0
     return atol * min(1.0, float(magnitude.amax())) + rtol * magnitude + rounding

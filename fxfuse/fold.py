@@ -7,16 +7,15 @@ Everything is computed in float64 and rounded once, into the weight's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from fxfuse.affine import AffineMap, exact
 from fxfuse.refusals import Code
 
-# Weights are scaled in pieces of about this many elements, so that the float64 copy stays in the cache.
-_PIECE = 1 << 18
+# Weights are scaled in pieces of about this many elements: small enough for the cache, and for torch not
+# to wake its other threads for each of them.
+_PIECE = 1 << 15
 
 
 def absorb_output(
@@ -38,36 +37,50 @@ def absorb_output(
     """
     shift = affine.shift if bias is None else affine.scale * exact(bias) + affine.shift
     folded_bias = shift.to(device=weight.device, dtype=weight.dtype)
-    folded, peak = _scaled(weight, _by_row(affine.scale, weight, transposed, groups))
+    scale = _by_row(affine.scale, weight, transposed, groups)
+    folded, total = _scaled(weight, scale)
     if weight.is_meta:
         return folded, folded_bias
-    if not bool(folded_bias.isfinite().all()) or not bool(peak.to(weight.dtype).isfinite().all()):
+    if not bool((total + folded_bias.sum(dtype=total.dtype)).isfinite()):
         return Code.OVERFLOW
-    if transposed:
-        peak = peak.view(groups, -1, peak.shape[1]).amax(1)
-    lost = (peak > 0) & (peak + shift.abs().view_as(peak) < torch.finfo(weight.dtype).tiny)
-    return Code.UNDERFLOW if bool(lost.any()) else (folded, folded_bias)
+    if _loses_digits(weight, scale, shift, groups if transposed else None):
+        return Code.UNDERFLOW
+    return folded, folded_bias
 
 
 def _by_row(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
-    """`scale` as the rows of `weight` need it: (out, 1), transposed (in, out/groups)."""
+    """`scale` as the rows of `weight` need it: (out, 1, ...), transposed (in, out/groups, 1, ...)."""
+    kernel = [1] * (weight.dim() - 2)
     if not transposed:
-        return scale.view(-1, 1)
-    return scale.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[0], -1)
+        return scale.view(-1, 1, *kernel)
+    by_row = scale.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
+    return by_row.reshape(weight.shape[0], -1, *kernel)
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight`·`scale`, and the largest magnitudes that occur in it, in the shape of `scale`, float64."""
+    """`weight`·`scale`, and its sum in float64, which is finite if and only if every element is."""
     result = torch.empty_like(weight, requires_grad=False)
-    peak = torch.empty_like(scale)
-    for rows in _pieces(weight):
-        product = exact(weight[rows]).reshape(*scale[rows].shape, -1) * scale[rows].unsqueeze(-1)
-        result[rows] = product.view_as(weight[rows])
-        torch.linalg.vector_norm(product, float("inf"), dim=-1, out=peak[rows])
-    return result, peak
+    rows = max(1, _PIECE * weight.shape[0] // max(1, weight.numel()))
+    product = torch.empty_like(weight[:rows], dtype=torch.float64, device=scale.device, requires_grad=False)
+    total = torch.zeros((), dtype=torch.float64, device=scale.device)
+    for start in range(0, weight.shape[0], rows):
+        source, target = weight.detach()[start : start + rows], result[start : start + rows]
+        piece = product[: source.shape[0]]
+        torch.mul(piece.copy_(source), scale[start : start + rows], out=piece)
+        target.copy_(piece)
+        total += piece.copy_(target).sum()
+    return result, total
 
 
-def _pieces(weight: Tensor) -> Iterator[slice]:
-    step = max(1, _PIECE * weight.shape[0] // max(1, weight.numel()))
-    for start in range(0, weight.shape[0], step):
-        yield slice(start, start + step)
+def _loses_digits(weight: Tensor, scale: Tensor, shift: Tensor, transposed_groups: int | None) -> bool:
+    """Whether some channel's folded weights and bias all lie below the dtype's smallest normal number."""
+    tiny = torch.finfo(weight.dtype).tiny
+    if not bool((shift.abs() < tiny).any()):
+        return False
+    magnitude = (exact(weight) * scale).abs()
+    if transposed_groups is None:
+        peak = magnitude.flatten(1).amax(1)
+    else:
+        by_row = magnitude.flatten(2).amax(2)
+        peak = by_row.view(transposed_groups, -1, by_row.shape[1]).amax(1).flatten()
+    return bool(((peak > 0) & (peak + shift.abs() < tiny)).any())

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from fxfuse.capture import Capture, capture
 from fxfuse.comparison import REJECTIONS, rejection, verify
@@ -18,7 +19,7 @@ from fxfuse.rank import observed_ranks
 from fxfuse.records import Report
 from fxfuse.rewrite import rewrite
 
-_META_KEY = "fxfuse.report"
+_RECORD = "fxfuse_report"
 
 
 def fuse(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> fx.GraphModule:
@@ -45,7 +46,10 @@ def fuse(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> fx
         report = replace(report, verification=verify(model, fused, example_inputs))
         assert report.verification is not None
         report.verification.raise_if_failed()
-    fused.meta[_META_KEY] = report.to_dict()
+    # Pickling a GraphModule keeps its attributes; deepcopy keeps those that are named in this entry of meta.
+    setattr(fused, _RECORD, report.to_dict())
+    kept = fused.meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {})
+    fused.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {**kept, _RECORD: report.to_dict()}
     return fused
 
 
@@ -63,7 +67,7 @@ def report(fused: nn.Module) -> Report:
     Raises:
         UsageError: `fused` was not made by fxfuse.
     """
-    record = getattr(fused, "meta", {}).get(_META_KEY)
+    record = getattr(fused, _RECORD, None)
     if record is None:
         raise UsageError(
             f"this {type(fused).__name__} was not made by fxfuse.fuse; use fxfuse.explain(model) instead"

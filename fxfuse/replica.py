@@ -8,13 +8,14 @@ over the same storage.
 
 from __future__ import annotations
 
-import copy
+from collections import OrderedDict, defaultdict, deque
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 _M = TypeVar("_M", bound=nn.Module)
+_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set, deque})
 
 
 def replicate(model: _M) -> _M:
@@ -33,18 +34,15 @@ def _module(source: Any, memo: dict[int, Any]) -> Any:
         return memo[id(source)]
     twin = nn.Module.__new__(type(source))  # not type(source).__new__: a GraphModule's makes a new class
     memo[id(source)] = twin
-    twin.__dict__.update({name: _container(value) for name, value in source.__dict__.items()})
+    for name, value in source.__dict__.items():
+        # A model that appends to a list in its forward must append to its own list.
+        twin.__dict__[name] = value.copy() if type(value) in _CONTAINERS else value
     for tensors in (twin._parameters, twin._buffers):
         for name, tensor in tensors.items():
             tensors[name] = _tensor(tensor, memo)
     for name, child in twin._modules.items():
         twin._modules[name] = _module(child, memo)
     return twin
-
-
-def _container(value: Any) -> Any:
-    """A model that appends to a list in its forward must append to its own list."""
-    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
 
 
 def _tensor(source: Any, memo: dict[int, Any]) -> Any:

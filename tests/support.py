@@ -54,7 +54,9 @@ def assert_exact(expected: Any, actual: Any) -> None:
             continue
         assert one.shape == other.shape and one.dtype == other.dtype
         if one.numel():
-            assert float((one - other).abs().max()) <= EXACT * max(1.0, float(one.abs().max()))
+            left_value, right_value = one.detach(), other.detach()
+            error = float((left_value - right_value).abs().max())
+            assert error <= EXACT * max(1.0, float(left_value.abs().max()))
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

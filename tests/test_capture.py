@@ -1,0 +1,229 @@
+"""Capture: what is traced, what is called as a whole, and what cannot be captured is told clearly."""
+
+import math
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxfuse
+from fxfuse.capture import capture
+from tests.support import assert_untouched, folds, randomise, snapshot
+
+IMAGE = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+
+
+def same_padding(size, kernel, stride):
+    return max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+
+
+class SamePadding(nn.Conv2d):
+    def forward(self, x):
+        height, width = (same_padding(size, 3, 2) for size in (x.shape[-2], x.shape[-1]))
+        x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+        return F.conv2d(x, self.weight, self.bias, stride=2)
+
+
+@pytest.mark.parametrize("size", [9, 10, 13])
+def test_a_function_with_control_flow_is_called_by_the_graph_and_not_specialised(size):
+    model = randomise(nn.Sequential(SamePadding(3, 4, 3), nn.BatchNorm2d(4)))
+    original = same_padding
+    fused = folds(model, torch.randn(1, 3, size, size, dtype=torch.float64), folded=1)
+    assert same_padding is original
+    assert any(node.target is same_padding for node in fused.graph.nodes)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+def test_control_flow_in_a_module_is_an_error_that_names_line_and_reason():
+    with pytest.raises(fxfuse.CaptureError) as caught:
+        fxfuse.fuse(nn.Sequential(nn.Conv2d(3, 3, 1), Branching()).eval())
+    message = str(caught.value)
+    assert "test_capture.py" in message and "if x.sum() > 0:" in message and "control flow" in message
+
+
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x, mask=None, double=False, scale=1.0):
+        y = self.norm(self.conv(x))
+        if mask is None:
+            y = y + 1
+        if double:
+            y = y * 2
+        return y * scale
+
+
+def test_optional_arguments_keep_their_default_and_say_so_when_given():
+    fused = folds(randomise(Optional()), IMAGE, folded=1)
+    folds(randomise(Optional()), IMAGE, None, False, 3.0, folded=1)
+    with pytest.raises(AssertionError, match="mask has been specialized"):
+        fused(IMAGE, IMAGE)
+    with pytest.raises(AssertionError, match="double has been specialized"):
+        fused(IMAGE, None, True)
+
+
+class AsksForClass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        inputs = [x] if isinstance(x, torch.Tensor) else x
+        y = self.norm(self.conv(inputs[0]))
+        return y if isinstance(y, (tuple, list)) else y * 2
+
+
+def test_isinstance_of_a_traced_tensor_takes_the_branch_of_tensors():
+    folds(randomise(AsksForClass()), IMAGE, folded=1)
+
+
+class Changes(nn.Module):
+    """Writes to itself in forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.seen, self.calls = [], 0
+        self.register_buffer("offset", torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append(self.calls)
+        y = self.norm(self.conv(x))
+        return y + torch.ones(3, 1, 1, dtype=torch.float64) + self.offset
+
+
+def test_tracing_runs_the_models_python_on_a_replica():
+    model = randomise(Changes())
+    before = snapshot(model)
+    fxfuse.fuse(model)
+    assert_untouched(before, model)
+    assert model.seen == [] and model.calls == 0
+
+
+def test_buffers_stay_buffers_in_the_graph():
+    model = randomise(Changes())
+    fused = fxfuse.fuse(model)
+    fused.offset.add_(1)
+    assert torch.allclose(fused(IMAGE), fxfuse.fuse(model)(IMAGE) + 0)  # offset is shared with the source
+    assert float(model.offset) == 1.0
+
+
+def test_weights_that_were_not_folded_share_memory_with_the_source_but_are_objects_of_their_own():
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)))
+    fused = fxfuse.fuse(model)
+    for name, tensor in fused.state_dict(keep_vars=True).items():
+        source = model.state_dict(keep_vars=True)[name]
+        assert tensor is not source and tensor.data_ptr() == source.data_ptr()
+
+
+def test_a_hooked_container_is_called_as_a_whole_and_its_hook_goes_on_running():
+    inner = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model = randomise(nn.Sequential(inner, nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    calls = []
+    inner.register_forward_hook(lambda *_: calls.append(1))
+    fused = folds(model, IMAGE, folded=1, refused=["FXF208"])
+    calls.clear()
+    fused(IMAGE)
+    assert calls == [1]
+
+
+def test_hooks_of_the_model_itself_are_kept():
+    model = randomise(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    model.register_forward_hook(lambda _module, _args, output: output * 2)
+    model.register_forward_pre_hook(lambda _module, args, kwargs: (args, kwargs), with_kwargs=True)
+    folds(model, IMAGE, folded=1)
+
+
+def test_a_forward_that_was_replaced_on_the_instance_is_not_traced_as_its_class():
+    model = randomise(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    model.forward = types.MethodType(lambda self, x: self[0](x), model)
+    with pytest.raises(fxfuse.CaptureError, match="replaced on the instance"):
+        fxfuse.fuse(model)
+
+
+def test_random_numbers_that_a_trace_would_fix_are_an_error():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + torch.rand(3, 1, 1)
+
+    with pytest.raises(fxfuse.CaptureError, match="random numbers"):
+        fxfuse.fuse(Noisy().eval())
+
+
+def test_a_graph_module_is_taken_as_it_is():
+    model = randomise(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    traced = torch.fx.symbolic_trace(model)
+    before = snapshot(traced), traced.code
+    fused = folds(traced, IMAGE, folded=1)
+    assert (traced.code, "batch_norm" in fused.code) == (before[1], False)
+    assert_untouched(before[0], traced)
+
+
+def test_two_names_of_one_module_in_a_graph_module_are_one_module():
+    conv = nn.Conv2d(3, 3, 1)
+    root = randomise(nn.ModuleDict({"a": conv, "b": conv, "norm": nn.BatchNorm2d(3)}))
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    normed = graph.call_module("norm", (graph.call_module("a", (x,)),))
+    graph.output((normed, graph.call_module("b", (x,))))
+    folds(torch.fx.GraphModule(root, graph).eval(), IMAGE, folded=1)
+
+
+def test_modules_that_are_reached_without_being_registered_are_found_or_told():
+    class Hidden(nn.Module):
+        def __init__(self, register):
+            super().__init__()
+            self.layers = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)]
+            if register:
+                self.registered = nn.ModuleList(self.layers)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    folds(randomise(Hidden(register=True)), IMAGE, folded=1)
+    with pytest.raises(fxfuse.CaptureError, match="not registered as a submodule"):
+        fxfuse.fuse(Hidden(register=False).eval())
+
+
+@pytest.mark.parametrize(
+    ("thing", "message"),
+    [
+        (nn.Conv2d, "expected a torch.nn.Module, got type"),
+        ({"weight": 1}, "expected a torch.nn.Module, got dict"),
+        (nn.Sequential(nn.LazyConv2d(3, 1)).eval(), r"2 lazy parameters are not initialised yet \(0.weight"),
+        (nn.Sequential(nn.Conv2d(3, 3, 1)), r"Sequential is in training mode.*call model.eval\(\)"),
+    ],
+)
+def test_what_cannot_be_captured_is_wrong_use(thing, message):
+    with pytest.raises(fxfuse.UsageError, match=message):
+        fxfuse.fuse(thing)
+
+
+def test_example_inputs_that_the_model_rejects_are_wrong_use():
+    model = randomise(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    with pytest.raises(fxfuse.UsageError, match=r"rejects the example inputs \(2, 5, 4, 4\)"):
+        fxfuse.fuse(model, example_inputs=(torch.ones(2, 5, 4, 4, dtype=torch.float64),))
+
+
+def test_a_model_without_fxfuse_has_no_report():
+    with pytest.raises(fxfuse.UsageError, match="not made by fxfuse"):
+        fxfuse.report(nn.Identity())
+
+
+def test_every_name_in_a_capture_is_the_sources_own():
+    model = randomise(AsksForClass())
+    graph = capture(model).graph
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["conv", "norm"]

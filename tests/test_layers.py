@@ -1,0 +1,72 @@
+"""The data flows one way, and so do the imports."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "fxfuse"
+
+# Each module may import from those on the lines above it only.
+LAYERS = [
+    ["_version", "errors", "refusals", "replica", "affine"],
+    ["capture", "fold", "comparison"],
+    ["ops", "records"],
+    ["rank"],
+    ["match"],
+    ["rewrite"],
+    ["pipeline"],
+    ["__init__"],
+    ["zoo"],
+    ["demo"],
+    ["render"],
+    ["cli"],
+    ["__main__"],
+]
+
+# What a stage of the design knows nothing of.
+IGNORANT = {
+    "fold": {"capture", "ops", "match", "rewrite"},
+    "comparison": {"fold", "match", "rewrite", "affine"},
+    "match": {"fold", "affine", "rewrite"},
+    "records": {"capture", "ops", "match", "rewrite", "fold"},
+    "ops": {"match", "rewrite", "fold", "affine"},
+}
+
+
+def imports_of(module: str) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names if node.module == "fxfuse" else {node.module}
+    inside = {name.removeprefix("fxfuse.") for name in found if name.startswith("fxfuse.")}
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    return inside & modules | ({"__init__"} if "fxfuse" in found else set())
+
+
+def test_every_module_has_its_layer():
+    assert sorted(module for layer in LAYERS for module in layer) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def test_imports_point_downwards_only():
+    below: set[str] = set()
+    for layer in LAYERS:
+        for module in layer:
+            assert imports_of(module) <= below, module
+        below |= set(layer)
+
+
+def test_stages_do_not_know_what_the_design_keeps_from_them():
+    for module, unknown in IGNORANT.items():
+        assert not imports_of(module) & unknown, module
+
+
+def test_the_core_imports_neither_torchvision_nor_timm():
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] in ("torchvision", "timm") for name in names), path.name
