@@ -121,7 +121,11 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _copied(model: fx.GraphModule, root: nn.Module) -> fx.Graph:
     """The model's graph; of a module or tensor that has several names it uses the first, as a trace does."""
-    graph = copy.deepcopy(model.graph)
+    graph = fx.Graph(tracer_cls=ModuleTracer)
+    copied = graph.graph_copy(model.graph, {}, return_output_node=True)
+    assert isinstance(copied, tuple)
+    graph.output(copied[0]).meta = dict(copied[1].meta)
+    graph.set_codegen(copy.copy(model.graph._codegen))  # not deepcopy, which torch's pytree specs warn about
     names = {id(value): name for name, value in reversed([*_tensors(root), *root.named_modules()])}
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):

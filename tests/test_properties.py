@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 import fxfuse
-from tests.strategies import Pair, Program, ProgramModel, norm_form, pairs, programs
+from tests.programs import Program, ProgramModel, norm_form, programs
+from tests.strategies import Pair, pairs
 from tests.support import assert_exact, assert_untouched, snapshot
 
 SMALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

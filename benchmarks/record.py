@@ -1,0 +1,43 @@
+"""Where a measurement was made: versions and machine, to stand beside its numbers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
+
+def surroundings(command: str) -> dict[str, Any]:
+    """The command, the commit, the versions and the machine."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    packages = ("fxfuse", "torch", "torchvision", "timm")
+    return {
+        "command": command,
+        "commit": commit.stdout.strip(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+    }
+
+
+def write(name: str, record: dict[str, Any], page: str) -> None:
+    """Writes ``docs/results/NAME.json`` and the page made from it, ``docs/results/NAME.md``."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+    (RESULTS / f"{name}.md").write_text(page)
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor())
