@@ -6,7 +6,7 @@ value. Three additions take it further without specialising the graph:
 * A plain function that asks for a value (``math``-heavy padding code, mostly) becomes a leaf: it is
   called by the graph as it was called by the model. The trace is then begun again.
 * Buffers are proxies, as parameters are: what a model computes from them stays in the graph.
-* ``isinstance(x, torch.Tensor)`` is answered for the tensor that the proxy stands for.
+* ``isinstance(x, torch.Tensor)`` is answered for what the proxy stands for.
 
 A module that carries hooks is a leaf too, so that its hooks go on running.
 """
@@ -17,17 +17,19 @@ import contextlib
 import copy
 import inspect
 import linecache
+import operator
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, pairwise
 from types import FrameType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import ParameterProxy, Proxy
+from torch.fx.proxy import ParameterProxy, Proxy, TraceError
 
 from fxfuse.errors import CaptureError, UsageError
 from fxfuse.replica import replicate
@@ -45,6 +47,11 @@ _TRACE_FAILURES = (
 )
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_OPTIONS = (
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,9 @@ class Capture:
         Modules that the graph does not call are left out.
         """
         built = fx.GraphModule(self.root, self.graph, self.name)
-        for hooks in (*HOOKS, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+        for hooks in (*HOOKS, *_HOOK_OPTIONS):
             getattr(built, hooks).update(getattr(self.root, hooks))
+        built._is_full_backward_hook = self.root._is_full_backward_hook
         if isinstance(self.root, fx.GraphModule):
             built.meta.update(self.root.meta)
             built.__dict__.update({k: v for k, v in self.root.__dict__.items() if k not in built.__dict__})
@@ -102,6 +110,8 @@ def _check_usable(model: object) -> None:
         raise UsageError(
             "the model is TorchScript, which has no Python to trace; pass the module it was made from"
         )
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise UsageError("the model is compiled already; fold it first: torch.compile(fxfuse.fuse(model))")
     lazy = [name for name, tensor in _tensors(model) if nn.parameter.is_lazy(tensor)]
     if lazy:
         raise UsageError(
@@ -141,17 +151,51 @@ def attribute(root: nn.Module, name: str) -> Any:
     return value
 
 
-class _TensorProxy(Proxy):
-    """A proxy that ``isinstance`` takes for the tensor that it stands for, in the model's own code."""
+# Where fx and what it is built on ask for the class of a proxy, they mean the proxy.
+_INTERNAL = ("torch.fx", "torch.overrides", "torch.utils._pytree", "fxfuse.")
+
+
+class _TypedProxy(Proxy):
+    """A proxy that is taken, by the code of the model, for what it stands for.
+
+    ``isinstance(x, torch.Tensor)`` and ``hasattr(x, "tensors")`` choose branches. fx answers for the proxy,
+    and the trace silently follows a branch that the model would not take. Here both are answered for the
+    value; where its type is not known, asking is a TraceError.
+    """
+
+    stands_for: type | None = None
 
     @property
     def __class__(self) -> type:
-        asker = sys._getframe(1).f_globals.get("__name__", "")
-        return type(self) if asker.partition(".")[0] in ("torch", "fxfuse") else Tensor
+        asker: FrameType | None = sys._getframe(1)
+        while asker is not None and asker.f_globals.get("__name__") == "torch.nn.parameter":
+            asker = asker.f_back  # isinstance(x, nn.Parameter) asks by way of a metaclass
+        if asker is None or asker.f_globals.get("__name__", "").startswith(_INTERNAL):
+            return type(self)
+        if self.stands_for is None:
+            raise TraceError(f"the type of {self.node.name} is asked for and is known only at run time")
+        return self.stands_for
 
     @__class__.setter
     def __class__(self, _: type) -> None:
         raise TypeError("a proxy keeps its class")
+
+    def __getattr__(self, k: str) -> Any:
+        if self.stands_for is Tensor and not hasattr(Tensor, k):
+            raise AttributeError(f"a tensor has no attribute {k!r}")
+        return super().__getattr__(k)
+
+
+class _ParameterProxy(_TypedProxy, ParameterProxy):
+    """A parameter; its shape is known."""
+
+    stands_for = nn.Parameter
+
+
+class _TensorProxy(_TypedProxy):
+    """A tensor."""
+
+    stands_for = Tensor
 
 
 class ModuleTracer(fx.Tracer):
@@ -162,6 +206,7 @@ class ModuleTracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.source: nn.Module | None = None
+        self._autocast = _autocast_state()
         self._names: dict[int, str] = {}
         self._paths: dict[int, str] = {}
 
@@ -192,25 +237,60 @@ class ModuleTracer(fx.Tracer):
             return attr_val
         name = self._names[id(attr_val)]
         if name not in parameter_proxy_cache:
-            factory = _constant_shape(self, name, attr_val) if isinstance(attr_val, nn.Parameter) else None
-            parameter_proxy_cache[name] = self.create_proxy(
-                "get_attr", name, (), {}, proxy_factory_fn=factory
+            node = self.create_node("get_attr", name, (), {})
+            parameter_proxy_cache[name] = (
+                _ParameterProxy(self, node, name, attr_val)
+                if isinstance(attr_val, nn.Parameter)
+                else _TensorProxy(node, self)
             )
         return parameter_proxy_cache[name]
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """As fx does; a graph cannot hold the autocast contexts that a forward enters."""
+        if _autocast_state() != self._autocast:
+            raise TraceError("autocast is switched inside forward, which a graph does not record")
+        return super().create_node(*args, **kwargs)
+
     def create_arg(self, a: Any) -> Any:
         """As fx does, with the names of parameters and buffers looked up instead of searched for."""
+        if isinstance(a, Proxy):
+            return a.node
         if isinstance(a, Tensor) and id(a) in self._names:
             return self.create_node("get_attr", self._names[id(a)], (), {})
         return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> Proxy:
-        """Inputs and results of modules are tensors; of anything else that is not known."""
-        return _TensorProxy(node, self) if node.op in ("placeholder", "call_module") else Proxy(node, self)
+        """A proxy that knows whether it stands for a tensor."""
+        return (_TensorProxy if self._is_tensor(node) else _TypedProxy)(node, self)
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        """Whether the value of `node` is certain to be a single tensor."""
+        if node.op == "call_module":
+            module = attribute(self.root, str(node.target))
+            return not has_hooks(module) and not isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+        if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
+            return node.target is not operator.getitem and any(map(self._is_tensor, node.all_input_nodes))
+        if node.op in ("call_function", "call_method"):
+            return _returns_tensor(
+                node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+            )
+        return True
 
 
-def _constant_shape(tracer: fx.Tracer, name: str, tensor: nn.Parameter) -> Callable[[fx.Node], Proxy]:
-    return lambda node: ParameterProxy(tracer, node, name, tensor)
+def _autocast_state() -> list[Any]:
+    return [
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+    ]
+
+
+@cache
+def _returns_tensor(name: str) -> bool:
+    """Whether the operator of that name gives one tensor, whatever its arguments."""
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
+    overloads = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
+    return bool(overloads) and all(
+        [str(r.type) for r in each._schema.returns] == ["Tensor"] for each in overloads
+    )
 
 
 def _trace(model: nn.Module, root: nn.Module) -> fx.Graph:

@@ -232,7 +232,7 @@ class Reader:
             ranks=_NORM_MODULES[kind],
             unbatched=instance,
         )
-        return self._unless_mutated(norm)
+        return self._if_constant(norm)
 
     def _linear_module(self, node: fx.Node, module: Any, kind: type[nn.Module]) -> Op:
         name = str(node.target)
@@ -248,7 +248,7 @@ class Reader:
         bias = None if module.bias is None else f"{name}.bias"
         dims, transposed = _LINEAR_MODULES[kind]
         groups = getattr(module, "groups", 1)
-        return self._unless_mutated(
+        return self._if_constant(
             Linear(_module_input(node), f"{name}.weight", bias, dims, transposed, groups)
         )
 
@@ -276,7 +276,7 @@ class Reader:
         groups = bound.get("groups", 1)
         if not isinstance(groups, int):
             return Opaque(Code.OPERATOR_COMPUTED, "groups")
-        return self._unless_mutated(Linear(bound["input"], weight, bias, dims, transposed, groups))
+        return self._if_constant(Linear(bound["input"], weight, bias, dims, transposed, groups))
 
     def _norm_function(self, node: fx.Node, bound: Mapping[str, Any], kind: str) -> Op:
         name = _norm_name(node, bound)
@@ -292,18 +292,21 @@ class Reader:
         computed = any(names[part] is None and value is not None for part, value in parts.items())
         if computed or mean is None or var is None or not isinstance(bound["eps"], (int, float)):
             return LeftNorm(name, Code.NORM_COMPUTED)
-        return self._unless_mutated(
+        return self._if_constant(
             Norm(bound["input"], name, mean, var, names["weight"], names["bias"], float(bound["eps"]))
         )
 
-    def _unless_mutated(self, op: Linear | Norm) -> Op:
+    def _if_constant(self, op: Linear | Norm) -> Op:
         names = (op.weight, op.bias) if isinstance(op, Linear) else (op.mean, op.var, op.weight, op.bias)
-        mutated = [name for name in names if name is not None and id(self.tensor(name)) in self._mutated]
-        if not mutated:
-            return op
-        if isinstance(op, Norm):
-            return LeftNorm(op.name, Code.STATE_MUTATED, mutated[0])
-        return Opaque(Code.STATE_MUTATED, mutated[0])
+        for name in names:
+            tensor = None if name is None else self.tensor(name)
+            mutated = id(tensor) in self._mutated
+            if tensor is None or (not mutated and _is_plain(tensor)):
+                continue
+            if isinstance(op, Norm):
+                return LeftNorm(op.name, Code.STATE_MUTATED if mutated else Code.NORM_COMPUTED, str(name))
+            return Opaque(Code.STATE_MUTATED if mutated else Code.OPERATOR_COMPUTED, str(name))
+        return op
 
 
 def norms_inside(module: nn.Module) -> list[str]:
@@ -405,6 +408,15 @@ def _module_input(node: fx.Node) -> fx.Node:
 
 def _attribute_name(value: Any) -> str | None:
     return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the values are just what is stored: no quantised, sharded or fake tensor, and real numbers."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.is_floating_point()
+        and tensor.layout is torch.strided
+    )
 
 
 def _norm_name(node: fx.Node, bound: Mapping[str, Any]) -> str:

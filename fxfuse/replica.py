@@ -8,6 +8,7 @@ over the same storage.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict, defaultdict, deque
 from typing import Any, TypeVar, cast
 
@@ -22,15 +23,18 @@ def replicate(model: _M) -> _M:
     """Copies the module tree of `model`; parameters and buffers are new objects over the same storage.
 
     Modules and tensors that appear under several names in `model` do so in the copy. Hooks are kept.
-    TorchScript modules cannot be copied without their tensors and stay shared.
+    TorchScript modules cannot be copied without their tensors, so these are copied too.
     """
     return cast(_M, _module(model, {}))
 
 
 def _module(source: Any, memo: dict[int, Any]) -> Any:
-    if source is None or isinstance(source, torch.jit.ScriptModule):
-        return source
+    if source is None:
+        return None
     if id(source) in memo:
+        return memo[id(source)]
+    if isinstance(source, torch.jit.ScriptModule):
+        memo[id(source)] = copy.deepcopy(source)
         return memo[id(source)]
     twin = nn.Module.__new__(type(source))  # not type(source).__new__: a GraphModule's makes a new class
     memo[id(source)] = twin
@@ -49,7 +53,7 @@ def _tensor(source: Any, memo: dict[int, Any]) -> Any:
     if source is None:
         return None
     if id(source) not in memo:
-        memo[id(source)] = alias(source, source.detach()) if type(source) is nn.Parameter else source.detach()
+        memo[id(source)] = alias(source, source.detach())
     return memo[id(source)]
 
 

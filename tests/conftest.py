@@ -7,7 +7,7 @@ from hypothesis import Phase, settings
 
 torch.set_num_threads(1)
 
-settings.register_profile("default", max_examples=200, deadline=None, derandomize=True)
+settings.register_profile("default", max_examples=400, deadline=None, derandomize=True)
 settings.register_profile("fuzz", max_examples=20_000, deadline=None, print_blob=True)
 # For planted bugs: the examples of the default profile, without the search for a smaller one.
 settings.register_profile(

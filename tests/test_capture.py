@@ -2,6 +2,7 @@
 
 import math
 import types
+import warnings
 
 import pytest
 import torch
@@ -85,6 +86,49 @@ class AsksForClass(nn.Module):
 
 def test_isinstance_of_a_traced_tensor_takes_the_branch_of_tensors():
     folds(randomise(AsksForClass()), IMAGE, folded=1)
+
+
+class AsksAboutResults(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        y = F.relu(self.norm(self.conv(x)))
+        y = y.contiguous() if isinstance(y, torch.Tensor) else y[0]
+        if hasattr(y, "tensors"):
+            y = y.tensors
+        if torch.is_tensor(y + y) and isinstance(self.conv.weight, nn.Parameter):
+            return y + self.conv.weight.sum()
+        return -y
+
+
+def test_questions_about_the_type_of_results_are_answered_for_the_value():
+    folds(randomise(AsksAboutResults()), IMAGE, folded=1)
+
+
+def test_a_question_about_a_type_that_only_the_run_can_tell_is_an_error():
+    class Asks(nn.Module):
+        def forward(self, x):
+            parts = x.split(1)
+            return parts[0] if isinstance(parts, tuple) else parts
+
+    with pytest.raises(fxfuse.CaptureError, match="type of split is asked for"):
+        fxfuse.fuse(Asks().eval())
+
+
+def test_autocast_inside_forward_is_not_lost_silently():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.conv(x)
+
+    with pytest.raises(fxfuse.CaptureError, match="autocast is switched inside forward"):
+        fxfuse.fuse(Mixed().eval())
 
 
 class Changes(nn.Module):
@@ -210,6 +254,14 @@ def test_modules_that_are_reached_without_being_registered_are_found_or_told():
 def test_what_cannot_be_captured_is_wrong_use(thing, message):
     with pytest.raises(fxfuse.UsageError, match=message):
         fxfuse.fuse(thing)
+
+
+def test_a_compiled_model_is_wrong_use():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about itself when the compiler is first imported
+        compiled = torch.compile(nn.Sequential(nn.Conv2d(3, 3, 1)).eval())
+    with pytest.raises(fxfuse.UsageError, match=r"compiled already.*torch.compile\(fxfuse.fuse"):
+        fxfuse.fuse(compiled)
 
 
 def test_example_inputs_that_the_model_rejects_are_wrong_use():
