@@ -172,16 +172,18 @@ class _TypedProxy(Proxy):
             asker = asker.f_back  # isinstance(x, nn.Parameter) asks by way of a metaclass
         if asker is None or asker.f_globals.get("__name__", "").startswith(_INTERNAL):
             return type(self)
-        if self.stands_for is None:
-            raise TraceError(f"the type of {self.node.name} is asked for and is known only at run time")
-        return self.stands_for
+        if self.stands_for is not None:
+            return self.stands_for
+        if not {"isinstance", "__class__"} & {*asker.f_code.co_names}:
+            return type(self)  # asked by C code that sorts the arguments of an operator
+        raise TraceError(f"the type of {self.node.name} is asked for and is known only at run time")
 
     @__class__.setter
     def __class__(self, _: type) -> None:
         raise TypeError("a proxy keeps its class")
 
     def __getattr__(self, k: str) -> Any:
-        if self.stands_for is Tensor and not hasattr(Tensor, k):
+        if self.stands_for is not None and not hasattr(self.stands_for, k):
             raise AttributeError(f"a tensor has no attribute {k!r}")
         return super().__getattr__(k)
 

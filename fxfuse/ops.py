@@ -282,10 +282,10 @@ class Reader:
         name = _norm_name(node, bound)
         if kind == "instance_norm" and bound[_NORM_FUNCTIONS[kind]] is True:
             return Opaque(detail=f"{name} (instance_norm without running statistics)")
-        if bound[_NORM_FUNCTIONS[kind]] is not False:
-            return LeftNorm(name, Code.NORM_TRAINING)
         if bound["running_mean"] is None or bound["running_var"] is None:
             return LeftNorm(name, Code.BATCH_STATISTICS)
+        if bound[_NORM_FUNCTIONS[kind]] is not False:
+            return LeftNorm(name, Code.NORM_TRAINING)
         parts = {part: bound[part] for part in ("running_mean", "running_var", "weight", "bias")}
         names = {part: _attribute_name(value) for part, value in parts.items()}
         mean, var = names["running_mean"], names["running_var"]
