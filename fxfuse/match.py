@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxfuse.capture import attribute
 from fxfuse.ops import LeftNorm, Linear, Norm, Opaque, Query, Reader, Transparent, is_norm, norms_inside
 from fxfuse.rank import rank_of
 from fxfuse.records import Refusal
 from fxfuse.refusals import Code
+from fxfuse.tree import attribute
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,16 @@ that is to be understood is added here, in one of the tables, and nowhere else.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxfuse.capture import attribute, has_hooks
+from fxfuse.calls import arguments, attribute_name, layer_input, torch_name, written_attributes
 from fxfuse.refusals import Code
+from fxfuse.tree import attribute, has_hooks
 
 
 @dataclass(frozen=True)
@@ -157,6 +155,13 @@ _QUERY_METHODS = {
     "is_complex",
     "element_size",
 }
+_KNOWN_FUNCTIONS = {
+    *_LINEAR_FUNCTIONS,
+    *_NORM_FUNCTIONS,
+    *_TUPLE_NORMS,
+    *_DROPOUT_FUNCTIONS,
+    *("numel", "is_floating_point", "is_complex"),
+}
 # What a subclass may not override and still be taken for the class that it comes from.
 _BEHAVIOUR = (
     *("__call__", "forward", "_conv_forward", "_output_padding", "_check_input_dim"),
@@ -170,7 +175,9 @@ class Reader:
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         self.root = root
         self._read: dict[fx.Node, Op] = {}
-        self._mutated = {id(attribute(root, name)) for node in graph.nodes for name in _mutated(node)}
+        self._mutated = {
+            id(attribute(root, name)) for node in graph.nodes for name in written_attributes(node)
+        }
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer of that qualified name."""
@@ -199,7 +206,7 @@ class Reader:
                 return self._linear_module(node, module, kind)
         identity = type(module) is nn.Identity or (type(module) in _DROPOUT_MODULES and not module.training)
         if identity and self.layer(node) is not None:
-            return Transparent(_module_input(node))
+            return Transparent(layer_input(node))
         return Opaque(detail=f"{node.target} ({type(module).__name__})")
 
     def _norm_module(self, node: fx.Node, module: Any, kind: type[nn.Module]) -> Op:
@@ -222,7 +229,7 @@ class Reader:
         ):
             return LeftNorm(name, Code.NORM_COMPUTED)
         norm = Norm(
-            input=_module_input(node),
+            input=layer_input(node),
             name=name,
             mean=f"{name}.running_mean",
             var=f"{name}.running_var",
@@ -248,9 +255,7 @@ class Reader:
         bias = None if module.bias is None else f"{name}.bias"
         dims, transposed = _LINEAR_MODULES[kind]
         groups = getattr(module, "groups", 1)
-        return self._if_constant(
-            Linear(_module_input(node), f"{name}.weight", bias, dims, transposed, groups)
-        )
+        return self._if_constant(Linear(layer_input(node), f"{name}.weight", bias, dims, transposed, groups))
 
     def _function(self, node: fx.Node) -> Op:
         name = torch_name(node.target)
@@ -270,7 +275,7 @@ class Reader:
         return Opaque(detail=name)
 
     def _linear_function(self, bound: Mapping[str, Any], dims: int, transposed: bool) -> Op:
-        weight, bias = _attribute_name(bound["weight"]), _attribute_name(bound["bias"])
+        weight, bias = attribute_name(bound["weight"]), attribute_name(bound["bias"])
         if weight is None or (bias is None and bound["bias"] is not None):
             return Opaque(Code.OPERATOR_COMPUTED, str(bound["weight"] if weight is None else bound["bias"]))
         groups = bound.get("groups", 1)
@@ -287,7 +292,7 @@ class Reader:
         if bound[_NORM_FUNCTIONS[kind]] is not False:
             return LeftNorm(name, Code.NORM_TRAINING)
         parts = {part: bound[part] for part in ("running_mean", "running_var", "weight", "bias")}
-        names = {part: _attribute_name(value) for part, value in parts.items()}
+        names = {part: attribute_name(value) for part, value in parts.items()}
         mean, var = names["running_mean"], names["running_var"]
         computed = any(names[part] is None and value is not None for part, value in parts.items())
         if computed or mean is None or var is None or not isinstance(bound["eps"], (int, float)):
@@ -321,60 +326,6 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, tuple(_NORM_MODULES))
 
 
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by name, defaults filled in, from the schema or signature of its target."""
-    bound = _signature(node.target).bind(*node.args, **node.kwargs)
-    bound.apply_defaults()
-    return bound.arguments
-
-
-def given_arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments that the call gives, by name."""
-    return _signature(node.target).bind(*node.args, **node.kwargs).arguments
-
-
-@cache
-def _signature(target: Callable[..., Any] | str) -> inspect.Signature:
-    if inspect.isfunction(target):
-        return inspect.signature(target)
-    schema = target._schema if isinstance(target, torch._ops.OpOverload) else _schema(torch_name(target))
-    parameter = inspect.Parameter
-    return inspect.Signature(
-        [
-            parameter(
-                argument.name,
-                parameter.POSITIONAL_OR_KEYWORD,
-                default=argument.default_value if argument.has_default_value() else parameter.empty,
-            )
-            for argument in schema.arguments
-        ]
-    )
-
-
-def _schema(name: str | None) -> torch.FunctionSchema:
-    packet = getattr(torch.ops.aten, str(name))
-    overload: torch._ops.OpOverload = getattr(packet, packet.overloads()[0])
-    return overload._schema
-
-
-_KNOWN_FUNCTIONS = {
-    *_LINEAR_FUNCTIONS,
-    *_NORM_FUNCTIONS,
-    *_TUPLE_NORMS,
-    *_DROPOUT_FUNCTIONS,
-    *("numel", "is_floating_point", "is_complex"),
-}
-
-
-@cache
-def torch_name(target: Any) -> str | None:
-    """The name under which ``torch``, ``F`` or ``torch.ops.aten`` has this very function."""
-    if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket.__name__ if target.namespace == "aten" else None
-    name: str = getattr(target, "__name__", "")
-    return name if name and any(getattr(space, name, None) is target for space in (torch, F)) else None
-
-
 def _python_function(node: fx.Node) -> Op:
     if node.target is getattr and node.args[1] in _QUERY_ATTRIBUTES:
         return Query()
@@ -399,17 +350,6 @@ def _replaced(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def _module_input(node: fx.Node) -> fx.Node:
-    """The input of a torch.nn layer, by position or by the one name that they all give it."""
-    source = node.args[0] if node.args else node.kwargs["input"]
-    assert isinstance(source, fx.Node)
-    return source
-
-
-def _attribute_name(value: Any) -> str | None:
-    return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
-
-
 def _is_plain(tensor: Tensor) -> bool:
     """Whether the values are just what is stored: no quantised, sharded or fake tensor, and real numbers."""
     return (
@@ -420,30 +360,5 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _norm_name(node: fx.Node, bound: Mapping[str, Any]) -> str:
-    owner, _, leaf = (_attribute_name(bound.get("running_mean")) or "").rpartition(".")
+    owner, _, leaf = (attribute_name(bound.get("running_mean")) or "").rpartition(".")
     return owner if leaf == "running_mean" and owner else node.name
-
-
-def _mutated(node: fx.Node) -> list[str]:
-    """Names of the parameters and buffers that `node` writes to: in place, through a view, or as ``out=``."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place = isinstance(name, str) and (
-        (name.endswith("_") and not name.endswith("__")) or name == "setitem" or name in _IN_PLACE_OPERATORS
-    )
-    written = [node.args[0]] if in_place and node.args else []
-    written += [
-        node.kwargs[key]
-        for key in ("out", "input", "self")
-        if key in node.kwargs and (in_place or key == "out")
-    ]
-    return [source for value in written if (source := _viewed_attribute(value)) is not None]
-
-
-_IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"}
-
-
-def _viewed_attribute(value: Any) -> str | None:
-    """The attribute at the beginning of a chain of calls on their first arguments, as views are."""
-    while isinstance(value, fx.Node) and value.op in ("call_method", "call_function") and value.args:
-        value = value.args[0]
-    return _attribute_name(value)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxfuse.ops import Linear, Norm, Reader, Transparent, torch_name
+from fxfuse.calls import torch_name
+from fxfuse.ops import Linear, Norm, Reader, Transparent
 
 # Element by element, so the result has the rank of the input.
 _ELEMENTWISE_MODULES = (

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxfuse.affine import AffineMap
-from fxfuse.capture import Capture, attribute
+from fxfuse.calls import given_arguments
+from fxfuse.capture import Capture
 from fxfuse.fold import absorb_output
 from fxfuse.match import Move, Plan
-from fxfuse.ops import Linear, Norm, Reader, given_arguments
+from fxfuse.ops import Linear, Norm, Reader
 from fxfuse.records import Fold, Refusal
 from fxfuse.refusals import Code
 from fxfuse.replica import alias
+from fxfuse.tree import attribute
 
 
 def rewrite(capture: Capture, plan: Plan, reader: Reader) -> tuple[list[Fold], list[Refusal]]:

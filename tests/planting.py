@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +17,18 @@ from fxfuse import match, ops, pipeline, rewrite
 from fxfuse.affine import AffineMap, exact
 
 # Tests of test_properties.py.
-NUMBERS = (
-    "test_folded_equals_eager_for_any_operator_and_norm",
-    "test_folded_equals_eager_for_any_program",
-)
+PROGRAMS = ("test_folded_equals_eager_for_any_program",)
+NUMBERS = ("test_folded_equals_eager_for_any_operator_and_norm", *PROGRAMS)
 FOLDS = ("test_norms_fold_where_an_operator_is_behind_single_uses_and_nowhere_else",)
 ACCOUNTS = ("test_every_norm_that_runs_is_folded_or_refused",)
 NORMS_LEFT = ("test_no_norm_runs_in_the_folded_model_but_the_refused",)
 UNTOUCHED = ("test_source_is_untouched",)
 TWICE = ("test_folding_twice_changes_nothing",)
+RANK = ("test_norm_after_linear_waits_for_example_inputs",)
 KEPT = ("test_weights_keep_dtype_device_and_memory_format",)
 ROUNDING = ("test_weights_are_exact_but_for_one_rounding",)
+ERROR = ("test_folding_does_not_enlarge_the_error_of_small_dtypes",)
+DETERMINISM = ("test_folding_is_deterministic",)
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,12 @@ def forget_the_shift() -> None:
     norm_map(lambda mean, var, weight, bias, eps: (mean, var, weight, None, eps))
 
 
-@bug("test_folded_equals_eager_for_any_program")
+@bug(*PROGRAMS)
 def compose_chains_in_the_wrong_order() -> None:
     wrap(AffineMap, "then", lambda original, first, after: original(after, first))
 
 
-@bug("test_folded_equals_eager_for_any_program")
+@bug(*PROGRAMS)
 def fold_only_the_first_norm_of_a_chain() -> None:
     wrap(rewrite, "_composed", lambda original, norms, *rest: original(norms[:1], *rest))
 
@@ -169,6 +170,11 @@ def compute_in_the_dtype_of_the_weight() -> None:
     wrap(rewrite, "absorb_output", absorbed)
 
 
+@bug(*ERROR)
+def round_through_bfloat16() -> None:
+    folded_tensors(lambda _, weight, bias: (weight.bfloat16().to(weight.dtype), bias))
+
+
 @bug(*UNTOUCHED)
 def change_the_source_in_place() -> None:
     folded_tensors(lambda source, weight, bias: (source.detach().copy_(weight), bias))
@@ -177,29 +183,29 @@ def change_the_source_in_place() -> None:
 # ---- where to fold ----------------------------------------------------------------------------------
 
 
-@bug("test_folded_equals_eager_for_any_program")
+@bug(*PROGRAMS)
 def ignore_a_second_user() -> None:
     wrap(match._Matcher, "_is_query", lambda _, __, node: node.op != "output")
 
 
-@bug("test_folded_equals_eager_for_any_program")
+@bug(*PROGRAMS)
 def ignore_that_a_value_is_an_output() -> None:
     wrap(
         match._Matcher, "_is_query", lambda original, self, node: node.op == "output" or original(self, node)
     )
 
 
-@bug("test_folded_equals_eager_for_any_program")
+@bug(*PROGRAMS)
 def ignore_sharing() -> None:
     wrap(rewrite._Editor, "_is_only_user", lambda *_: True)
 
 
-@bug("test_folded_equals_eager_for_any_program", *FOLDS)
+@bug(*PROGRAMS, *FOLDS)
 def ignore_the_rank_of_linear_layers() -> None:
     wrap(match._Matcher, "_right_rank", lambda *_: None)
 
 
-@bug("test_norm_after_linear_waits_for_example_inputs")
+@bug(*RANK)
 def assume_two_axes_after_a_linear_layer() -> None:
     def rank(original: Any, *args: Any) -> Any:
         found = original(*args)
@@ -215,17 +221,17 @@ def _see_through(is_transparent: Callable[[fx.Node], bool]) -> None:
     wrap(ops.Reader, "read", read)
 
 
-@bug("test_folded_equals_eager_for_any_program")
+@bug(*PROGRAMS)
 def take_relu_for_transparent() -> None:
     _see_through(lambda node: node.target in ("relu", torch.relu, F.relu, F.relu_))
 
 
-@bug("test_folded_equals_eager_for_any_program")
+@bug(*PROGRAMS)
 def take_add_for_transparent() -> None:
     _see_through(lambda node: getattr(node.target, "__name__", node.target) == "add")
 
 
-@bug("test_folded_equals_eager_for_any_program")
+@bug(*PROGRAMS)
 def take_a_norm_in_training_mode_for_eval() -> None:
     def module(original: Any, self: ops.Reader, node: fx.Node, norm: nn.Module, *rest: Any) -> Any:
         return original(self, node, norm.eval(), *rest)
@@ -233,17 +239,26 @@ def take_a_norm_in_training_mode_for_eval() -> None:
     wrap(ops.Reader, "_norm_module", module)
 
 
-@bug("test_folded_equals_eager_for_any_program")
+def _see_no_writes() -> None:
+    def init(original: Any, self: ops.Reader, *args: Any) -> None:
+        original(self, *args)
+        self._mutated = set()
+
+    wrap(ops.Reader, "__init__", init)
+
+
+@bug(*PROGRAMS)
 def ignore_the_training_argument_of_a_norm() -> None:
     def function(original: Any, self: ops.Reader, node: fx.Node, bound: Any, kind: str) -> Any:
         return original(self, node, {**bound, ops._NORM_FUNCTIONS[kind]: False}, kind)
 
     wrap(ops.Reader, "_norm_function", function)
+    _see_no_writes()
 
 
-@bug("test_folded_equals_eager_for_any_program")
+@bug(*PROGRAMS, *FOLDS)
 def fold_statistics_that_move() -> None:
-    wrap(ops.Reader, "_unless_mutated", lambda _, __, op: op)
+    _see_no_writes()
 
 
 # ---- accounts ---------------------------------------------------------------------------------------
@@ -264,6 +279,21 @@ def count_queries_as_users() -> None:
     wrap(match._Matcher, "_is_query", lambda *_: False)
 
 
+@bug(*TWICE)
+def fold_one_norm_at_a_time() -> None:
+    def matched(original: Any, *args: Any) -> match.Plan:
+        plan = original(*args)
+        later = [match.Refusal.because(move.norm.name, match.Code.OTHER_USERS) for move in plan.moves[1:]]
+        return match.Plan(plan.moves[:1], (*plan.refusals, *later))
+
+    wrap(pipeline, "match", matched)
+
+
+@bug(*DETERMINISM)
+def name_copies_at_random() -> None:
+    wrap(rewrite._Editor, "_fresh", lambda original, *args: f"{original(*args)}_{uuid4().hex}")
+
+
 @bug(*ACCOUNTS)
 def forget_the_norms_that_are_left() -> None:
     wrap(pipeline, "match", lambda original, *args: match.Plan(original(*args).moves, ()))
@@ -274,9 +304,5 @@ def leave_the_norm_where_it_was() -> None:
     wrap(rewrite._Editor, "erase_norms", lambda *_: None)
 
 
-def _plant(name: str) -> None:
-    BUGS[name].plant()
-
-
 if os.environ.get("FXFUSE_PLANT"):
-    partial(_plant, os.environ["FXFUSE_PLANT"])()
+    BUGS[os.environ["FXFUSE_PLANT"]].plant()

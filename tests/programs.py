@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tests.strategies import EPSILONS, SEEDS, applied, moderate, noise, normalised
 
+QUERIES = ("rank", "size")
 FORMS = 24
 _TRAINING_FORM = 7  # not at an end of the range, where Hypothesis looks most often
 
@@ -60,10 +61,10 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class Step:
-    """One step. Values are numbered: 0 is the input, each step but "rank" and "size" makes the next one.
+    """One step. Values are numbered: 0 is the input, each step but the QUERIES makes the next one.
 
     Attributes:
-        do: a key of DO, or "rank" or "size", which only ask for the shape.
+        do: a key of DO, or one of QUERIES, which only ask for the shape.
         source: number of the value that it works on.
         other: number of a second value, for "add" and "reshape".
         which: index into the pool of operators or norms.
@@ -202,10 +203,11 @@ _NAMES = (
     *("operator norm", "norm operator", "operator norm", "operator norm norm"),
     *(f"operator {between} norm" for between in ("rank", "identity", "dropout", "size", "relu", "add")),
 )
-# How far back its two values were made: mostly they are the last one. Relative, as that is what shrinks well.
-_BACK = tuple(itertools.product((0, 0, 0, 0, 1, 2, 3, 0, 0), (0, 1, 2)))
+# How far back a value was made: mostly it is the last one. Relative, as that is what shrinks well.
+_BACK = (0, 0, 0, 0, 1, 2, 3, 0, 0)
+_SOURCES = tuple(itertools.product(_BACK, (0, 1, 2)))
 _Drawn = tuple[str, tuple[int, int], int]
-_PHRASES = st.tuples(st.sampled_from(_NAMES), st.sampled_from(_BACK), st.integers(0, _VARIANTS**3 - 1))
+_PHRASES = st.tuples(st.sampled_from(_NAMES), st.sampled_from(_SOURCES), st.integers(0, _VARIANTS**3 - 1))
 
 
 @st.composite
@@ -229,15 +231,12 @@ def programs(draw: st.DrawFn) -> Program:
         mode=st.sampled_from(("eval",) * 16 + ("training", "untracked", "eval")),
         sharing=_SHARING,
     )
-    # With three axes a batch norm does not normalise a linear layer's channels; the sizes agree all the same.
-    shape = (
-        draw(st.sampled_from(((2, channels),) * 2 + ((2, channels, channels),)))
-        if linear
-        else (2, channels, 3, 4)
-    )
+    # In sequences a norm does not normalise the channels of a linear layer; the sizes agree all the same.
+    rows, sequences, images = (2, channels), (2, channels, channels), (2, channels, 3, 4)
+    shape = draw(st.sampled_from((rows, rows, sequences))) if linear else images
     pool = tuple(draw(st.lists(kind, min_size=1, max_size=_LARGEST_POOL)) for kind in (operators, norms))
     steps, values = _resolved(draw(st.lists(_PHRASES, min_size=1, max_size=8)), *map(len, pool))
-    outputs = draw(st.lists(st.sampled_from((0, 0, 0, 0, 1, 2, 3, 0, 0)), min_size=1, max_size=3))
+    outputs = draw(st.lists(st.sampled_from(_BACK), min_size=1, max_size=3))
     return Program(
         shape,
         *map(tuple, pool),
@@ -258,5 +257,5 @@ def _resolved(drawn: list[_Drawn], operators: int, norms: int) -> tuple[tuple[St
             form, which = divmod(variant // _VARIANTS**position % _VARIANTS, _LARGEST_POOL)
             source = values - 1 - (back % values if position == 0 else 0)
             steps.append(Step(do, source, values - 1 - other % values, which % pool, form))
-            values += do not in ("rank", "size")
+            values += do not in QUERIES
     return tuple(steps), values

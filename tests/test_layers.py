@@ -7,9 +7,10 @@ PACKAGE = Path(__file__).parents[1] / "fxfuse"
 
 # Each module may import from those on the lines above it only.
 LAYERS = [
-    ["_version", "errors", "refusals", "replica", "affine"],
-    ["capture", "fold", "comparison"],
-    ["ops", "records"],
+    ["_version", "errors", "refusals", "tree", "replica", "calls", "affine"],
+    ["proxies", "fold", "comparison"],
+    ["tracer", "ops", "records"],
+    ["capture"],
     ["rank"],
     ["match"],
     ["rewrite"],
@@ -26,9 +27,9 @@ LAYERS = [
 IGNORANT = {
     "fold": {"capture", "ops", "match", "rewrite"},
     "comparison": {"fold", "match", "rewrite", "affine"},
-    "match": {"fold", "affine", "rewrite"},
     "records": {"capture", "ops", "match", "rewrite", "fold"},
-    "ops": {"match", "rewrite", "fold", "affine"},
+    "ops": {"capture", "match", "rewrite", "fold", "affine"},
+    "match": {"capture", "fold", "affine", "rewrite"},
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 import fxfuse
-from tests.programs import Program, ProgramModel, norm_form, programs
+from tests.programs import QUERIES, Program, ProgramModel, norm_form, programs
 from tests.strategies import Pair, pairs
 from tests.support import assert_exact, assert_untouched, snapshot
 
@@ -69,14 +69,12 @@ def foldable(program: Program, model: ProgramModel) -> set[int]:
     """The numbers of the values that foldable norms make, by the letter of the rule."""
     if len(program.shape) == 3:  # (batch, length, channels): a norm works along the length
         return set()
-    makers = dict(enumerate((step for step in program.steps if step.do not in ("rank", "size")), start=1))
+    makers = dict(enumerate((step for step in program.steps if step.do not in QUERIES), start=1))
     uses = Counter(program.outputs if program.nested else program.outputs[:1])
     for step in makers.values():
         uses.update((step.source, step.other) if step.do == "add" else (step.source,))
     norms = {number: model.norms[step.which] for number, step in makers.items() if step.do == "norm"}
-    trained = {
-        number for number, norm in norms.items() if norm.training or norm_form(makers[number]) == "training"
-    }
+    trained = {n for n, norm in norms.items() if norm.training or norm_form(makers[n]) == "training"}
     moving = {id(norms[number].running_mean) for number in trained}
     folded: set[int] = set()
     for number, norm in norms.items():

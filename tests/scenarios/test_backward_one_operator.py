@@ -18,7 +18,6 @@ from tests.forms import (
     functions,
     modules,
     noise,
-    traced,
 )
 from tests.support import randomise
 
@@ -198,8 +197,7 @@ def test_norm_without_some_of_its_parts_is_folded(operator, without, form):
 def test_norm_by_the_statistics_of_the_batch_is_left(operator, form):
     x = noise(2, 3, 5, 5)
     model = conv_norm(operator, track_running_stats=False)
-    code = "FXF201" if form in (modules, traced) else "FXF202"  # a function is told to train
-    check(form(model, x), x, left=[code])
+    check(form(model, x), x, left=["FXF201"])
 
 
 def test_norm_in_train_mode_after_a_conv_in_eval_mode_is_left():

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 import pickle
 
 import pytest
@@ -246,6 +247,23 @@ def test_what_needs_a_gradient_goes_on_needing_one(frozen, form):
     assert all(parameter.is_leaf and parameter.grad is None for parameter in found)
 
 
+class Marked(nn.Parameter):
+    """A parameter of a class of its own."""
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, Marked])
+def test_parameters_stay_parameters(kind):
+    model = randomise(
+        Forward(lambda m, x: m.net(x) * m.scale, net=small_net(), scale=nn.Parameter(torch.ones(1)))
+    )
+    for module in (model.net[0], model.net[7]):
+        module.weight = kind(module.weight.data)
+    model.scale = kind(model.scale.data)
+    found = dict(check(model, X, folded=2, left=["FXF102"]).named_parameters())
+    assert found.keys() >= {"net.0.weight", "net.7.weight", "scale"}
+    assert all(isinstance(tensor, nn.Parameter) and tensor.requires_grad for tensor in found.values())
+
+
 @pytest.mark.parametrize("form", [modules, functions])
 def test_gradients_of_the_input_are_those_of_the_source(form):
     model = form(small_net())
@@ -334,6 +352,15 @@ def test_example_inputs_are_not_written_to():
     assert torch.equal(x, original)
 
 
+@pytest.mark.parametrize("write", [lambda x: x.add_(1), lambda x: operator.iadd(x, 1)])
+def test_input_is_written_to_if_the_source_writes_to_it(write):
+    model = randomise(Forward(lambda m, x: m.net(write(x)), net=nn.Sequential(*pair())))
+    fused = check(model, X, folded=1)
+    inputs = X.clone(), X.clone()
+    assert_exact(model(inputs[0]), fused(inputs[1]))
+    assert torch.equal(*inputs) and not torch.equal(inputs[0], X)
+
+
 # 65
 @pytest.mark.parametrize("form", FORMS)
 def test_folded_state_dict_loads_into_a_folded_model(form):
@@ -351,6 +378,14 @@ def test_folded_state_dict_does_not_load_into_the_source_and_the_error_names_the
         model.load_state_dict(folded.state_dict())
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: .*"1\.running_mean"'):
         folded.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffer_is_in_the_folded_state_dict_if_it_was_in_that_of_the_source(persistent):
+    model = randomise(Forward(lambda m, x: m.net(x) * m.mask, net=nn.Sequential(*pair())))
+    model.register_buffer("mask", noise(4, 1, 1), persistent=persistent)
+    state = check(model, X, folded=1).state_dict()
+    assert sorted(state) == ["mask"] * persistent + ["net.0.bias", "net.0.weight"]
 
 
 # 66

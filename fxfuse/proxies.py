@@ -1,0 +1,91 @@
+"""Proxies that answer questions about types for the values that they stand for.
+
+``isinstance(x, torch.Tensor)`` and ``hasattr(x, "tensors")`` choose branches. fx answers for the proxy, and
+the trace silently follows a branch that the model would not take. Here both are answered for the value;
+where its type is not known, asking is a TraceError.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from functools import cache
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Proxy, TraceError
+
+from fxfuse.tree import attribute, has_hooks
+
+# Where fx and what it is built on ask for the class of a proxy, they mean the proxy.
+_INTERNAL = ("torch.fx", "torch.overrides", "torch.utils._pytree", "fxfuse.")
+
+
+class TypedProxy(Proxy):
+    """A proxy that is taken, by the code of the model, for what it stands for.
+
+    ``isinstance(x, torch.Tensor)`` and ``hasattr(x, "tensors")`` choose branches. fx answers for the proxy,
+    and the trace silently follows a branch that the model would not take. Here both are answered for the
+    value; where its type is not known, asking is a TraceError.
+    """
+
+    stands_for: type | None = None
+
+    @property
+    def __class__(self) -> type:
+        asker: FrameType | None = sys._getframe(1)
+        while asker is not None and asker.f_globals.get("__name__") == "torch.nn.parameter":
+            asker = asker.f_back  # isinstance(x, nn.Parameter) asks by way of a metaclass
+        if asker is None or asker.f_globals.get("__name__", "").startswith(_INTERNAL):
+            return type(self)
+        if self.stands_for is not None:
+            return self.stands_for
+        if not {"isinstance", "__class__"} & {*asker.f_code.co_names}:
+            return type(self)  # asked by C code that sorts the arguments of an operator
+        raise TraceError(f"the type of {self.node.name} is asked for and is known only at run time")
+
+    @__class__.setter
+    def __class__(self, _: type) -> None:
+        raise TypeError("a proxy keeps its class")
+
+    def __getattr__(self, k: str) -> Any:
+        if self.stands_for is not None and not hasattr(self.stands_for, k):
+            raise AttributeError(f"a tensor has no attribute {k!r}")
+        return super().__getattr__(k)
+
+
+class ParameterProxy(TypedProxy, fx.proxy.ParameterProxy):
+    """A parameter; its shape is known."""
+
+    stands_for = nn.Parameter
+
+
+class TensorProxy(TypedProxy):
+    """A tensor."""
+
+    stands_for = Tensor
+
+
+def gives_tensor(node: fx.Node, root: nn.Module) -> bool:
+    """Whether the value of `node`, in a graph over `root`, is certain to be a single tensor."""
+    if node.op == "call_module":
+        module = attribute(root, str(node.target))
+        return not has_hooks(module) and not isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+    if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
+        inputs = node.all_input_nodes
+        return node.target is not operator.getitem and any(gives_tensor(each, root) for each in inputs)
+    if node.op == "call_function":
+        return _returns_tensor(getattr(node.target, "__name__", ""))
+    return node.op != "call_method" or _returns_tensor(str(node.target))
+
+
+@cache
+def _returns_tensor(name: str) -> bool:
+    """Whether the operator of that name gives one tensor, whatever its arguments."""
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
+    overloads = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
+    return bool(overloads) and all(
+        [str(r.type) for r in each._schema.returns] == ["Tensor"] for each in overloads
+    )

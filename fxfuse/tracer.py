@@ -1,0 +1,212 @@
+"""A module → its FX graph.
+
+``torch.fx`` traces a model by running its Python on proxies, and stops where Python asks a proxy for a
+value. Three additions take it further without specialising the graph:
+
+* A plain function that asks for a value (padding by the size of the image, mostly) becomes a leaf: it is
+  called by the graph as it was called by the model. The trace is then begun again.
+* Buffers are proxies, as parameters are: what a model computes from them stays in the graph.
+* Questions about types are answered for the value (`fxfuse.proxies`).
+
+A module that carries hooks is a leaf too, so that its hooks go on running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import linecache
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from types import FrameType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Proxy, TraceError
+
+from fxfuse.errors import CaptureError
+from fxfuse.proxies import ParameterProxy, TensorProxy, TypedProxy, gives_tensor
+from fxfuse.replica import replicate
+from fxfuse.tree import has_hooks, named_tensors
+
+# What a model's forward may raise when it meets a proxy, beyond fx's own TraceError (a ValueError).
+_TRACE_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class ModuleTracer(fx.Tracer):
+    """Traces through every module that is not ``torch.nn``'s own or that has no hooks."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source: nn.Module | None = None
+        self._autocast = _autocast_state()
+        self._names: dict[int, str] = {}
+        self._paths: dict[int, str] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Traces `root`; modules and tensors of ``source``, which it is a replica of, count as its own."""
+        for model in (root, self.source):
+            if isinstance(model, nn.Module):
+                self._names |= {id(tensor): name for name, tensor in reversed([*named_tensors(model)])}
+                self._paths |= {id(module): name for name, module in model.named_modules()}
+        return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Leaves are torch.nn's modules, subclasses that inherit their forward from one, hooked modules."""
+        if super().is_leaf_module(m, module_qualified_name) or has_hooks(m):
+            return True
+        forward = inspect.unwrap(type(m).forward)
+        return forward.__module__.startswith("torch.nn.modules") and not isinstance(m, nn.Sequential)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """The qualified name, also where the model reaches a module by a way that replicas do not follow."""
+        if id(mod) not in self._paths:
+            raise NameError(f"{type(mod).__name__} is called but is not registered as a submodule")
+        return self._paths[id(mod)]
+
+    def getattr(self, _attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        """A proxy for each parameter and buffer, one per name; other attributes as they are."""
+        if not isinstance(attr_val, Tensor) or id(attr_val) not in self._names:
+            return attr_val
+        name = self._names[id(attr_val)]
+        if name not in parameter_proxy_cache:
+            node = self.create_node("get_attr", name, (), {})
+            parameter_proxy_cache[name] = (
+                ParameterProxy(self, node, name, attr_val)
+                if isinstance(attr_val, nn.Parameter)
+                else TensorProxy(node, self)
+            )
+        return parameter_proxy_cache[name]
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """As fx does; a graph cannot hold the autocast contexts that a forward enters."""
+        if _autocast_state() != self._autocast:
+            raise TraceError("autocast is switched inside forward, which a graph does not record")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """As fx does, with the names of parameters and buffers looked up instead of searched for."""
+        if isinstance(a, Proxy):
+            return a.node
+        if isinstance(a, Tensor) and id(a) in self._names:
+            return self.create_node("get_attr", self._names[id(a)], (), {})
+        return super().create_arg(a)
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        """A proxy that knows whether it stands for a tensor."""
+        return (TensorProxy if gives_tensor(node, self.root) else TypedProxy)(node, self)
+
+
+def _autocast_state() -> list[Any]:
+    return [
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+    ]
+
+
+def trace(model: nn.Module, root: nn.Module) -> fx.Graph:
+    """The graph of `model`, run on `root`, a replica of it.
+
+    Raises:
+        CaptureError: the model cannot be traced; the message names the line and the reason.
+    """
+    leaves: list[_LeafFunction] = []
+    while True:
+        tracer = ModuleTracer()
+        tracer.source = model
+        try:
+            with contextlib.ExitStack() as stack, torch.random.fork_rng(devices=[]):
+                for leaf in leaves:
+                    stack.enter_context(leaf.patched(tracer))
+                generator = torch.get_rng_state()
+                graph = tracer.trace(root, _fixed_arguments(model))
+                if not torch.equal(generator, torch.get_rng_state()):
+                    raise CaptureError("the model draws random numbers that a trace would fix for ever")
+                return graph
+        except _TRACE_FAILURES as error:
+            failed = _function_that_failed(error, leaves)
+            if failed is None:
+                raise CaptureError(_explanation(model, error)) from error
+            leaves.append(failed)
+            root = replicate(model)
+
+
+def _fixed_arguments(model: nn.Module) -> dict[str, Any]:
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, str))}
+
+
+@dataclass(frozen=True)
+class _LeafFunction:
+    """A module-level function and a namespace through which the model calls it."""
+
+    function: FunctionType
+    namespace: dict[str, Any]
+
+    def is_same(self, other: _LeafFunction) -> bool:
+        return self.function is other.function and self.namespace is other.namespace
+
+    @contextlib.contextmanager
+    def patched(self, tracer: fx.Tracer) -> Iterator[None]:
+        """While the context lasts, a call with proxies becomes a node of the graph."""
+
+        def leaf(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(argument, Proxy) for argument in _flat((args, kwargs))):
+                return tracer.create_proxy("call_function", self.function, args, kwargs)
+            return self.function(*args, **kwargs)
+
+        self.namespace[self.function.__name__] = leaf
+        try:
+            yield
+        finally:
+            self.namespace[self.function.__name__] = self.function
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        yield value
+        return
+    for item in value:
+        yield from _flat(item)
+
+
+def _function_that_failed(error: BaseException, known: list[_LeafFunction]) -> _LeafFunction | None:
+    """The innermost plain function that the model called by name and that the trace could not enter."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for caller, callee in reversed([*pairwise(frames)]):
+        function = caller.f_globals.get(callee.f_code.co_name)
+        if not isinstance(function, FunctionType) or function.__code__ is not callee.f_code:
+            continue
+        leaf = _LeafFunction(function, caller.f_globals)
+        if _is_own_code(callee) and not any(leaf.is_same(other) for other in known):
+            return leaf
+    return None
+
+
+def _is_own_code(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "fxfuse")
+
+
+def _explanation(model: nn.Module, error: BaseException) -> str:
+    own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_own_code(frame)]
+    message = f"{type(model).__name__} cannot be traced: {error}"
+    if own:
+        frame, line = own[-1]
+        source = linecache.getline(frame.f_code.co_filename, line).strip()
+        message += f"\n  at {frame.f_code.co_filename}:{line} in {frame.f_code.co_name}: {source}"
+    return message + "\n  A graph cannot hold control flow that depends on the values of tensors."

@@ -1,0 +1,230 @@
+"""What a trace of a model could fix for ever, lose, or write to, without a word."""
+
+import copy
+import random
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.testing import assert_close
+
+import fxfuse
+from tests.forms import EXPORT_WARNING, Forward, check, exported, noise, traced
+from tests.support import assert_exact, assert_untouched, randomise, snapshot
+
+pytestmark = pytest.mark.filterwarnings(EXPORT_WARNING)
+X = noise(2, 3, 6, 6)
+
+
+def conv_norm(norm):
+    return randomise(nn.Sequential(nn.Conv2d(3, 4, 3), norm))
+
+
+class Called(nn.Conv2d):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def accumulated(m, x):
+    total = torch.zeros(2, 4, 4, 4, dtype=torch.float64)
+    total += m.norm(m.conv(x))
+    return total
+
+
+def filled(m, x):
+    total = torch.zeros(2, 4, 4, 4, dtype=torch.float64)
+    total[:, :2] += m.norm(m.conv(x))[:, :2]
+    return total
+
+
+def added_in_place(m, x):
+    y = same = m.norm(m.conv(x))
+    y += 1
+    return y * same
+
+
+def other_eps(m, x):
+    m.norm.eps = 0.5
+    y = m.norm(m.conv(x))
+    m.norm.eps = 1e-5
+    return y
+
+
+def other_padding(m, x):
+    m.conv.padding = (1, 1)
+    y = m.norm(m.conv(x))
+    m.conv.padding = (0, 0)
+    return y
+
+
+def unpacked_if_a_tuple(m, x):
+    y = m.pool(m.norm(m.conv(x)))
+    return y if isinstance(y, torch.Tensor) else y[0]
+
+
+def in_autocast(m, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return m.norm(m.conv(x.float()))
+
+
+def doubled_when_called(m, x):
+    return m.norm(m.called(x))
+
+
+def by_python_chance(m, x):
+    return m.norm(m.conv(x)) * random.random()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        *(accumulated, filled, added_in_place, other_eps, other_padding, unpacked_if_a_tuple, in_autocast),
+        *(by_python_chance, doubled_when_called),
+    ],
+)
+def test_trace_is_right_on_each_run_or_refused(forward):
+    layers = {
+        "conv": nn.Conv2d(3, 4, 3),
+        "norm": nn.BatchNorm2d(4),
+        "pool": nn.MaxPool2d(2, return_indices=True),
+        "called": Called(3, 4, 3),
+    }
+    model = randomise(Forward(forward, **layers))
+    if forward is in_autocast:
+        model.float()
+    before = snapshot(model)
+    try:
+        fused = fxfuse.fuse(copy.deepcopy(model))
+    except fxfuse.CaptureError:
+        assert_untouched(before, model)
+        return
+    for run in range(3):
+        random.seed(run)
+        expected = model(X)
+        random.seed(run)
+        assert_close(fused(X), expected, rtol=1e-10 if forward is not in_autocast else 0.05, atol=1e-10)
+
+
+def maybe_normalised(x, mean, var):
+    return x if x.sum() > 1e9 else F.batch_norm(x, mean, var)
+
+
+def test_norm_inside_a_function_that_cannot_be_traced_is_accounted_for():
+    def forward(m, x):
+        return maybe_normalised(m.conv(x), m.norm.running_mean, m.norm.running_var)
+
+    model = randomise(Forward(forward, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4)))
+    fused = fxfuse.fuse(model)
+    assert_exact(model(X), fused(X))
+    assert fxfuse.report(fused).norms == 1
+
+
+def test_norm_called_as_a_function_inside_a_hooked_module_is_accounted_for():
+    pair = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), Statistics(4)))
+    pair.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    check(nn.Sequential(pair).eval(), X, left=["FXF208"])
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        taken = (lambda x: self.norm(self.conv(x)).flatten(), lambda x: self.conv(x).flatten())
+        return torch.cond(x.sum() > 0, *taken, (x,))
+
+
+class Statistics(nn.Module):
+    """A norm that is no subclass of torch's."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var)
+
+
+def test_norm_in_a_branch_of_an_exported_condition_is_accounted_for():
+    model = exported(randomise(Branches()), X)
+    fused = fxfuse.fuse(model)
+    assert_exact((model(X), model(-X)), (fused(X), fused(-X)))
+    assert fxfuse.report(fused).norms == 1
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, Statistics])
+def test_graph_module_that_calls_a_graph_module_accounts_for_its_norms(norm):
+    graph = fx.Graph()
+    graph.output(graph.call_module("inner", (graph.placeholder("x"),)))
+    check(fx.GraphModule({"inner": traced(conv_norm(norm(4)))}, graph).eval(), X, left=["FXF208"])
+
+
+def test_exported_module_is_fused_as_torch_gives_it():
+    """torch marks an exported module as being in training mode, and has no way to change that."""
+    check(torch.export.export(conv_norm(nn.BatchNorm2d(4)), (X,)).module(), X, folded=1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_exported_module_is_fused_without_a_warning():
+    assert len(fxfuse.report(fxfuse.fuse(exported(conv_norm(nn.BatchNorm2d(4)), X))).folded) == 1
+
+
+def test_what_forward_stores_outside_of_modules_does_not_reach_the_source():
+    class Store:
+        last = None
+
+    def forward(m, x):
+        m.store.last = x
+        m.nested["list"].append(x)
+        return m.norm(m.conv(x))
+
+    model = randomise(Forward(forward, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4)))
+    model.store, model.nested = Store(), {"list": []}
+    fxfuse.fuse(model)
+    assert model.store.last is None and model.nested == {"list": []}
+
+
+def test_replaced_forward_of_a_submodule_does_not_reach_the_source():
+    def forward(self, x):
+        self.last = x
+        return self[1](self[0](x))
+
+    model = nn.Sequential(conv_norm(nn.BatchNorm2d(4))).eval()
+    model[0].forward = types.MethodType(forward, model[0])
+    before = snapshot(model)
+    assert len(fxfuse.report(fxfuse.fuse(model)).folded) == 1
+    assert_untouched(before, model)
+
+
+@pytest.mark.parametrize("name", ["meta", "graph", "code", "module", "x"])
+def test_submodules_with_names_that_graph_modules_use_are_right_or_refused(name):
+    forward = lambda m, x: m.norm(getattr(m, name)(x))  # noqa: E731
+    model = randomise(Forward(forward, **{name: nn.Conv2d(3, 4, 3)}, norm=nn.BatchNorm2d(4)))
+    try:
+        fused = fxfuse.fuse(model)
+    except fxfuse.CaptureError as error:
+        assert name in str(error)
+        return
+    assert len(fxfuse.report(fused).folded) == 1
+    assert_exact(model(X), fused(X))
+
+
+@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+def test_hook_on_all_modules_goes_on_seeing_what_it_saw_or_is_refused(register):
+    def hook(module, inputs, output=None):
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            return 2 * output if output is not None else (2 * inputs[0],)
+        return None
+
+    model = conv_norm(nn.BatchNorm2d(4))
+    handle = getattr(nn.modules.module, register)(hook)
+    try:
+        assert_exact(model(X), fxfuse.fuse(model)(X))
+    except fxfuse.FxfuseError as error:
+        assert "hook" in str(error)
+    finally:
+        handle.remove()
