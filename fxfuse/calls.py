@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-_IN_PLACE_OPERATORS = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"}
+_IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+_IN_PLACE_OPERATORS = {"setitem", "__setitem__"}.union(*({f"i{name}", f"__i{name}__"} for name in _IN_PLACE))
+# Modules whose functions write to their arguments only if their name says so.
+_HARMLESS = ("torch", "_operator", "math", "builtins", "None")
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -54,8 +57,11 @@ def _schema(name: str | None) -> torch.FunctionSchema:
 def torch_name(target: Any) -> str | None:
     """The name under which ``torch``, ``F`` or ``torch.ops.aten`` has this very function."""
     if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket.__name__ if target.namespace == "aten" else None
-    name: str = getattr(target, "__name__", "")
+        return torch_name(target.overloadpacket)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        namespace, _, name = target._qualified_op_name.partition("::")
+        return name if namespace == "aten" else None
+    name = getattr(target, "__name__", "")
     return name if name and any(getattr(space, name, None) is target for space in (torch, F)) else None
 
 
@@ -72,20 +78,28 @@ def attribute_name(value: Any) -> str | None:
 
 
 def written_attributes(node: fx.Node) -> list[str]:
-    """Names of the parameters and buffers that `node` writes to: in place, through a view, or as ``out=``."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place = isinstance(name, str) and (
-        (name.endswith("_") and not name.endswith("__"))
-        or name in _IN_PLACE_OPERATORS
-        or node.kwargs.get("inplace") is True
-    )
-    written = [node.args[0]] if in_place and node.args else []
-    written += [
-        node.kwargs[key]
-        for key in ("out", "input", "self")
-        if key in node.kwargs and (in_place or key == "out")
-    ]
-    return [source for value in written if (source := _viewed_attribute(value)) is not None]
+    """Names of the parameters and buffers that `node` may write to, in place or through a view.
+
+    A function that is not torch's own may write to anything that it is given.
+    """
+    if node.op not in ("call_function", "call_method") or not _may_write(node):
+        return []
+    return [name for source in node.all_input_nodes if (name := _viewed_attribute(source)) is not None]
+
+
+def _may_write(node: fx.Node) -> bool:
+    target: Any = node.target
+    name = str(torch_name(target) or (target if isinstance(target, str) else getattr(target, "__name__", "")))
+    if name.endswith("batch_norm") or name == "instance_norm":
+        bound = arguments(node)
+        return bound.get("training", bound.get("use_input_stats", False)) is not False
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    if "out" in node.kwargs or node.kwargs.get("inplace") is True:
+        return True
+    if node.op == "call_function" and not str(getattr(target, "__module__", None)).startswith(_HARMLESS):
+        return torch_name(target) is None
+    return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
 
 
 def _viewed_attribute(value: Any) -> str | None:

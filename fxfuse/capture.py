@@ -20,6 +20,9 @@ _HOOK_OPTIONS = (
 )
 
 
+_RESERVED = {"meta"} | {name for name in dir(fx.GraphModule) if not hasattr(nn.Module, name)}
+
+
 @dataclass(frozen=True)
 class Capture:
     """A graph and the modules that it calls, both free to be edited."""
@@ -38,6 +41,10 @@ class Capture:
         for hooks in (*HOOKS, *_HOOK_OPTIONS):
             getattr(built, hooks).update(getattr(self.root, hooks))
         built._is_full_backward_hook = self.root._is_full_backward_hook
+        for path, module in built.named_modules():
+            module._non_persistent_buffers_set |= getattr(
+                attribute(self.root, path), "_non_persistent_buffers_set", set()
+            ) & {*module._buffers}
         if isinstance(self.root, fx.GraphModule):
             built.meta.update(self.root.meta)
             built.__dict__.update({k: v for k, v in self.root.__dict__.items() if k not in built.__dict__})
@@ -56,9 +63,12 @@ def capture(model: nn.Module) -> Capture:
     """
     _check_usable(model)
     root = replicate(model)
-    if isinstance(model, fx.GraphModule):
-        return Capture(root, _copied(model, root), type(model).__name__)
-    return Capture(root, trace(model, root), type(model).__name__)
+    graph = _copied(model, root) if isinstance(model, fx.GraphModule) else trace(model, root)
+    called = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    taken = sorted({name.partition(".")[0] for name in called} & _RESERVED)
+    if taken:
+        raise CaptureError(f"a GraphModule has an attribute {taken[0]!r} of its own; rename that submodule")
+    return Capture(root, graph, type(model).__name__)
 
 
 def _check_usable(model: object) -> None:
@@ -73,6 +83,8 @@ def _check_usable(model: object) -> None:
         )
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise UsageError("the model is compiled already; fold it first: torch.compile(fxfuse.fuse(model))")
+    if any(getattr(nn.modules.module, f"_global{hooks}", None) for hooks in HOOKS):
+        raise UsageError("global module hooks are registered and would see folded values; remove them first")
     lazy = [name for name, tensor in named_tensors(model) if nn.parameter.is_lazy(tensor)]
     if lazy:
         raise UsageError(

@@ -17,7 +17,8 @@ from torch.testing._comparison import default_tolerances
 from torch.utils import _pytree as pytree
 
 from fxfuse.errors import UsageError, VerificationError
-from fxfuse.replica import replicate
+from fxfuse.replica import isolated
+from fxfuse.tree import is_training
 
 # A folded model rounds in other places than its source, so its error is like the source's but not equal.
 _ROUNDING_FACTOR = 4.0
@@ -134,17 +135,17 @@ def verify(
         UsageError: a model is in training mode, or the reference rejects the inputs.
     """
     for name, model in (("reference", reference), ("candidate", candidate)):
-        if model.training:
+        if is_training(model):
             raise UsageError(f"the {name} is in training mode; call {name}.eval()")
     drawn = _drawn(reference, inputs, seed)
     if any(tensor.is_meta for model in (reference, candidate) for tensor in model.parameters()):
         return _unmeasured(ok=True, note="the model is on the meta device: nothing to compare")
     try:
-        expected = _run(reference, drawn, seed)
+        expected = _run(isolated(reference), drawn, seed)
     except REJECTIONS as error:
         raise UsageError(f"the reference rejects the inputs {rejection(drawn, error)}") from error
     try:
-        actual = _run(candidate, drawn, seed)
+        actual = _run(isolated(candidate), drawn, seed)
     except REJECTIONS as error:
         return _unmeasured(ok=False, note=f"the candidate rejects the inputs {rejection(drawn, error)}")
     mismatch = _structural_mismatch(expected, actual)
@@ -200,7 +201,7 @@ def _float64_run(
         return tensor.double() if tensor.is_floating_point() else tensor
 
     try:
-        truth = _run(replicate(reference).double(), pytree.tree_map_only(Tensor, double, list(inputs)), seed)
+        truth = _run(isolated(reference).double(), pytree.tree_map_only(Tensor, double, list(inputs)), seed)
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         return None, [f"the reference does not run in float64 ({reason}), so rounding could not be measured"]

@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
-from fxfuse.ops import LeftNorm, Linear, Norm, Opaque, Query, Reader, Transparent, is_norm, norms_inside
+from fxfuse.ops import LeftNorm, Linear, Norm, Opaque, Query, Reader, Transparent, norms_inside
 from fxfuse.rank import rank_of
 from fxfuse.records import Refusal
 from fxfuse.refusals import Code
@@ -88,44 +88,40 @@ class _Matcher:
                 self.moves[node] = found
             else:
                 self.refusals.append(found)
-        elif node.op == "call_module":
-            module = attribute(self.reader.root, str(node.target))
-            inside = [] if is_norm(module) else norms_inside(module)
+        elif node.op in ("call_module", "get_attr"):
+            inner = attribute(self.reader.root, str(node.target))
+            place = f"{node.target} ({type(inner).__name__})"
+            inside = norms_inside(inner) if isinstance(inner, nn.Module) else []
             self.refusals += [
-                Refusal.because(
-                    f"{node.target}.{name}", Code.INSIDE_OPAQUE, f"{node.target} ({type(module).__name__})"
-                )
-                for name in inside
+                Refusal.because(f"{node.target}.{name}", Code.INSIDE_OPAQUE, place) for name in inside
             ]
 
     def _backward(self, node: fx.Node, norm: Norm) -> Move | Refusal:
         user, producer = node, norm.input
         while True:
-            others = [
-                other.name for other in producer.users if other is not user and not self._is_query(other)
-            ]
+            op = self.reader.read(producer)
+            if not isinstance(op, (Linear, Transparent)) and producer not in self.moves:
+                return _stopped(norm, producer, op)
+            others = [each.name for each in producer.users if each is not user and not self._is_query(each)]
             if others:
                 return Refusal.because(norm.name, Code.OTHER_USERS, f"{producer.name} -> {', '.join(others)}")
-            op = self.reader.read(producer)
             if isinstance(op, Linear):
                 return self._absorb(node, norm, producer, op)
-            if isinstance(op, Transparent) or producer in self.moves:
-                assert isinstance(op, (Transparent, Norm))
-                user, producer = producer, op.input
-            else:
-                return _stopped(norm, producer, op)
+            assert isinstance(op, (Transparent, Norm))
+            user, producer = producer, op.input
 
     def _is_query(self, node: fx.Node) -> bool:
         return isinstance(self.reader.read(node), Query)
 
     def _absorb(self, node: fx.Node, norm: Norm, producer: fx.Node, linear: Linear) -> Move | Refusal:
         weight, mean = self.reader.tensor(linear.weight), self.reader.tensor(norm.mean)
-        if linear.channels(weight) != mean.numel():
-            numbers = f"{mean.numel()} after {linear.channels(weight)} of {linear.weight.rpartition('.')[0]}"
-            return Refusal.because(norm.name, Code.CHANNELS, numbers)
+        owner = linear.weight.rpartition(".")[0]
         rank = self._right_rank(producer, norm, linear)
         if isinstance(rank, Code):
-            return Refusal.because(norm.name, rank, linear.weight.rpartition(".")[0])
+            return Refusal.because(norm.name, rank, owner)
+        if linear.channels(weight) != mean.numel():
+            numbers = f"{mean.numel()} after {linear.channels(weight)} of {owner}"
+            return Refusal.because(norm.name, Code.CHANNELS, numbers)
         return Move(node, norm, producer, rank)
 
     def _right_rank(self, producer: fx.Node, norm: Norm, linear: Linear) -> int | Code | None:

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fxfuse.calls import arguments, attribute_name, layer_input, torch_name, written_attributes
 from fxfuse.refusals import Code
-from fxfuse.tree import attribute, has_hooks
+from fxfuse.tree import NORM_RANKS, attribute, has_hooks, named_tensors
 
 
 @dataclass(frozen=True)
@@ -117,21 +119,15 @@ _LINEAR_FUNCTIONS: dict[str, tuple[int, bool]] = {
     "conv_transpose2d": (2, True),
     "conv_transpose3d": (3, True),
 }
-# The ranks of the input that the module's own check lets through; instance norms may lack the batch axis.
-_NORM_MODULES: dict[type[nn.Module], frozenset[int] | None] = {
-    nn.BatchNorm1d: frozenset({2, 3}),
-    nn.BatchNorm2d: frozenset({4}),
-    nn.BatchNorm3d: frozenset({5}),
-    nn.SyncBatchNorm: None,
-    nn.InstanceNorm1d: frozenset({2, 3}),
-    nn.InstanceNorm2d: frozenset({3, 4}),
-    nn.InstanceNorm3d: frozenset({4, 5}),
-}
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 # Norm function → the argument that says whether statistics of the input are used instead of the given ones.
 _NORM_FUNCTIONS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
 # Norms that return a tuple: (normalised, statistics saved for the backward pass, ...).
-_TUPLE_NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"}
+_TUPLE_NORMS = {
+    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+    *("_batch_norm_impl_index", "_batch_norm_no_update", "_batch_norm_with_update"),
+    *("_batch_norm_with_update_functional", "cudnn_batch_norm", "miopen_batch_norm"),
+}
 _DROPOUT_MODULES = (
     nn.Dropout,
     nn.Dropout1d,
@@ -143,6 +139,7 @@ _DROPOUT_MODULES = (
 _DROPOUT_FUNCTIONS = {
     *("dropout", "dropout1d", "dropout2d", "dropout3d"),
     *("alpha_dropout", "feature_alpha_dropout", "feature_dropout"),
+    *("dropout_", "alpha_dropout_", "feature_alpha_dropout_", "feature_dropout_"),
 }
 _QUERY_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout"}
 _QUERY_METHODS = {
@@ -175,9 +172,7 @@ class Reader:
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         self.root = root
         self._read: dict[fx.Node, Op] = {}
-        self._mutated = {
-            id(attribute(root, name)) for node in graph.nodes for name in written_attributes(node)
-        }
+        self._written = {_storage(tensor) for node in graph.nodes for tensor in self._may_write_to(node)}
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer of that qualified name."""
@@ -197,13 +192,25 @@ class Reader:
         module = attribute(self.root, str(node.target)) if node.op == "call_module" else None
         return None if module is None or has_hooks(module) or "forward" in module.__dict__ else module
 
+    def _may_write_to(self, node: fx.Node) -> list[Any]:
+        """Tensors of the model that `node` may write to: all of its own, if it is a module not known here."""
+        if node.op != "call_module":
+            return [attribute(self.root, name) for name in written_attributes(node)]
+        module = attribute(self.root, str(node.target))
+        known = type(module) in (*_LINEAR_MODULES, *NORM_RANKS)
+        if known and not has_hooks(module) and not (is_norm(module) and module.training):
+            return []
+        return [tensor for _, tensor in named_tensors(module)]
+
     def _module(self, node: fx.Node) -> Op:
         module = attribute(self.root, str(node.target))
         for kind in type(module).__mro__:
-            if kind in _NORM_MODULES:
+            if kind in NORM_RANKS:
                 return self._norm_module(node, module, kind)
             if kind in _LINEAR_MODULES:
                 return self._linear_module(node, module, kind)
+        if is_norm(module):
+            return LeftNorm(str(node.target), Code.NORM_OWN_FORWARD, type(module).__name__)
         identity = type(module) is nn.Identity or (type(module) in _DROPOUT_MODULES and not module.training)
         if identity and self.layer(node) is not None:
             return Transparent(layer_input(node))
@@ -236,7 +243,7 @@ class Reader:
             weight=None if module.weight is None else f"{name}.weight",
             bias=None if module.bias is None else f"{name}.bias",
             eps=module.eps,
-            ranks=_NORM_MODULES[kind],
+            ranks=NORM_RANKS[kind],
             unbatched=instance,
         )
         return self._if_constant(norm)
@@ -279,8 +286,8 @@ class Reader:
         if weight is None or (bias is None and bound["bias"] is not None):
             return Opaque(Code.OPERATOR_COMPUTED, str(bound["weight"] if weight is None else bound["bias"]))
         groups = bound.get("groups", 1)
-        if not isinstance(groups, int):
-            return Opaque(Code.OPERATOR_COMPUTED, "groups")
+        if not isinstance(groups, int) or self.tensor(weight).dim() != dims + 2:
+            return Opaque(detail=weight)
         return self._if_constant(Linear(bound["input"], weight, bias, dims, transposed, groups))
 
     def _norm_function(self, node: fx.Node, bound: Mapping[str, Any], kind: str) -> Op:
@@ -305,8 +312,10 @@ class Reader:
         names = (op.weight, op.bias) if isinstance(op, Linear) else (op.mean, op.var, op.weight, op.bias)
         for name in names:
             tensor = None if name is None else self.tensor(name)
-            mutated = id(tensor) in self._mutated
-            if tensor is None or (not mutated and _is_plain(tensor)):
+            if tensor is None:
+                continue
+            mutated = _storage(tensor) in self._written
+            if not mutated and _is_plain(tensor):
                 continue
             if isinstance(op, Norm):
                 return LeftNorm(op.name, Code.STATE_MUTATED if mutated else Code.NORM_COMPUTED, str(name))
@@ -315,15 +324,23 @@ class Reader:
 
 
 def norms_inside(module: nn.Module) -> list[str]:
-    """Qualified names, relative to `module`, of the norms below it."""
-    return [name for name, child in module.named_modules() if name and is_norm(child)]
+    """Qualified names, relative to `module`, of the norms below it: modules, and calls in graphs."""
+    found = []
+    for path, child in module.named_modules():
+        if path and is_norm(child):
+            found.append(path)
+        elif isinstance(child, fx.GraphModule):
+            reader = Reader(child, child.graph)
+            calls = [reader.read(node) for node in child.graph.nodes if node.op == "call_function"]
+            found += [f"{path}.{op.name}".lstrip(".") for op in calls if isinstance(op, Norm | LeftNorm)]
+    return found
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether fxfuse accounts for `module`: batch norms, and instance norms with running statistics."""
-    if isinstance(module, _INSTANCE_NORMS):
+    if isinstance(module, _InstanceNorm):
         return module.track_running_stats
-    return isinstance(module, tuple(_NORM_MODULES))
+    return isinstance(module, _BatchNorm)
 
 
 def _python_function(node: fx.Node) -> Op:
@@ -348,6 +365,12 @@ def _replaced(module: nn.Module, kind: type[nn.Module]) -> bool:
         name in module.__dict__ or getattr(type(module), name, None) is not getattr(kind, name, None)
         for name in _BEHAVIOUR
     )
+
+
+def _storage(tensor: Any) -> int:
+    """What two tensors have in common if writing to one may change the other."""
+    plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
+    return tensor.untyped_storage().data_ptr() if plain else id(tensor)
 
 
 def _is_plain(tensor: Tensor) -> bool:

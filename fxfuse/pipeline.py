@@ -17,7 +17,9 @@ from fxfuse.match import match
 from fxfuse.ops import Reader
 from fxfuse.rank import observed_ranks
 from fxfuse.records import Report
+from fxfuse.replica import isolated
 from fxfuse.rewrite import rewrite
+from fxfuse.tree import is_training
 
 _RECORD = "fxfuse_report"
 
@@ -41,7 +43,8 @@ def fuse(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> fx
         VerificationError: the result differs from `model` on the example inputs.
     """
     captured, report = _folded(model, example_inputs)
-    fused = captured.module()
+    with torch.inference_mode(False):
+        fused = captured.module()
     if example_inputs is not None:
         report = replace(report, verification=verify(model, fused, example_inputs))
         assert report.verification is not None
@@ -67,7 +70,8 @@ def report(fused: nn.Module) -> Report:
     Raises:
         UsageError: `fused` was not made by fxfuse.
     """
-    record = getattr(fused, _RECORD, None)
+    kept = fused.meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {}) if isinstance(fused, fx.GraphModule) else {}
+    record = getattr(fused, _RECORD, kept.get(_RECORD))
     if record is None:
         raise UsageError(
             f"this {type(fused).__name__} was not made by fxfuse.fuse; use fxfuse.explain(model) instead"
@@ -76,15 +80,17 @@ def report(fused: nn.Module) -> Report:
 
 
 def _folded(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[Capture, Report]:
-    if getattr(model, "training", False):
+    if isinstance(model, nn.Module) and is_training(model):
         raise UsageError(
             f"{type(model).__name__} is in training mode, where norms use the batch; call model.eval()"
         )
-    captured = capture(model)
-    reader = Reader(captured.root, captured.graph)
-    observed = None if example_inputs is None else _observed(captured, example_inputs)
-    plan = match(captured.graph, reader, observed)
-    folds, refusals = rewrite(captured, plan, reader)
+    # Tensors that are made in inference mode could not become parameters of a module for all modes.
+    with torch.inference_mode(False), torch.no_grad():
+        captured = capture(model)
+        reader = Reader(captured.root, captured.graph)
+        observed = None if example_inputs is None else _observed(captured, example_inputs)
+        plan = match(captured.graph, reader, observed)
+        folds, refusals = rewrite(captured, plan, reader)
     notes = []
     if any(parameter.is_meta for parameter in captured.root.parameters()):
         notes.append("the model is on the meta device: the graph was folded, numbers were not checked")
@@ -95,7 +101,7 @@ def _folded(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[Cap
 
 def _observed(captured: Capture, inputs: Sequence[Any]) -> Mapping[fx.Node, int]:
     try:
-        return observed_ranks(captured.root, captured.graph, [_copied(value) for value in inputs])
+        return observed_ranks(isolated(captured.root), captured.graph, [_copied(value) for value in inputs])
     except REJECTIONS as error:
         raise UsageError(f"the model rejects the example inputs {rejection(inputs, error)}") from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Callable
 from functools import cache
 from types import FrameType
 from typing import Any
@@ -56,6 +57,33 @@ class TypedProxy(Proxy):
         return super().__getattr__(k)
 
 
+def _in_place(name: str) -> Callable[[TypedProxy, Any], Proxy]:
+    """``x += y`` writes to x, and whoever else holds x sees it; fx would trace it as ``x = x + y``."""
+    target = getattr(operator, name)
+
+    def write(self: TypedProxy, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return write
+
+
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+):
+    setattr(TypedProxy, f"__i{_name}__", _in_place(f"i{_name}"))
+
+
 class ParameterProxy(TypedProxy, fx.proxy.ParameterProxy):
     """A parameter; its shape is known."""
 
@@ -68,11 +96,15 @@ class TensorProxy(TypedProxy):
     stands_for = Tensor
 
 
+_SEVERAL = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss)
+
+
 def gives_tensor(node: fx.Node, root: nn.Module) -> bool:
     """Whether the value of `node`, in a graph over `root`, is certain to be a single tensor."""
     if node.op == "call_module":
         module = attribute(root, str(node.target))
-        return not has_hooks(module) and not isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+        layer = type(module).__module__.startswith("torch.nn.modules") and not has_hooks(module)
+        return layer and not isinstance(module, _SEVERAL) and not getattr(module, "return_indices", False)
     if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
         inputs = node.all_input_nodes
         return node.target is not operator.getitem and any(gives_tensor(each, root) for each in inputs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
+from types import MethodType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,6 +29,15 @@ def replicate(model: _M) -> _M:
     return cast(_M, _module(model, {}))
 
 
+def isolated(model: _M) -> _M:
+    """A replica that may be run: what it writes to its buffers stays in it. Parameters are shared."""
+    twin = replicate(model)
+    for module in twin.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.clone()
+    return twin
+
+
 def _module(source: Any, memo: dict[int, Any]) -> Any:
     if source is None:
         return None
@@ -39,13 +49,28 @@ def _module(source: Any, memo: dict[int, Any]) -> Any:
     twin = nn.Module.__new__(type(source))  # not type(source).__new__: a GraphModule's makes a new class
     memo[id(source)] = twin
     for name, value in source.__dict__.items():
-        # A model that appends to a list in its forward must append to its own list.
-        twin.__dict__[name] = value.copy() if type(value) in _CONTAINERS else value
+        if isinstance(value, MethodType) and value.__self__ is source:
+            value = MethodType(value.__func__, twin)  # noqa: PLW2901
+        twin.__dict__[name] = _container(value)
     for tensors in (twin._parameters, twin._buffers):
         for name, tensor in tensors.items():
             tensors[name] = _tensor(tensor, memo)
     for name, child in twin._modules.items():
         twin._modules[name] = _module(child, memo)
+    return twin
+
+
+def _container(value: Any) -> Any:
+    """A model that appends to a list in its forward must append to its own list, however deep it lies."""
+    if type(value) not in _CONTAINERS:
+        return value
+    twin = value.copy()
+    if isinstance(twin, (list, deque)):
+        for place, item in enumerate(twin):
+            twin[place] = _container(item)
+    elif isinstance(twin, dict):
+        for key, item in twin.items():
+            twin[key] = _container(item)
     return twin
 
 

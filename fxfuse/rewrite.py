@@ -191,13 +191,13 @@ class _Editor:
         owner, _, leaf = name.rpartition(".")
         place = attribute(self.root, owner)
         if isinstance(value, nn.Module):
-            place._modules[leaf] = value
-        elif isinstance(value, nn.Parameter):
-            place._buffers.pop(leaf, None)
-            place.__dict__.pop(leaf, None)
-            place._parameters[leaf] = value
+            home = place._modules
         else:
-            place._buffers[leaf] = value
+            home = place._parameters if isinstance(value, nn.Parameter) else place._buffers
+        for other in (place.__dict__, place._parameters, place._buffers):
+            if other is not home:
+                other.pop(leaf, None)  # a tensor may have been a plain attribute
+        home[leaf] = value
 
 
 def _owners(name: str) -> list[str]:

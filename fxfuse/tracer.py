@@ -14,8 +14,11 @@ A module that carries hooks is a leaf too, so that its hooks go on running.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import linecache
+import operator
+import random
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,10 +30,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy, TraceError
 
+from fxfuse.calls import written_attributes
 from fxfuse.errors import CaptureError
 from fxfuse.proxies import ParameterProxy, TensorProxy, TypedProxy, gives_tensor
 from fxfuse.replica import replicate
-from fxfuse.tree import has_hooks, named_tensors
+from fxfuse.tree import NORM_RANKS, has_hooks, named_tensors
 
 # What a model's forward may raise when it meets a proxy, beyond fx's own TraceError (a ValueError).
 _TRACE_FAILURES = (
@@ -67,6 +71,8 @@ class ModuleTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Leaves are torch.nn's modules, subclasses that inherit their forward from one, hooked modules."""
+        if type(m).__call__ is not nn.Module.__call__:
+            return False  # the call has been entered already, by the class's own __call__
         if super().is_leaf_module(m, module_qualified_name) or has_hooks(m):
             return True
         forward = inspect.unwrap(type(m).forward)
@@ -128,20 +134,98 @@ def trace(model: nn.Module, root: nn.Module) -> fx.Graph:
         tracer = ModuleTracer()
         tracer.source = model
         try:
-            with contextlib.ExitStack() as stack, torch.random.fork_rng(devices=[]):
+            with contextlib.ExitStack() as stack:
                 for leaf in leaves:
                     stack.enter_context(leaf.patched(tracer))
-                generator = torch.get_rng_state()
+                for guard in (
+                    _no_random_numbers(),
+                    _no_changes_to_layers(),
+                    _traceable_checks(),
+                    torch.no_grad(),
+                ):
+                    stack.enter_context(guard)
                 graph = tracer.trace(root, _fixed_arguments(model))
-                if not torch.equal(generator, torch.get_rng_state()):
-                    raise CaptureError("the model draws random numbers that a trace would fix for ever")
-                return graph
+            _no_writes_to_constants(graph, model)
+            return graph
         except _TRACE_FAILURES as error:
             failed = _function_that_failed(error, leaves)
             if failed is None:
                 raise CaptureError(_explanation(model, error)) from error
             leaves.append(failed)
             root = replicate(model)
+
+
+@contextlib.contextmanager
+def _no_random_numbers() -> Iterator[None]:
+    """Random numbers that do not depend on the input would be drawn once and fixed for ever."""
+    python = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        generator = torch.get_rng_state()
+        try:
+            yield
+        finally:
+            drawn = not torch.equal(generator, torch.get_rng_state()) or random.getstate() != python
+            random.setstate(python)
+    if drawn:
+        raise TraceError("the model draws random numbers that a trace would fix for ever")
+
+
+@contextlib.contextmanager
+def _no_changes_to_layers() -> Iterator[None]:
+    """A layer whose attributes forward sets is called by the graph with those that it had before."""
+    original = nn.Module.__setattr__
+
+    def refuse(module: nn.Module, name: str, value: Any) -> None:
+        if type(module).__module__.startswith("torch.nn.modules") and name in module.__dict__:
+            raise TraceError(
+                f"forward sets {name} of a {type(module).__name__}, which a graph does not record"
+            )
+        original(module, name, value)
+
+    with _replaced(nn.Module, "__setattr__", refuse):
+        yield
+
+
+@contextlib.contextmanager
+def _traceable_checks() -> Iterator[None]:
+    """The input checks of batch norms branch on the number of axes; in a trace they become assertions."""
+    with contextlib.ExitStack() as stack:
+        for kind, ranks in NORM_RANKS.items():
+            if ranks is not None and "_check_input_dim" in vars(kind):
+                original = vars(kind)["_check_input_dim"]
+                check = functools.partialmethod(_assert_rank, ranks, original)
+                stack.enter_context(_replaced(kind, "_check_input_dim", check))
+        yield
+
+
+def _assert_rank(_module: nn.Module, ranks: frozenset[int], check: Any, value: Any) -> None:
+    if not isinstance(value, Proxy):
+        check(_module, value)
+        return
+    number: Any = value.ndim
+    tests = [number == rank for rank in sorted(ranks)]
+    message = f"expected an input with {' or '.join(map(str, sorted(ranks)))} axes"
+    torch._assert(functools.reduce(operator.or_, tests), message)  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _replaced(owner: type, name: str, value: Any) -> Iterator[None]:
+    original = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _no_writes_to_constants(graph: fx.Graph, model: nn.Module) -> None:
+    """A tensor that forward makes without looking at its input is one tensor for all calls of the graph."""
+    for node in graph.nodes:
+        for name in written_attributes(node):
+            if not hasattr(model, name.partition(".")[0]):
+                raise CaptureError(
+                    f"forward writes to a tensor that it has made itself, at {node.format_node()}"
+                )
 
 
 def _fixed_arguments(model: nn.Module) -> dict[str, Any]:

@@ -8,12 +8,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+# The norms of torch.nn that have running statistics, and how many axes they let their input have; None:
+# they do not check. Those of instance norms may lack the batch axis.
+NORM_RANKS: dict[type[nn.Module], frozenset[int] | None] = {
+    nn.BatchNorm1d: frozenset({2, 3}),
+    nn.BatchNorm2d: frozenset({4}),
+    nn.BatchNorm3d: frozenset({5}),
+    nn.SyncBatchNorm: None,
+    nn.InstanceNorm1d: frozenset({2, 3}),
+    nn.InstanceNorm2d: frozenset({3, 4}),
+    nn.InstanceNorm3d: frozenset({4, 5}),
+}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` runs more than its forward."""
     return any(getattr(module, hooks, None) for hooks in HOOKS)
+
+
+def is_training(model: nn.Module) -> bool:
+    """Whether `model` is in training mode. Exported programs have no mode, whatever their flag says."""
+    return model.training and "eval" not in model.__dict__
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
