@@ -84,15 +84,24 @@ def written_attributes(node: fx.Node) -> list[str]:
     """
     if node.op not in ("call_function", "call_method") or not _may_write(node):
         return []
-    return [name for source in node.all_input_nodes if (name := _viewed_attribute(source)) is not None]
+    sources = node.all_input_nodes
+    if _is_norm_call(node):
+        sources = [value for key, value in arguments(node).items() if key.startswith("running_")]
+    return [name for source in sources if (name := _viewed_attribute(source)) is not None]
+
+
+def _is_norm_call(node: fx.Node) -> bool:
+    name = torch_name(node.target) or ""
+    return "batch_norm" in name or name == "instance_norm"
 
 
 def _may_write(node: fx.Node) -> bool:
     target: Any = node.target
     name = str(torch_name(target) or (target if isinstance(target, str) else getattr(target, "__name__", "")))
-    if name.endswith("batch_norm") or name == "instance_norm":
+    if _is_norm_call(node):
         bound = arguments(node)
-        return bound.get("training", bound.get("use_input_stats", False)) is not False
+        updates = "no_training" not in name and "no_update" not in name
+        return bound.get("training", bound.get("use_input_stats", updates)) is not False
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
     if "out" in node.kwargs or node.kwargs.get("inplace") is True:

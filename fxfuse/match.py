@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from fxfuse.ops import LeftNorm, Linear, Norm, Opaque, Query, Reader, Transparent, norms_inside
+from fxfuse.calls import torch_name
+from fxfuse.ops import LeftNorm, Linear, Norm, Opaque, Query, Reader, Transparent, calls_norm, norms_inside
 from fxfuse.rank import rank_of
 from fxfuse.records import Refusal
 from fxfuse.refusals import Code
@@ -93,8 +94,11 @@ class _Matcher:
             place = f"{node.target} ({type(inner).__name__})"
             inside = norms_inside(inner) if isinstance(inner, nn.Module) else []
             self.refusals += [
-                Refusal.because(f"{node.target}.{name}", Code.INSIDE_OPAQUE, place) for name in inside
+                Refusal.because(f"{node.target}.{name}".rstrip("."), Code.INSIDE_OPAQUE, place)
+                for name in inside
             ]
+        elif node.op == "call_function" and torch_name(node.target) is None and calls_norm(node.target):
+            self.refusals.append(Refusal.because(node.name, Code.INSIDE_OPAQUE, str(node.target)))
 
     def _backward(self, node: fx.Node, norm: Norm) -> Move | Refusal:
         user, producer = node, norm.input

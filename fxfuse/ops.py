@@ -6,6 +6,7 @@ that is to be understood is added here, in one of the tables, and nowhere else.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fxfuse.calls import arguments, attribute_name, layer_input, torch_name, written_attributes
 from fxfuse.refusals import Code
-from fxfuse.tree import NORM_RANKS, attribute, has_hooks, named_tensors
+from fxfuse.tree import NORM_RANKS, attribute, has_hooks
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,14 @@ class Reader:
         """Tensors of the model that `node` may write to: all of its own, if it is a module not known here."""
         if node.op != "call_module":
             return [attribute(self.root, name) for name in written_attributes(node)]
-        module = attribute(self.root, str(node.target))
-        known = type(module) in (*_LINEAR_MODULES, *NORM_RANKS)
-        if known and not has_hooks(module) and not (is_norm(module) and module.training):
-            return []
-        return [tensor for _, tensor in named_tensors(module)]
+        written: list[Any] = []
+        for module in attribute(self.root, str(node.target)).modules():
+            if has_hooks(module) or not _is_known(module) or getattr(module, "max_norm", None) is not None:
+                written += module.parameters()
+                written += module.buffers()
+            elif is_norm(module) and module.training:
+                written += module.buffers()
+        return written
 
     def _module(self, node: fx.Node) -> Op:
         module = attribute(self.root, str(node.target))
@@ -276,7 +280,7 @@ class Reader:
         if name in _NORM_FUNCTIONS:
             return self._norm_function(node, bound, name)
         if name in _DROPOUT_FUNCTIONS and bound.get("training", bound.get("train")) is False:
-            return Transparent(bound["input"])
+            return Transparent(bound["self" if "self" in bound else "input"])
         if name in _QUERY_METHODS:
             return Query()
         return Opaque(detail=name)
@@ -324,16 +328,24 @@ class Reader:
 
 
 def norms_inside(module: nn.Module) -> list[str]:
-    """Qualified names, relative to `module`, of the norms below it: modules, and calls in graphs."""
+    """Qualified names, relative to `module`, of the norms below it: modules, calls in graphs and in code."""
     found = []
     for path, child in module.named_modules():
-        if path and is_norm(child):
-            found.append(path)
+        if is_norm(child):
+            found += [path] if path else []
         elif isinstance(child, fx.GraphModule):
             reader = Reader(child, child.graph)
             calls = [reader.read(node) for node in child.graph.nodes if node.op == "call_function"]
             found += [f"{path}.{op.name}".lstrip(".") for op in calls if isinstance(op, Norm | LeftNorm)]
+        elif not _is_known(child) and calls_norm(type(child).forward):
+            found.append(path)
     return found
+
+
+def calls_norm(function: Any) -> bool:
+    """Whether the code of a function that is not traced through calls a norm function by name."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code is not None and not {*_NORM_FUNCTIONS}.isdisjoint(code.co_names)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -357,6 +369,13 @@ def _method(node: fx.Node) -> Op:
     if node.target == "contiguous" and isinstance(node.args[0], fx.Node):
         return Transparent(node.args[0])
     return Opaque(detail=f".{node.target}()")
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether the class of `module` is torch.nn's, or behaves like one of the tables above."""
+    kinds = [kind for kind in type(module).__mro__ if kind in _LINEAR_MODULES or kind in NORM_RANKS]
+    torch_own = type(module).__module__.startswith("torch.nn.modules") and "forward" not in module.__dict__
+    return torch_own or (bool(kinds) and not _replaced(module, kinds[0]))
 
 
 def _replaced(module: nn.Module, kind: type[nn.Module]) -> bool:

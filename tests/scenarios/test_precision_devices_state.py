@@ -531,8 +531,6 @@ def test_folded_model_is_cast_as_a_whole_and_the_source_is_not(dtype):
         (nn.BatchNorm1d(3), noise(2, 3), ["FXF103"]),
         (nn.BatchNorm2d(3), X, ["FXF103"]),
         (nn.BatchNorm3d(3, affine=False), noise(2, 3, 2, 2, 2), ["FXF103"]),
-        (nn.SyncBatchNorm(3), X, ["FXF103"]),
-        (nn.InstanceNorm2d(3, track_running_stats=True), X, ["FXF103"]),
         (nn.Sequential(nn.BatchNorm2d(3)), X, ["FXF103"]),
         (nn.Sequential(nn.Identity(), nn.BatchNorm2d(3)), X, ["FXF103"]),
         (nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3)), X, ["FXF102", "FXF103"]),
