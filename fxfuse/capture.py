@@ -99,14 +99,14 @@ def _check_usable(model: object) -> None:
 
 
 def _copied(model: fx.GraphModule, root: nn.Module) -> fx.Graph:
-    """The model's graph; of a module or tensor that has several names it uses the first, as a trace does."""
+    """The model's graph; of a module or tensor that it calls by several names it uses the first."""
     graph = fx.Graph(tracer_cls=ModuleTracer)
     copied = graph.graph_copy(model.graph, {}, return_output_node=True)
     assert isinstance(copied, tuple)
-    graph.output(copied[0]).meta = dict(copied[1].meta)
+    graph.output(copied[0], copied[1].type).meta = dict(copied[1].meta)
     graph.set_codegen(copy.copy(model.graph._codegen))  # not deepcopy, which torch's pytree specs warn about
-    names = {id(value): name for name, value in reversed([*named_tensors(root), *root.named_modules()])}
+    names: dict[int, str] = {}
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
-            node.target = names.get(id(attribute(root, node.target)), node.target)
+            node.target = names.setdefault(id(attribute(root, str(node.target))), str(node.target))
     return graph
