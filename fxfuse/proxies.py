@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import cache
 from types import FrameType
 from typing import Any
@@ -99,15 +99,18 @@ class TensorProxy(TypedProxy):
 _SEVERAL = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss)
 
 
-def gives_tensor(node: fx.Node, root: nn.Module) -> bool:
-    """Whether the value of `node`, in a graph over `root`, is certain to be a single tensor."""
+def gives_tensor(node: fx.Node, root: nn.Module, tensors: Container[fx.Node]) -> bool:
+    """Whether the value of `node`, in a graph over `root`, is certain to be a single tensor.
+
+    `tensors` are the earlier nodes of which that is known.
+    """
     if node.op == "call_module":
         module = attribute(root, str(node.target))
         layer = type(module).__module__.startswith("torch.nn.modules") and not has_hooks(module)
         return layer and not isinstance(module, _SEVERAL) and not getattr(module, "return_indices", False)
     if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
         inputs = node.all_input_nodes
-        return node.target is not operator.getitem and any(gives_tensor(each, root) for each in inputs)
+        return node.target is not operator.getitem and any(each in tensors for each in inputs)
     if node.op == "call_function":
         return _returns_tensor(getattr(node.target, "__name__", ""))
     return node.op != "call_method" or _returns_tensor(str(node.target))

@@ -58,6 +58,7 @@ class ModuleTracer(fx.Tracer):
         super().__init__()
         self.source: nn.Module | None = None
         self._autocast = _autocast_state()
+        self._tensors: set[fx.Node] = set()
         self._names: dict[int, str] = {}
         self._paths: dict[int, str] = {}
 
@@ -91,6 +92,7 @@ class ModuleTracer(fx.Tracer):
         name = self._names[id(attr_val)]
         if name not in parameter_proxy_cache:
             node = self.create_node("get_attr", name, (), {})
+            self._tensors.add(node)
             parameter_proxy_cache[name] = (
                 ParameterProxy(self, node, name, attr_val)
                 if isinstance(attr_val, nn.Parameter)
@@ -114,7 +116,10 @@ class ModuleTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> Proxy:
         """A proxy that knows whether it stands for a tensor."""
-        return (TensorProxy if gives_tensor(node, self.root) else TypedProxy)(node, self)
+        if not gives_tensor(node, self.root, self._tensors):
+            return TypedProxy(node, self)
+        self._tensors.add(node)
+        return TensorProxy(node, self)
 
 
 def _autocast_state() -> list[Any]:
