@@ -17,9 +17,8 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 def surroundings(command: str) -> dict[str, Any]:
     """The command, the commit, the versions and the machine."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+    describe = ["git", "-C", str(RESULTS.parents[1]), "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False)
     packages = ("fxfuse", "torch", "torchvision", "timm")
     return {
         "command": command,

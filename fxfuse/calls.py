@@ -11,8 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-_IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
-_IN_PLACE_OPERATORS = {"setitem", "__setitem__"}.union(*({f"i{name}", f"__i{name}__"} for name in _IN_PLACE))
+# The operators that have an in-place form, ``x += y``.
+IN_PLACE = [
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+]
+_IN_PLACE_OPERATORS = {"setitem", "__setitem__"}.union(*({f"i{name}", f"__i{name}__"} for name in IN_PLACE))
 # Modules whose functions write to their arguments only if their name says so.
 _HARMLESS = ("torch", "_operator", "math", "builtins", "None")
 

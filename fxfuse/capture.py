@@ -72,6 +72,8 @@ def capture(model: nn.Module) -> Capture:
 
 
 def _check_usable(model: object) -> None:
+    if isinstance(model, torch.export.ExportedProgram):
+        raise UsageError("expected a torch.nn.Module, got an ExportedProgram; pass program.module()")
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"expected a torch.nn.Module, got {type(model).__name__}; "

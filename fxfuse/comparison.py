@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from fxfuse.tree import is_training
 
 # A folded model rounds in other places than its source, so its error is like the source's but not equal.
 _ROUNDING_FACTOR = 4.0
+# Differences up to this count as none: in float64 the reference's own rounding cannot be measured.
+_ZERO = 1e-12
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,16 @@ class Comparison:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
+# What a model's forward raises when it gets inputs that it cannot take.
+REJECTIONS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+
+
+def rejection(inputs: Sequence[Any], error: BaseException) -> str:
+    """The shapes of the inputs and the first line of what the model raised."""
+    shapes = [str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value) for value in inputs]
+    return f"{', '.join(shapes)}: {str(error).partition(chr(10))[0] or type(error).__name__}"
+
+
 def verify(
     reference: nn.Module,
     candidate: nn.Module,
@@ -137,32 +150,22 @@ def verify(
     for name, model in (("reference", reference), ("candidate", candidate)):
         if is_training(model):
             raise UsageError(f"the {name} is in training mode; call {name}.eval()")
-    drawn = _drawn(reference, inputs, seed)
+    values = drawn(reference, inputs, seed)
     if any(tensor.is_meta for model in (reference, candidate) for tensor in model.parameters()):
         return _unmeasured(ok=True, note="the model is on the meta device: nothing to compare")
     try:
-        expected = _run(isolated(reference), drawn, seed)
+        expected = _run(isolated(reference), values, seed)
     except REJECTIONS as error:
-        raise UsageError(f"the reference rejects the inputs {rejection(drawn, error)}") from error
+        raise UsageError(f"the reference rejects the inputs {rejection(values, error)}") from error
     try:
-        actual = _run(isolated(candidate), drawn, seed)
+        actual = _run(isolated(candidate), values, seed)
     except REJECTIONS as error:
-        return _unmeasured(ok=False, note=f"the candidate rejects the inputs {rejection(drawn, error)}")
+        return _unmeasured(ok=False, note=f"the candidate rejects the inputs {rejection(values, error)}")
     mismatch = _structural_mismatch(expected, actual)
     if mismatch:
         return _unmeasured(ok=False, note=mismatch)
-    truth, note = _float64_run(reference, drawn, seed, expected)
-    return _compared(expected, actual, truth, (rtol, atol), [*_doubts(reference, expected), *note])
-
-
-# What a model's forward raises when it gets inputs that it cannot take.
-REJECTIONS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
-
-
-def rejection(inputs: Sequence[Any], error: BaseException) -> str:
-    """The shapes of the inputs and the first line of what the model raised."""
-    shapes = [str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value) for value in inputs]
-    return f"{', '.join(shapes)}: {str(error).partition(chr(10))[0] or type(error).__name__}"
+    truth, note = _float64_run(reference, values, seed, expected)
+    return _compared(expected, actual, truth, (rtol, atol), [*_doubts(reference, expected)], note)
 
 
 def _unmeasured(*, ok: bool, note: str) -> Comparison:
@@ -170,7 +173,8 @@ def _unmeasured(*, ok: bool, note: str) -> Comparison:
     return Comparison(ok, not ok, nan, nan, nan, nan, None, (note,))
 
 
-def _drawn(model: nn.Module, inputs: Sequence[Any], seed: int) -> list[Any]:
+def drawn(model: nn.Module, inputs: Sequence[Any], seed: int) -> list[Any]:
+    """`inputs`, with a standard normal tensor in the dtype of `model` for each that is a tuple of ints."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     generator = torch.Generator().manual_seed(seed)
     return [
@@ -185,11 +189,17 @@ Outputs = dict[str, Any]
 Tolerances = tuple[float | None, float | None]
 
 
-def _run(model: nn.Module, inputs: Sequence[Any], seed: int) -> Outputs:
-    """The outputs by place. Inputs are copied: a model may write to them."""
-    copies = pytree.tree_map_only(Tensor, torch.clone, list(inputs))
+@contextmanager
+def clean_run(inputs: Sequence[Any], seed: int) -> Iterator[list[Any]]:
+    """Copies of the inputs, to which a model may write; no gradients, and random numbers of the run's own."""
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
+        yield pytree.tree_map_only(Tensor, torch.clone, list(inputs))
+
+
+def _run(model: nn.Module, inputs: Sequence[Any], seed: int) -> Outputs:
+    """The outputs by place."""
+    with clean_run(inputs, seed) as copies:
         leaves, _ = pytree.tree_flatten_with_path(model(*copies))
     return {pytree.keystr(path): leaf for path, leaf in leaves}
 
@@ -202,7 +212,7 @@ def _float64_run(
 
     try:
         truth = _run(isolated(reference).double(), pytree.tree_map_only(Tensor, double, list(inputs)), seed)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except REJECTIONS as error:
         reason = str(error).partition("\n")[0]
         return None, [f"the reference does not run in float64 ({reason}), so rounding could not be measured"]
     shapes = [{k: getattr(v, "shape", None) for k, v in outputs.items()} for outputs in (expected, truth)]
@@ -239,7 +249,7 @@ def _doubts(reference: nn.Module, expected: Outputs) -> Iterator[str]:
         if isinstance(value, Tensor) and value.is_floating_point():
             if not bool(value.isfinite().all()):
                 yield f"inconclusive: output{place} holds infinities or NaN"
-            elif value.numel() and not bool(value.any()):
+            elif value.numel() and float(value.abs().amax()) < 100 * _ZERO:
                 yield f"inconclusive: output{place} is zero everywhere"
 
 
@@ -265,14 +275,19 @@ class _Measured:
 
 
 def _compared(
-    expected: Outputs, actual: Outputs, truth: Outputs | None, tolerances: Tolerances, notes: list[str]
+    expected: Outputs,
+    actual: Outputs,
+    truth: Outputs | None,
+    tolerances: Tolerances,
+    doubts: list[str],
+    notes: list[str],
 ) -> Comparison:
     measured = [
         _measure(place, value, actual[place], None if truth is None else truth[place], tolerances)
         for place, value in expected.items()
         if isinstance(value, Tensor) and value.numel()
     ]
-    conclusive = not any(note.startswith("inconclusive") for note in notes)
+    conclusive, notes = not doubts, [*doubts, *notes]
     if not measured:
         return Comparison(True, conclusive, 0.0, 0.0, math.nan, math.nan, None, tuple(notes))
     worst = max(measured, key=lambda output: output.excess)
@@ -332,4 +347,4 @@ def _allowed(value: Tensor, left: Tensor, exact: Tensor | None, given: Tolerance
     if exact is not None and (value.is_floating_point() or value.is_complex()):
         rounding = float(_difference(exact, left).amax())
     rounding = _ROUNDING_FACTOR * rounding if math.isfinite(rounding) else 0.0
-    return atol * min(1.0, float(magnitude.amax())) + rtol * magnitude + rounding
+    return max(atol * min(1.0, float(magnitude.amax())), _ZERO) + rtol * magnitude + rounding

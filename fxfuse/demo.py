@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse import zoo
-from fxfuse.comparison import Comparison, verify
+from fxfuse.comparison import Comparison
 from fxfuse.errors import UsageError
-from fxfuse.pipeline import fuse
+from fxfuse.pipeline import fuse, report
 
 _ROUNDS = 30
 
@@ -60,7 +60,9 @@ def demonstrate() -> Demonstration:
         Look(_top_five(each, image), executed_norms(each, image), time_taken)
         for each, time_taken in zip((model, fused), seconds, strict=True)
     ]
-    return Demonstration(looks[0], looks[1], verify(model, fused, (image,)))
+    comparison = report(fused).verification
+    assert comparison is not None
+    return Demonstration(looks[0], looks[1], comparison)
 
 
 def efficientnet_lite0() -> nn.Module:

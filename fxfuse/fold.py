@@ -38,14 +38,26 @@ def absorb_output(
     shift = affine.shift if bias is None else affine.scale * exact(bias) + affine.shift
     folded_bias = shift.to(device=weight.device, dtype=weight.dtype)
     scale = _by_row(affine.scale, weight, transposed, groups)
-    folded, total = _scaled(weight, scale)
+    folded, norm = _scaled(weight, scale)
     if weight.is_meta:
         return folded, folded_bias
-    if not bool((total + folded_bias.sum(dtype=total.dtype)).isfinite()):
+    # No element is larger than the norm; only where that is too large they have to be looked at.
+    certain = bool(norm < torch.finfo(weight.dtype).max)
+    if not (certain or bool(folded.isfinite().all())) or not bool(folded_bias.isfinite().all()):
         return Code.OVERFLOW
-    if _loses_digits(weight, scale, shift, groups if transposed else None):
-        return Code.UNDERFLOW
+    limit = torch.finfo(weight.dtype).tiny
+    if bool((shift.abs() < limit).any()):
+        exact_product = _by_channel(exact(weight) * scale, transposed, groups)
+        peak = exact_product.abs().flatten(2).amax(2).flatten()
+        if bool(((peak > 0) & (peak + shift.abs() < limit)).any()):
+            return Code.UNDERFLOW
     return folded, folded_bias
+
+
+def _by_channel(weight: Tensor, transposed: bool, groups: int) -> Tensor:
+    """A view (groups, out/groups, in/groups, *kernel) of a weight in either layout."""
+    grouped = weight.view(groups, weight.shape[0] // groups, *weight.shape[1:])
+    return grouped.transpose(1, 2) if transposed else grouped
 
 
 def _by_row(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
@@ -58,29 +70,15 @@ def _by_row(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Ten
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight`·`scale`, and its sum in float64, which is finite if and only if every element is."""
+    """`weight`·`scale`, and the Euclidean norm of the product in float64."""
     result = torch.empty_like(weight, requires_grad=False)
     rows = max(1, _PIECE * weight.shape[0] // max(1, weight.numel()))
     product = torch.empty_like(weight[:rows], dtype=torch.float64, device=scale.device, requires_grad=False)
-    total = torch.zeros((), dtype=torch.float64, device=scale.device)
+    norms = []
     for start in range(0, weight.shape[0], rows):
         source, target = weight.detach()[start : start + rows], result[start : start + rows]
         piece = product[: source.shape[0]]
         torch.mul(piece.copy_(source), scale[start : start + rows], out=piece)
         target.copy_(piece)
-        total += piece.copy_(target).sum()
-    return result, total
-
-
-def _loses_digits(weight: Tensor, scale: Tensor, shift: Tensor, transposed_groups: int | None) -> bool:
-    """Whether some channel's folded weights and bias all lie below the dtype's smallest normal number."""
-    tiny = torch.finfo(weight.dtype).tiny
-    if not bool((shift.abs() < tiny).any()):
-        return False
-    magnitude = (exact(weight) * scale).abs()
-    if transposed_groups is None:
-        peak = magnitude.flatten(1).amax(1)
-    else:
-        by_row = magnitude.flatten(2).amax(2)
-        peak = by_row.view(transposed_groups, -1, by_row.shape[1]).amax(1).flatten()
-    return bool(((peak > 0) & (peak + shift.abs() < tiny)).any())
+        norms.append(torch.linalg.vector_norm(piece))
+    return result, torch.linalg.vector_norm(torch.stack(norms))

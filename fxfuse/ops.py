@@ -291,7 +291,7 @@ class Reader:
             return Opaque(Code.OPERATOR_COMPUTED, str(bound["weight"] if weight is None else bound["bias"]))
         groups = bound.get("groups", 1)
         if not isinstance(groups, int) or self.tensor(weight).dim() != dims + 2:
-            return Opaque(detail=weight)
+            return Opaque(detail=f"{weight} ({self.tensor(weight).dim()} axes)")
         return self._if_constant(Linear(bound["input"], weight, bias, dims, transposed, groups))
 
     def _norm_function(self, node: fx.Node, bound: Mapping[str, Any], kind: str) -> Op:
@@ -342,10 +342,20 @@ def norms_inside(module: nn.Module) -> list[str]:
     return found
 
 
-def calls_norm(function: Any) -> bool:
-    """Whether the code of a function that is not traced through calls a norm function by name."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return code is not None and not {*_NORM_FUNCTIONS}.isdisjoint(code.co_names)
+def calls_norm(function: Any, seen: frozenset[Any] = frozenset()) -> bool:
+    """Whether the code of a function that is not traced through calls a norm, itself or by others."""
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None)
+    if code is None or code in seen:
+        return False
+    if not {*_NORM_FUNCTIONS, *_TUPLE_NORMS}.isdisjoint(code.co_names):
+        return True
+    called = [function.__globals__.get(name) for name in code.co_names]
+    return any(
+        calls_norm(each, seen | {code})
+        for each in called
+        if inspect.isfunction(each) and not each.__module__.startswith("torch")
+    )
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -358,7 +368,7 @@ def is_norm(module: nn.Module) -> bool:
 def _python_function(node: fx.Node) -> Op:
     if node.target is getattr and node.args[1] in _QUERY_ATTRIBUTES:
         return Query()
-    if node.target is torch.ops.aten._assert_tensor_metadata.default:
+    if node.target in (torch.is_tensor, torch.ops.aten._assert_tensor_metadata.default):
         return Query()
     return Opaque(detail=getattr(node.target, "__name__", str(node.target)))
 

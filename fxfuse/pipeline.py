@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from fxfuse.capture import Capture, capture
-from fxfuse.comparison import REJECTIONS, rejection, verify
+from fxfuse.comparison import REJECTIONS, clean_run, drawn, rejection, verify
 from fxfuse.errors import UsageError
 from fxfuse.match import match
 from fxfuse.ops import Reader
@@ -33,8 +33,9 @@ def fuse(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> fx
     Args:
         model: a module in eval mode, or a ``torch.fx.GraphModule``. Arguments of its forward that default
             to None, a bool or a str are fixed to that default.
-        example_inputs: positional inputs. With them the number of axes of every value is known, which
-            some norms after linear layers need, and the result is verified before it is returned.
+        example_inputs: positional inputs; a tuple of ints stands for a random tensor of that shape. With
+            them the number of axes of every value is known, which some norms after linear layers need,
+            and the result is verified before it is returned.
 
     Raises:
         UsageError: the model is in training mode, is no module, has lazy parameters that are not
@@ -59,7 +60,7 @@ def fuse(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> fx
 def explain(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> Report:
     """The report that ``fuse`` would give, less the verification; nothing is changed.
 
-    Arguments and errors as there.
+    Arguments and errors as there, but no VerificationError.
     """
     return _folded(model, example_inputs)[1]
 
@@ -101,10 +102,7 @@ def _folded(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[Cap
 
 def _observed(captured: Capture, inputs: Sequence[Any]) -> Mapping[fx.Node, int]:
     try:
-        return observed_ranks(isolated(captured.root), captured.graph, [_copied(value) for value in inputs])
+        with clean_run(drawn(captured.root, inputs, seed=0), seed=0) as values:
+            return observed_ranks(isolated(captured.root), captured.graph, values)
     except REJECTIONS as error:
         raise UsageError(f"the model rejects the example inputs {rejection(inputs, error)}") from error
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy, TraceError
 
+from fxfuse.calls import IN_PLACE
 from fxfuse.tree import attribute, has_hooks
 
 # Where fx and what it is built on ask for the class of a proxy, they mean the proxy.
@@ -25,12 +26,7 @@ _INTERNAL = ("torch.fx", "torch.overrides", "torch.utils._pytree", "fxfuse.")
 
 
 class TypedProxy(Proxy):
-    """A proxy that is taken, by the code of the model, for what it stands for.
-
-    ``isinstance(x, torch.Tensor)`` and ``hasattr(x, "tensors")`` choose branches. fx answers for the proxy,
-    and the trace silently follows a branch that the model would not take. Here both are answered for the
-    value; where its type is not known, asking is a TraceError.
-    """
+    """A proxy that is taken, by the code of the model, for what it stands for; None if that is not known."""
 
     stands_for: type | None = None
 
@@ -41,9 +37,12 @@ class TypedProxy(Proxy):
             asker = asker.f_back  # isinstance(x, nn.Parameter) asks by way of a metaclass
         if asker is None or asker.f_globals.get("__name__", "").startswith(_INTERNAL):
             return type(self)
+        by_model = not {"isinstance", "__class__"}.isdisjoint(asker.f_code.co_names)
         if self.stands_for is not None:
+            if by_model:
+                self._assert_tensor()
             return self.stands_for
-        if not {"isinstance", "__class__"} & {*asker.f_code.co_names}:
+        if not by_model:
             return type(self)  # asked by C code that sorts the arguments of an operator
         raise TraceError(f"the type of {self.node.name} is asked for and is known only at run time")
 
@@ -53,8 +52,17 @@ class TypedProxy(Proxy):
 
     def __getattr__(self, k: str) -> Any:
         if self.stands_for is not None and not hasattr(self.stands_for, k):
+            self._assert_tensor()
             raise AttributeError(f"a tensor has no attribute {k!r}")
         return super().__getattr__(k)
+
+    def _assert_tensor(self) -> None:
+        """An input is traced as a tensor; where the model asks, the graph asserts that it is one."""
+        if self.node.op != "placeholder" or any(user.target is torch.is_tensor for user in self.node.users):
+            return
+        test = self.tracer.create_node("call_function", torch.is_tensor, (self.node,), {})
+        message = f"{self.node.target} was taken for a tensor when the model was traced, and is none"
+        self.tracer.create_node("call_function", torch._assert, (test, message), {})
 
 
 def _in_place(name: str) -> Callable[[TypedProxy, Any], Proxy]:
@@ -67,20 +75,7 @@ def _in_place(name: str) -> Callable[[TypedProxy, Any], Proxy]:
     return write
 
 
-for _name in (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-):
+for _name in IN_PLACE:
     setattr(TypedProxy, f"__i{_name}__", _in_place(f"i{_name}"))
 
 
@@ -102,6 +97,7 @@ _SEVERAL = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.AdaptiveLogSof
 def gives_tensor(node: fx.Node, root: nn.Module, tensors: Container[fx.Node]) -> bool:
     """Whether the value of `node`, in a graph over `root`, is certain to be a single tensor.
 
+    An input is taken for one, and asserted to be one where the model asks.
     `tensors` are the earlier nodes of which that is known.
     """
     if node.op == "call_module":

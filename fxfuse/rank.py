@@ -92,6 +92,5 @@ class _RankRecorder(fx.Interpreter):
 def observed_ranks(root: nn.Module, graph: fx.Graph, inputs: Sequence[Any]) -> Mapping[fx.Node, int]:
     """The number of axes of every value on a run with `inputs`."""
     recorder = _RankRecorder(root, graph)
-    with torch.no_grad():
-        recorder.run(*inputs)
+    recorder.run(*inputs)
     return recorder.ranks

@@ -29,12 +29,12 @@ class Code(Enum):
     OPAQUE_PRODUCER = Explanation(
         "FXF102",
         "what it normalises does not come out of a linear operator",
-        "only what lies between it and a convolution or linear layer keeps it there",
+        "put the norm directly after the convolution or linear layer, if the model allows it",
     )
     NOTHING_BEFORE = Explanation(
         "FXF103",
         "it normalises an input of the model",
-        "there is no operator before it that could absorb it",
+        "nothing to do: its map could only go into the operators after it",
     )
     AXIS = Explanation(
         "FXF104",
@@ -78,7 +78,7 @@ class Code(Enum):
     )
     NORM_COMPUTED = Explanation(
         "FXF205",
-        "its statistics or parameters are computed in forward and are not known beforehand",
+        "its statistics or parameters are computed in forward, or are no plain real tensors",
         "store them as buffers or parameters",
     )
     STATE_MUTATED = Explanation(
@@ -93,8 +93,8 @@ class Code(Enum):
     )
     INSIDE_OPAQUE = Explanation(
         "FXF208",
-        "it is inside a module that is called as a whole",
-        "remove the hooks from the module around it, or fold that module's children by themselves",
+        "it is inside a module or function that is called as a whole",
+        "remove the hooks from that module, or call the norm from a forward that can be traced",
     )
     OPERATOR_HOOKS = Explanation(
         "FXF301",
@@ -108,7 +108,7 @@ class Code(Enum):
     )
     OPERATOR_COMPUTED = Explanation(
         "FXF303",
-        "the weight of the operator before it is computed in forward",
+        "the weight of the operator before it is computed in forward, or is no plain real tensor",
         "make it a parameter, for example with torch.nn.utils.parametrize.remove_parametrizations",
     )
     OPERATOR_TRAINING = Explanation(

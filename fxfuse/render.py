@@ -25,7 +25,7 @@ def report_view(report: Report) -> RenderableType:
             "norm", "outcome", "where, or why not", title=escape(report.model), title_justify="left"
         )
         for left in report.refused:
-            why = f"{left.reason}\n[dim]{escape(left.hint)}[/dim]" if left.hint else left.reason
+            why = f"{escape(left.reason)}\n[dim]{escape(left.hint)}[/dim]"
             table.add_row(escape(left.norm), f"[yellow]left {left.code}[/yellow]", why)
         for fold in report.folded:
             table.add_row(escape(fold.norm), "[green]folded[/green]", f"into {escape(', '.join(fold.into))}")
@@ -39,7 +39,7 @@ def comparison_view(comparison: Comparison) -> RenderableType:
     """The verdict and its numbers."""
     style = "bold red" if not comparison.ok else "bold green" if comparison.conclusive else "bold yellow"
     verdict, _, rest = str(comparison).partition("\n")
-    return Text.assemble(("verified: ", "bold"), (verdict, style), "\n", rest)
+    return Text.assemble(("compared: ", "bold"), (verdict, style), "\n", rest)
 
 
 def demonstration_view(shown: Demonstration) -> RenderableType:

@@ -137,7 +137,7 @@ class _Editor:
             self.graph.erase_node(move.node)
 
     def drop_unused_attributes(self) -> None:
-        """Removes what only the erased norms have read."""
+        """Removes the nodes of parameters and buffers that no other node reads."""
         for node in reversed(list(self.graph.nodes)):
             if node.op == "get_attr" and not node.users:
                 self.graph.erase_node(node)

@@ -50,7 +50,7 @@ _TRACE_FAILURES = (
 
 
 class ModuleTracer(fx.Tracer):
-    """Traces through every module that is not ``torch.nn``'s own or that has no hooks."""
+    """Traces through modules that are neither ``torch.nn``'s own nor hooked."""
 
     proxy_buffer_attributes = True
 
@@ -187,7 +187,7 @@ def _no_changes_to_layers() -> Iterator[None]:
             )
         original(module, name, value)
 
-    with _replaced(nn.Module, "__setattr__", refuse):
+    with _patched(nn.Module, "__setattr__", refuse):
         yield
 
 
@@ -198,12 +198,12 @@ def _traceable_checks() -> Iterator[None]:
         for kind, ranks in NORM_RANKS.items():
             if ranks is not None and "_check_input_dim" in vars(kind):
                 original = vars(kind)["_check_input_dim"]
-                check = functools.partialmethod(_assert_rank, ranks, original)
-                stack.enter_context(_replaced(kind, "_check_input_dim", check))
+                check = functools.partialmethod(_check_rank, ranks, original)
+                stack.enter_context(_patched(kind, "_check_input_dim", check))
         yield
 
 
-def _assert_rank(_module: nn.Module, ranks: frozenset[int], check: Any, value: Any) -> None:
+def _check_rank(_module: nn.Module, ranks: frozenset[int], check: Any, value: Any) -> None:
     if not isinstance(value, Proxy):
         check(_module, value)
         return
@@ -214,7 +214,7 @@ def _assert_rank(_module: nn.Module, ranks: frozenset[int], check: Any, value: A
 
 
 @contextlib.contextmanager
-def _replaced(owner: type, name: str, value: Any) -> Iterator[None]:
+def _patched(owner: type, name: str, value: Any) -> Iterator[None]:
     original = vars(owner)[name]
     setattr(owner, name, value)
     try:

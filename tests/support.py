@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxfuse
+from fxfuse.tree import named_tensors
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -59,15 +60,25 @@ def assert_exact(expected: Any, actual: Any) -> None:
             assert error <= EXACT * max(1.0, float(left_value.abs().max()))
 
 
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
+
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """What must not change in a source: tensors bit for bit, flags, hooks, modules, attributes."""
     return {
-        "tensors": {name: tensor.clone() for name, tensor in model.state_dict(keep_vars=False).items()},
+        "tensors": {name: tensor.detach().clone() for name, tensor in named_tensors(model)},
         "identities": [id(tensor) for tensor in (*model.parameters(), *model.buffers())],
         "gradients": [(p.requires_grad, p.grad is None) for p in model.parameters()],
         "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
         "flags": [module.training for module in model.modules()],
-        "attributes": [sorted(module.__dict__) for module in model.modules()],
+        "attributes": [
+            {
+                name: value
+                for name, value in module.__dict__.items()
+                if isinstance(value, _PLAIN) or value is None
+            }
+            for module in model.modules()
+        ],
         "hooks": [
             [list(hooks) for key, hooks in sorted(module.__dict__.items()) if key.endswith("_hooks")]
             for module in model.modules()
@@ -81,7 +92,7 @@ def assert_untouched(before: dict[str, Any], model: nn.Module) -> None:
     for key in before.keys() - {"tensors"}:
         assert before[key] == after[key], key
     for name, tensor in before["tensors"].items():
-        assert torch.equal(tensor, after["tensors"][name]), name
+        torch.testing.assert_close(tensor, after["tensors"][name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def folds(

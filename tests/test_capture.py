@@ -20,6 +20,14 @@ def same_padding(size, kernel, stride):
     return max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
 
 
+def normalised(x, mean, var):
+    return F.batch_norm(x, mean, var)
+
+
+def normalised_by_size(x, mean, var):
+    return normalised(x, mean, var) if x.shape[0] > 1 else x
+
+
 class SamePadding(nn.Conv2d):
     def forward(self, x):
         height, width = (same_padding(size, 3, 2) for size in (x.shape[-2], x.shape[-1]))
@@ -105,6 +113,29 @@ class AsksAboutResults(nn.Module):
 
 def test_questions_about_the_type_of_results_are_answered_for_the_value():
     folds(randomise(AsksAboutResults()), IMAGE, folded=1)
+
+
+def test_an_input_that_is_asked_whether_it_is_a_tensor_is_asserted_to_be_one():
+    class Scaled(AsksForClass):
+        def forward(self, x, scale):
+            y = self.norm(self.conv(x))
+            return y * scale if isinstance(scale, torch.Tensor) else y
+
+    fused = folds(randomise(Scaled()), IMAGE, torch.tensor(2.0), folded=1)
+    with pytest.raises(AssertionError, match="scale was taken for a tensor"):
+        fused(IMAGE, 2.0)
+
+
+def test_a_norm_that_a_leaf_function_calls_by_way_of_another_is_refused():
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return normalised_by_size(x, self.norm.running_mean, self.norm.running_var)
+
+    folds(randomise(Calls()), IMAGE, folded=0, refused=["FXF208"])
 
 
 def test_a_question_about_a_type_that_only_the_run_can_tell_is_an_error():

@@ -151,6 +151,33 @@ def test_a_reference_that_cannot_run_in_float64_is_compared_by_tolerance_alone()
     assert any("float64" in note for note in comparison.notes)
 
 
+def test_a_reference_that_insists_on_its_dtype_is_compared_by_tolerance_alone():
+    class Insists(nn.Module):
+        def forward(self, x):
+            assert x.dtype == torch.float32
+            return x
+
+    assert math.isnan(fxfuse.verify(Insists().eval(), Insists().eval(), (IMAGE,)).reference_error)
+
+
+def test_example_inputs_are_copied_however_they_are_nested():
+    class Writes(nn.Module):
+        def forward(self, images):
+            return images[0].mul_(2)
+
+    image = IMAGE.clone()
+    state = torch.get_rng_state()
+    fxfuse.fuse(Writes().eval(), example_inputs=([image],))
+    assert torch.equal(image, IMAGE) and torch.equal(state, torch.get_rng_state())
+
+
+def test_outputs_that_are_zero_but_for_rounding_pass_and_prove_nothing():
+    comparison = fxfuse.verify(
+        changed(lambda y: y - y.mean() * 0 - y), changed(lambda y: y * 1e-14), (IMAGE,)
+    )
+    assert comparison.ok and not comparison.conclusive
+
+
 def test_given_tolerances_replace_the_default_ones():
     model, other = network(), changed(lambda y: y * 1.01)
     assert not fxfuse.verify(model, other, (IMAGE,)).ok

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 import fxfuse
 from tests.programs import QUERIES, Program, ProgramModel, norm_form, programs
-from tests.strategies import Pair, pairs
-from tests.support import assert_exact, assert_untouched, snapshot
+from tests.strategies import SEEDS, Pair, pairs
+from tests.support import assert_exact, assert_untouched, randomise, snapshot
 
 SMALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # torch says that this combination is slow.
@@ -53,6 +53,23 @@ def test_folded_equals_eager_for_any_program(program: Program) -> None:
     model = program.model()
     expected = run(model, program.inputs())
     assert_exact(expected, run(fused_of(program, model), program.inputs()))
+
+
+class Centred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operator, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.operator(x))
+        return x - x.mean(0)
+
+
+@given(SEEDS)
+def test_fuse_accepts_outputs_that_are_zero_but_for_rounding(seed: int) -> None:
+    inputs = (torch.ones(3, 3, dtype=torch.float64),)
+    fused = fxfuse.fuse(randomise(Centred(), seed), example_inputs=inputs)
+    assert len(fxfuse.report(fused).folded) == 1
 
 
 # ---- accounts ---------------------------------------------------------------------------------------
