@@ -102,7 +102,7 @@ def written_attributes(node: fx.Node) -> list[str]:
     sources = node.all_input_nodes
     if _is_norm_call(node):
         sources = [value for key, value in arguments(node).items() if key.startswith("running_")]
-    return [name for source in sources if (name := _viewed_attribute(source)) is not None]
+    return [name for source in sources if (name := viewed_attribute(source)) is not None]
 
 
 def _is_norm_call(node: fx.Node) -> bool:
@@ -119,15 +119,16 @@ def _may_write(node: fx.Node) -> bool:
         return bound.get("training", bound.get("use_input_stats", updates)) is not False
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
-    if "out" in node.kwargs or node.kwargs.get("inplace") is True:
+    if "out" in node.kwargs or node.kwargs.get("inplace") is True or node.kwargs.get("max_norm") is not None:
         return True
-    if node.op == "call_function" and not str(getattr(target, "__module__", None)).startswith(_HARMLESS):
+    package = str(getattr(target, "__module__", None)).partition(".")[0]
+    if node.op == "call_function" and package not in _HARMLESS:
         return torch_name(target) is None
     return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
 
 
-def _viewed_attribute(value: Any) -> str | None:
+def viewed_attribute(value: Any) -> str | None:
     """The attribute at the beginning of a chain of calls on their first arguments, as views are."""
-    while isinstance(value, fx.Node) and value.op in ("call_method", "call_function") and value.args:
-        value = value.args[0]
+    while isinstance(value, fx.Node) and value.op.startswith("call_") and value.all_input_nodes:
+        value = value.all_input_nodes[0]
     return attribute_name(value)

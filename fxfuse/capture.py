@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from fxfuse.errors import CaptureError, UsageError
 from fxfuse.replica import replicate
@@ -40,13 +41,18 @@ class Capture:
         built = fx.GraphModule(self.root, self.graph, self.name)
         for hooks in (*HOOKS, *_HOOK_OPTIONS):
             getattr(built, hooks).update(getattr(self.root, hooks))
+        # deepcopy of a GraphModule keeps of its hooks only those that are named here.
+        named = (*HOOKS, *_HOOK_OPTIONS)
+        carried = {hooks: getattr(built, hooks) for hooks in named if getattr(built, hooks)}
+        if carried and not isinstance(self.root, fx.GraphModule):
+            built.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = carried
         built._is_full_backward_hook = self.root._is_full_backward_hook
         for path, module in built.named_modules():
             module._non_persistent_buffers_set |= getattr(
                 attribute(self.root, path), "_non_persistent_buffers_set", set()
             ) & {*module._buffers}
         if isinstance(self.root, fx.GraphModule):
-            built.meta.update(self.root.meta)
+            built.meta = {**self.root.meta, **built.meta}
             built.__dict__.update({k: v for k, v in self.root.__dict__.items() if k not in built.__dict__})
         return built
 
@@ -92,6 +98,10 @@ def _check_usable(model: object) -> None:
         raise UsageError(
             f"{len(lazy)} lazy parameters are not initialised yet ({', '.join(lazy[:3])}"
             f"{', ...' if len(lazy) > 3 else ''}); run the model once on an input first"
+        )
+    if not isinstance(model, fx.GraphModule) and type(model).__call__ is not nn.Module.__call__:
+        raise CaptureError(
+            f"{type(model).__name__} has a __call__ of its own, which a trace of forward would miss"
         )
     if "forward" in model.__dict__:
         raise CaptureError(

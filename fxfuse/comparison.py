@@ -23,6 +23,8 @@ from fxfuse.tree import is_training
 
 # A folded model rounds in other places than its source, so its error is like the source's but not equal.
 _ROUNDING_FACTOR = 4.0
+# A reference that is further than this from its own float64 run is no measure of rounding.
+_FAR = 0.25
 # Differences up to this count as none: in float64 the reference's own rounding cannot be measured.
 _ZERO = 1e-12
 
@@ -138,7 +140,7 @@ def verify(
     Args:
         reference: the model that counts as right, in eval mode.
         candidate: the model to be checked.
-        inputs: positional inputs. A tuple of ints stands for a standard normal float tensor of that shape,
+        inputs: positional inputs. A ``torch.Size`` stands for a standard normal float tensor of that shape,
             drawn with `seed`, in the dtype and on the device of the reference.
         rtol: relative tolerance instead of the default one.
         atol: absolute tolerance instead of the default one.
@@ -174,12 +176,12 @@ def _unmeasured(*, ok: bool, note: str) -> Comparison:
 
 
 def drawn(model: nn.Module, inputs: Sequence[Any], seed: int) -> list[Any]:
-    """`inputs`, with a standard normal tensor in the dtype of `model` for each that is a tuple of ints."""
+    """`inputs`, with a standard normal tensor in the dtype of `model` for each that is a torch.Size."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(value, generator=generator).to(device=like.device, dtype=like.dtype)
-        if isinstance(value, tuple) and value and all(isinstance(size, int) for size in value)
+        if isinstance(value, torch.Size)
         else value
         for value in inputs
     ]
@@ -243,8 +245,8 @@ def _doubts(reference: nn.Module, expected: Outputs) -> Iterator[str]:
     if norms and all(_is_initial(norm) for norm in norms):
         yield "inconclusive: all norms have their initial statistics, with which a norm does nothing"
     tensors = [value for value in expected.values() if isinstance(value, Tensor)]
-    if not tensors:
-        yield "inconclusive: the model returns no tensors"
+    if not any(tensor.numel() for tensor in tensors):
+        yield "inconclusive: the model returns no tensors, or empty ones"
     for place, value in expected.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             if not bool(value.isfinite().all()):
@@ -295,6 +297,8 @@ def _compared(
         math.sqrt(sum(parts)) for parts in zip(*(m.squares for m in measured), strict=True)
     )
     errors = (reference / total, candidate / total) if total else (math.nan, math.nan)
+    if errors[0] > _FAR:
+        conclusive, notes = False, [*notes, "inconclusive: in float64 the reference computes something else"]
     max_abs, max_rel = max(m.max_abs for m in measured), max(m.max_rel for m in measured)
     return Comparison(worst.excess <= 0, conclusive, max_abs, max_rel, *errors, worst.worst, tuple(notes))
 
@@ -305,6 +309,10 @@ def _measure(
     left, right = _wide(value), _wide(other)
     exact = None if truth is None else _wide(truth)
     difference = _difference(left, right)
+    if not (value.is_floating_point() or value.is_complex()):
+        difference = torch.where(
+            (value == other).cpu(), 0.0, difference.clamp_min(1.0)
+        )  # float64 may not tell
     allowed = _allowed(value, left, exact, tolerances)
     excess = difference - allowed
     index = tuple((excess == excess.amax()).nonzero()[0].tolist())

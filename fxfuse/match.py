@@ -120,6 +120,9 @@ class _Matcher:
     def _absorb(self, node: fx.Node, norm: Norm, producer: fx.Node, linear: Linear) -> Move | Refusal:
         weight, mean = self.reader.tensor(linear.weight), self.reader.tensor(norm.mean)
         owner = linear.weight.rpartition(".")[0]
+        if weight.device != mean.device or not weight.numel():
+            found = f"{owner} is empty or on another device ({weight.device}, {mean.device})"
+            return Refusal.because(norm.name, Code.OPAQUE_PRODUCER, found)
         rank = self._right_rank(producer, norm, linear)
         if isinstance(rank, Code):
             return Refusal.because(norm.name, rank, owner)

@@ -16,8 +16,16 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fxfuse.calls import arguments, attribute_name, layer_input, torch_name, written_attributes
+from fxfuse.calls import (
+    arguments,
+    attribute_name,
+    layer_input,
+    torch_name,
+    viewed_attribute,
+    written_attributes,
+)
 from fxfuse.refusals import Code
+from fxfuse.replica import is_plain
 from fxfuse.tree import NORM_RANKS, attribute, has_hooks
 
 
@@ -162,7 +170,7 @@ _KNOWN_FUNCTIONS = {
 }
 # What a subclass may not override and still be taken for the class that it comes from.
 _BEHAVIOUR = (
-    *("__call__", "forward", "_conv_forward", "_output_padding", "_check_input_dim"),
+    *("__call__", "_call_impl", "forward", "_conv_forward", "_output_padding", "_check_input_dim"),
     *("_get_no_batch_dim", "_handle_no_batch_input", "_apply_instance_norm"),
 )
 
@@ -198,7 +206,11 @@ class Reader:
         if node.op != "call_module":
             return [attribute(self.root, name) for name in written_attributes(node)]
         written: list[Any] = []
-        for module in attribute(self.root, str(node.target)).modules():
+        called = attribute(self.root, str(node.target))
+        if getattr(called, "inplace", False):
+            names = [viewed_attribute(source) for source in node.all_input_nodes]
+            written += [attribute(self.root, name) for name in names if name is not None]
+        for module in called.modules():
             if has_hooks(module) or not _is_known(module) or getattr(module, "max_norm", None) is not None:
                 written += module.parameters()
                 written += module.buffers()
@@ -254,7 +266,8 @@ class Reader:
 
     def _linear_module(self, node: fx.Node, module: Any, kind: type[nn.Module]) -> Op:
         name = str(node.target)
-        computed = [part for part in ("weight", "bias") if part not in module._parameters]
+        parts = ("weight", "bias")
+        computed = [part for part in parts if part not in module._parameters or hasattr(type(module), part)]
         if computed:
             return Opaque(Code.OPERATOR_COMPUTED, f"{name}.{computed[0]}")
         if has_hooks(module):
@@ -319,7 +332,7 @@ class Reader:
             if tensor is None:
                 continue
             mutated = _storage(tensor) in self._written
-            if not mutated and _is_plain(tensor):
+            if not mutated and _is_plain(tensor) and (isinstance(op, Linear) or tensor.dim() == 1):
                 continue
             if isinstance(op, Norm):
                 return LeftNorm(op.name, Code.STATE_MUTATED if mutated else Code.NORM_COMPUTED, str(name))
@@ -337,7 +350,9 @@ def norms_inside(module: nn.Module) -> list[str]:
             reader = Reader(child, child.graph)
             calls = [reader.read(node) for node in child.graph.nodes if node.op == "call_function"]
             found += [f"{path}.{op.name}".lstrip(".") for op in calls if isinstance(op, Norm | LeftNorm)]
-        elif not _is_known(child) and calls_norm(type(child).forward):
+        elif not _is_known(child) and any(
+            map(calls_norm, filter(inspect.isfunction, vars(type(child)).values()))
+        ):
             found.append(path)
     return found
 
@@ -404,11 +419,7 @@ def _storage(tensor: Any) -> int:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether the values are just what is stored: no quantised, sharded or fake tensor, and real numbers."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.is_floating_point()
-        and tensor.layout is torch.strided
-    )
+    return is_plain(tensor) and tensor.is_floating_point() and tensor.layout is torch.strided
 
 
 def _norm_name(node: fx.Node, bound: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ def fuse(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> fx
     Args:
         model: a module in eval mode, or a ``torch.fx.GraphModule``. Arguments of its forward that default
             to None, a bool or a str are fixed to that default.
-        example_inputs: positional inputs; a tuple of ints stands for a random tensor of that shape. With
+        example_inputs: positional inputs; a ``torch.Size`` stands for a random tensor of that shape. With
             them the number of axes of every value is known, which some norms after linear layers need,
             and the result is verified before it is returned.
 

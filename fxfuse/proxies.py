@@ -7,6 +7,7 @@ where its type is not known, asking is a TraceError.
 
 from __future__ import annotations
 
+import linecache
 import operator
 import sys
 from collections.abc import Callable, Container
@@ -25,6 +26,16 @@ from fxfuse.tree import attribute, has_hooks
 _INTERNAL = ("torch.fx", "torch.overrides", "torch.utils._pytree", "fxfuse.")
 
 
+_OWN_ATTRIBUTES = {"tracer", "node", "param", "name"}
+
+
+def _is_calling_isinstance(frame: FrameType) -> bool:
+    """Whether the call that `frame` is making is one of isinstance, by its place in the source."""
+    line, _, column, _ = [*frame.f_code.co_positions()][frame.f_lasti // 2]
+    source = linecache.getline(frame.f_code.co_filename, line or 0).encode()
+    return source[column or 0 :].startswith(b"isinstance(")
+
+
 class TypedProxy(Proxy):
     """A proxy that is taken, by the code of the model, for what it stands for; None if that is not known."""
 
@@ -37,13 +48,11 @@ class TypedProxy(Proxy):
             asker = asker.f_back  # isinstance(x, nn.Parameter) asks by way of a metaclass
         if asker is None or asker.f_globals.get("__name__", "").startswith(_INTERNAL):
             return type(self)
-        by_model = not {"isinstance", "__class__"}.isdisjoint(asker.f_code.co_names)
+        if not _is_calling_isinstance(asker):
+            return type(self)  # C code asks, which would go on to take the proxy for a tensor's memory
         if self.stands_for is not None:
-            if by_model:
-                self._assert_tensor()
+            self._assert_tensor()
             return self.stands_for
-        if not by_model:
-            return type(self)  # asked by C code that sorts the arguments of an operator
         raise TraceError(f"the type of {self.node.name} is asked for and is known only at run time")
 
     @__class__.setter
@@ -55,6 +64,11 @@ class TypedProxy(Proxy):
             self._assert_tensor()
             raise AttributeError(f"a tensor has no attribute {k!r}")
         return super().__getattr__(k)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN_ATTRIBUTES:
+            raise TraceError(f"forward sets {name} of a tensor, which a graph does not record")
+        super().__setattr__(name, value)
 
     def _assert_tensor(self) -> None:
         """An input is traced as a tensor; where the model asks, the graph asserts that it is one."""

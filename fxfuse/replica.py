@@ -32,9 +32,11 @@ def replicate(model: _M) -> _M:
 def isolated(model: _M) -> _M:
     """A replica that may be run: what it writes to its buffers stays in it. Parameters are shared."""
     twin = replicate(model)
+    clones: dict[int, Tensor] = {}
     for module in twin.modules():
         for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.clone()
+            if buffer is not None:
+                module._buffers[name] = clones.setdefault(id(buffer), buffer.clone())
     return twin
 
 
@@ -49,29 +51,33 @@ def _module(source: Any, memo: dict[int, Any]) -> Any:
     twin = nn.Module.__new__(type(source))  # not type(source).__new__: a GraphModule's makes a new class
     memo[id(source)] = twin
     for name, value in source.__dict__.items():
-        if isinstance(value, MethodType) and value.__self__ is source:
-            value = MethodType(value.__func__, twin)  # noqa: PLW2901
-        twin.__dict__[name] = _container(value)
+        twin.__dict__[name] = _own(value, memo)
+    twin.__dict__["_compiled_call_impl"] = None  # Module.compile() binds it to the source
     for tensors in (twin._parameters, twin._buffers):
         for name, tensor in tensors.items():
             tensors[name] = _tensor(tensor, memo)
-    for name, child in twin._modules.items():
-        twin._modules[name] = _module(child, memo)
     return twin
 
 
-def _container(value: Any) -> Any:
-    """A model that appends to a list in its forward must append to its own list, however deep it lies."""
+def _own(value: Any, memo: dict[int, Any]) -> Any:
+    """What the replica has in place of an attribute: containers, modules and bound methods of its own.
+
+    A model that appends to a list in its forward must append to its own list, however deep it lies.
+    """
+    if isinstance(value, nn.Module):
+        return _module(value, memo)
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+        return MethodType(value.__func__, _module(value.__self__, memo))
     if type(value) not in _CONTAINERS:
         return value
-    twin = value.copy()
-    if isinstance(twin, (list, deque)):
-        for place, item in enumerate(twin):
-            twin[place] = _container(item)
-    elif isinstance(twin, dict):
-        for key, item in twin.items():
-            twin[key] = _container(item)
-    return twin
+    if id(value) not in memo:
+        memo[id(value)] = twin = value.copy()
+        if isinstance(twin, dict):
+            twin.update({key: _own(item, memo) for key, item in value.items()})
+        elif not isinstance(twin, set):
+            for place, item in enumerate(value):
+                twin[place] = _own(item, memo)
+    return memo[id(value)]
 
 
 def _tensor(source: Any, memo: dict[int, Any]) -> Any:
@@ -82,8 +88,19 @@ def _tensor(source: Any, memo: dict[int, Any]) -> Any:
     return memo[id(source)]
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether operators treat `tensor` as a tensor: no subclass that intercepts them."""
+    kind = type(tensor)
+    intercepts = (
+        kind.__torch_function__ is not nn.Parameter.__torch_function__ or "__torch_dispatch__" in vars(kind)
+    )
+    return kind in (Tensor, nn.Parameter) or (isinstance(tensor, nn.Parameter) and not intercepts)
+
+
 def alias(source: Tensor, data: Tensor) -> Tensor:
     """`data` as the same kind of tensor as `source`: a Parameter with its `requires_grad`, or a buffer."""
+    if not is_plain(source):
+        return source  # it may hold more than data
     if not isinstance(source, nn.Parameter):
         return data
     with torch.inference_mode(source.is_inference()):

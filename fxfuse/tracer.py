@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy, TraceError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse.calls import written_attributes
 from fxfuse.errors import CaptureError
@@ -145,6 +146,8 @@ def trace(model: nn.Module, root: nn.Module) -> fx.Graph:
                 for guard in (
                     _no_random_numbers(),
                     _no_changes_to_layers(),
+                    _no_swapped_parameters(),
+                    _SourceIsReadOnly(model),
                     _traceable_checks(),
                     torch.no_grad(),
                 ):
@@ -181,7 +184,8 @@ def _no_changes_to_layers() -> Iterator[None]:
     original = nn.Module.__setattr__
 
     def refuse(module: nn.Module, name: str, value: Any) -> None:
-        if type(module).__module__.startswith("torch.nn.modules") and name in module.__dict__:
+        known = name in module.__dict__ or name in module._parameters or name in module._buffers
+        if known and type(module).__module__.startswith("torch.nn.modules"):
             raise TraceError(
                 f"forward sets {name} of a {type(module).__name__}, which a graph does not record"
             )
@@ -189,6 +193,44 @@ def _no_changes_to_layers() -> Iterator[None]:
 
     with _patched(nn.Module, "__setattr__", refuse):
         yield
+
+
+@contextlib.contextmanager
+def _no_swapped_parameters() -> Iterator[None]:
+    """functional_call puts other tensors into a layer for one call; the call in a graph would not."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise TraceError("forward uses functional_call, which a graph does not record")
+
+    with _patched(torch.nn.utils.stateless, "_functional_call", refuse):
+        yield
+
+
+class _SourceIsReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While the model is traced, nothing may write to the memory that its replica shares with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        tensors = [tensor for _, tensor in named_tensors(model)]
+        tensors += [
+            each for module in model.modules() for each in vars(module).values() if isinstance(each, Tensor)
+        ]
+        self.memory = {_memory(tensor) for tensor in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable and any(
+            _memory(each) in self.memory for each in _flat((args, kwargs or {}))
+        ):
+            raise TraceError(
+                "forward writes to a parameter, buffer or tensor of the model while it is traced"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _memory(value: Any) -> int:
+    """The address of a tensor's storage; something unique for anything else."""
+    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+    return value.untyped_storage().data_ptr() if plain else id(value)
 
 
 @contextlib.contextmanager
@@ -214,7 +256,7 @@ def _check_rank(_module: nn.Module, ranks: frozenset[int], check: Any, value: An
 
 
 @contextlib.contextmanager
-def _patched(owner: type, name: str, value: Any) -> Iterator[None]:
+def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
     original = vars(owner)[name]
     setattr(owner, name, value)
     try:
@@ -235,7 +277,8 @@ def _no_writes_to_constants(graph: fx.Graph, model: nn.Module) -> None:
 
 def _fixed_arguments(model: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(type(model).forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, str))}
+    fixed = (bool, str, type(None), torch.dtype, torch.device)
+    return {p.name: p.default for p in parameters if isinstance(p.default, fixed)}
 
 
 @dataclass(frozen=True)

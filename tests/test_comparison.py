@@ -185,7 +185,9 @@ def test_given_tolerances_replace_the_default_ones():
 
 def test_inputs_given_as_shapes_are_drawn_with_the_seed():
     model, other = network(), changed(lambda y: y + 1)
-    first, second, third = (fxfuse.verify(model, other, [(1, 3, 9, 9)], seed=seed) for seed in (0, 0, 1))
+    first, second, third = (
+        fxfuse.verify(model, other, [torch.Size((1, 3, 9, 9))], seed=seed) for seed in (0, 0, 1)
+    )
     assert first == second != third
 
 
