@@ -100,6 +100,8 @@ def main() -> None:
 def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, json_file: Path | None) -> None:
     """Folds the norms of MODEL, verifies the result and says what was done."""
     _check_writable(output, json_file)
+    if output is not None and output.suffix != ".pt2":
+        raise UsageError(f"cannot write {output}: an exported program is a .pt2 file")
     with _progress(4 if output else 3) as step:
         loaded, inputs = _load(model, shapes, seed, step)
         if output is not None and inputs is None:
@@ -125,6 +127,9 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
         show("not verified: no input is known for this model; say which with --input")
     else:
         show(comparison_view(report.verification))
+    if output is not None:
+        size = output.stat().st_size / 2**20
+        show(headline(str(output), f"written, {size:.1f} MiB, for any batch size"))
 
 
 @main.command(epilog="Example: fxfuse explain torchvision:densenet121")
@@ -163,11 +168,15 @@ def verify(
         if inputs is None:
             raise UsageError(f"no input is known for {model}; say which with --input")
         step("folding" if candidate is None else f"loading {candidate}")
-        other: nn.Module = (
-            fxfuse.fuse(loaded.model) if candidate is None else zoo.load(candidate, seed=seed).model
-        )
-        step("comparing")
-        comparison = fxfuse.verify(loaded.model, other, inputs, seed=seed)
+        if candidate is None:
+            report = fxfuse.report(fxfuse.fuse(loaded.model, example_inputs=inputs))
+            comparison, compared = report.verification, f"{len(report.folded)} of {report.norms} norms folded"
+        else:
+            other = zoo.load(candidate, seed=seed)
+            step("comparing")
+            comparison = fxfuse.verify(loaded.model, other.model, inputs, seed=seed)
+            compared = f"{candidate}: {other.weights}"
+        assert comparison is not None
     record = {
         "model": model,
         "candidate": candidate,
@@ -176,6 +185,7 @@ def verify(
     }
     if not _write_json(record, json_file):
         show(headline(model, loaded.weights))
+        show(headline("compared with", compared))
         show(comparison_view(comparison))
     sys.exit(0 if comparison.ok else 1)
 
@@ -223,6 +233,8 @@ def _check_writable(*files: Path | None) -> None:
             raise UsageError(f"cannot write {file}: it is a folder")
         if not file.parent.is_dir():
             raise UsageError(f"cannot write {file}: there is no folder {file.parent}")
+        if file.exists() and not file.is_file():
+            raise UsageError(f"cannot write {file}: it is no regular file")
         if not os.access(file if file.exists() else file.parent, os.W_OK):
             raise UsageError(f"cannot write {file}: permission denied")
 
@@ -236,7 +248,7 @@ def _export(fused: nn.Module, inputs: tuple[Any, ...], output: Path) -> None:
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         part = Path(folder, "part.pt2")
         torch.export.save(program, part)
-        part.replace(output)
+        part.replace(output.resolve())
 
 
 def _write_json(record: dict[str, Any], file: Path | None) -> bool:

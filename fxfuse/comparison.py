@@ -152,6 +152,8 @@ def verify(
     for name, model in (("reference", reference), ("candidate", candidate)):
         if is_training(model):
             raise UsageError(f"the {name} is in training mode; call {name}.eval()")
+    if not isinstance(inputs, (list, tuple)):
+        raise UsageError(f"inputs is a {type(inputs).__name__}; pass a tuple of positional inputs, (x,)")
     values = drawn(reference, inputs, seed)
     if any(tensor.is_meta for model in (reference, candidate) for tensor in model.parameters()):
         return _unmeasured(ok=True, note="the model is on the meta device: nothing to compare")
@@ -300,7 +302,8 @@ def _compared(
     if errors[0] > _FAR:
         conclusive, notes = False, [*notes, "inconclusive: in float64 the reference computes something else"]
     max_abs, max_rel = max(m.max_abs for m in measured), max(m.max_rel for m in measured)
-    return Comparison(worst.excess <= 0, conclusive, max_abs, max_rel, *errors, worst.worst, tuple(notes))
+    ok = worst.excess <= 0
+    return Comparison(ok, conclusive or not ok, max_abs, max_rel, *errors, worst.worst, tuple(notes))
 
 
 def _measure(

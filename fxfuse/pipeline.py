@@ -32,7 +32,7 @@ def fuse(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> fx
 
     Args:
         model: a module in eval mode, or a ``torch.fx.GraphModule``. Arguments of its forward that default
-            to None, a bool or a str are fixed to that default.
+            to None, a bool, a str, a dtype or a device are fixed to that default.
         example_inputs: positional inputs; a ``torch.Size`` stands for a random tensor of that shape. With
             them the number of axes of every value is known, which some norms after linear layers need,
             and the result is verified before it is returned.
@@ -81,6 +81,9 @@ def report(fused: nn.Module) -> Report:
 
 
 def _folded(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[Capture, Report]:
+    if example_inputs is not None and not isinstance(example_inputs, (list, tuple)):
+        found = type(example_inputs).__name__
+        raise UsageError(f"example_inputs is a {found}; pass a tuple of positional inputs, (x,)")
     if isinstance(model, nn.Module) and is_training(model):
         raise UsageError(
             f"{type(model).__name__} is in training mode, where norms use the batch; call model.eval()"

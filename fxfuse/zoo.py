@@ -52,7 +52,7 @@ def load(spec: str, *, seed: int = 0) -> Loaded:
     if spec.endswith(".pt2"):
         return _exported(Path(spec))
     source, colon, name = spec.partition(":")
-    if not colon:
+    if not colon or not source:
         raise UsageError(
             f"{spec!r} names no model; use torchvision:NAME, timm:NAME, package.module:factory or FILE.pt2"
         )
@@ -190,13 +190,14 @@ def _factory(module_name: str, factory_name: str) -> Loaded:
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"cannot load {module_name}:{factory_name}: {error}") from error
-    model = factory()
+        model = getattr(importlib.import_module(module_name), factory_name)()
+    except Exception as error:
+        raise UsageError(
+            f"cannot load {module_name}:{factory_name}: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{module_name}:{factory_name} gave a {type(model).__name__}, not a torch.nn.Module")
-    return Loaded(model.eval(), "its own", None)
+    return Loaded(model.eval(), "weights as the factory makes them", None)
 
 
 def _exported(path: Path) -> Loaded:

@@ -1,5 +1,7 @@
 """Capture: what is traced, what is called as a whole, and what cannot be captured is told clearly."""
 
+import contextlib
+import copy
 import math
 import types
 import warnings
@@ -11,7 +13,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.capture import capture
-from tests.support import assert_untouched, folds, randomise, snapshot
+from tests.support import assert_exact, assert_untouched, folds, randomise, snapshot
 
 IMAGE = torch.randn(2, 3, 9, 9, dtype=torch.float64)
 
@@ -285,6 +287,76 @@ def test_modules_that_are_reached_without_being_registered_are_found_or_told():
 def test_what_cannot_be_captured_is_wrong_use(thing, message):
     with pytest.raises(fxfuse.UsageError, match=message):
         fxfuse.fuse(thing)
+
+
+def test_example_inputs_have_to_be_a_tuple():
+    model = randomise(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    with pytest.raises(fxfuse.UsageError, match="is a Tensor; pass a tuple"):
+        fxfuse.fuse(model, example_inputs=IMAGE)
+    with pytest.raises(fxfuse.UsageError, match="is a Tensor; pass a tuple"):
+        fxfuse.verify(model, model, IMAGE)
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx, x):
+        return x * torch.sigmoid(x)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: Swish.apply(m.norm(m.conv(x))),
+        lambda m, x: torch.as_tensor(m.norm(m.conv(x))) if isinstance(x, torch.Tensor) else x,
+    ],
+)
+def test_c_code_never_takes_a_proxy_for_memory(forward):
+    """It would end the interpreter, and this test with it."""
+    model = randomise(AsksForClass())
+    model.__class__ = type("Model", (AsksForClass,), {"forward": forward})
+    with contextlib.suppress(fxfuse.CaptureError):
+        folds(model, IMAGE, folded=1)
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda m, x: [p.mul_(0.5) for p in m.conv.parameters()] and m.norm(m.conv(x)), "writes to a tensor"),
+        (lambda m, x: torch.func.functional_call(m.conv, {"bias": m.norm.bias}, (x,)), "functional_call"),
+        (lambda m, x: setattr(m.conv.weight, "data", x) or m.conv(x), "sets data of a tensor"),
+        (lambda m, x: setattr(m.norm, "eps", 0.5) or m.norm(m.conv(x)), "sets eps of a BatchNorm2d"),
+    ],
+)
+def test_what_a_graph_cannot_record_is_an_error_and_does_not_touch_the_source(forward, message):
+    model = randomise(AsksForClass()).requires_grad_(False)
+    model.__class__ = type("Model", (AsksForClass,), {"forward": forward})
+    before = snapshot(model)
+    with pytest.raises(fxfuse.CaptureError, match=message):
+        fxfuse.fuse(model)
+    assert_untouched(before, model)
+
+
+def test_layers_that_are_compiled_by_themselves_are_folded():
+    model = randomise(AsksForClass())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about itself when the compiler is first imported
+        model.conv.compile(backend="eager")
+    assert_exact(AsksForClass.forward(randomise(AsksForClass()), IMAGE), fxfuse.fuse(model)(IMAGE))
+
+
+def test_a_call_of_the_models_own_is_not_missed():
+    class Twice(AsksForClass):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    with pytest.raises(fxfuse.CaptureError, match="Twice has a __call__ of its own"):
+        fxfuse.fuse(randomise(Twice()))
+
+
+def test_hooks_of_the_model_itself_survive_deepcopy():
+    model = randomise(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    model.register_forward_hook(lambda _module, _args, output: output * 2)
+    assert_exact(model(IMAGE), copy.deepcopy(fxfuse.fuse(model))(IMAGE))
 
 
 def test_a_compiled_model_is_wrong_use():
