@@ -126,7 +126,7 @@ is the peak beyond what the process had before, each tool in a process of its ow
 def main() -> None:
     """Measures, prints the page and writes it beside the numbers."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    parser.add_argument("--rounds", type=int, default=21, help="calls of each tool on each model")
+    parser.add_argument("--rounds", type=int, default=15, help="calls of each tool on each model")
     parser.add_argument("--dry-run", action="store_true", help="print the page, write nothing")
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -92,17 +92,23 @@ def attribute_name(value: Any) -> str | None:
     return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
 
 
-def written_attributes(node: fx.Node) -> list[str]:
-    """Names of the parameters and buffers that `node` may write to, in place or through a view.
+def origins(graph: fx.Graph) -> dict[fx.Node, str | None]:
+    """For each node the parameter or buffer that its value may be a view of: that of its first input."""
+    found: dict[fx.Node, str | None] = {}
+    for node in graph.nodes:
+        sources = node.all_input_nodes if node.op.startswith("call_") else []
+        found[node] = str(node.target) if node.op == "get_attr" else found[sources[0]] if sources else None
+    return found
 
-    A function that is not torch's own may write to anything that it is given.
-    """
+
+def written_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs that `node` may write to. A function that is not torch's own may write to any."""
     if node.op not in ("call_function", "call_method") or not _may_write(node):
         return []
-    sources = node.all_input_nodes
-    if _is_norm_call(node):
-        sources = [value for key, value in arguments(node).items() if key.startswith("running_")]
-    return [name for source in sources if (name := viewed_attribute(source)) is not None]
+    if not _is_norm_call(node):
+        return node.all_input_nodes
+    statistics = [value for name, value in arguments(node).items() if name.startswith("running_")]
+    return [value for value in statistics if isinstance(value, fx.Node)]
 
 
 def _is_norm_call(node: fx.Node) -> bool:
@@ -125,10 +131,3 @@ def _may_write(node: fx.Node) -> bool:
     if node.op == "call_function" and package not in _HARMLESS:
         return torch_name(target) is None
     return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-
-
-def viewed_attribute(value: Any) -> str | None:
-    """The attribute at the beginning of a chain of calls on their first arguments, as views are."""
-    while isinstance(value, fx.Node) and value.op.startswith("call_") and value.all_input_nodes:
-        value = value.all_input_nodes[0]
-    return attribute_name(value)

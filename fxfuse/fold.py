@@ -13,9 +13,8 @@ from torch import Tensor
 from fxfuse.affine import AffineMap, exact
 from fxfuse.refusals import Code
 
-# Weights are scaled in pieces of about this many elements: small enough for the cache, and for torch not
-# to wake its other threads for each of them.
-_PIECE = 1 << 15
+# Weights are scaled in pieces of about this many elements, so that the float64 copy stays in the cache.
+_PIECE = 1 << 17
 
 
 def absorb_output(
@@ -38,12 +37,10 @@ def absorb_output(
     shift = affine.shift if bias is None else affine.scale * exact(bias) + affine.shift
     folded_bias = shift.to(device=weight.device, dtype=weight.dtype)
     scale = _by_row(affine.scale, weight, transposed, groups)
-    folded, norm = _scaled(weight, scale)
+    folded = _scaled(weight, scale)
     if weight.is_meta:
         return folded, folded_bias
-    # No element is larger than the norm; only where that is too large they have to be looked at.
-    certain = bool(norm < torch.finfo(weight.dtype).max)
-    if not (certain or bool(folded.isfinite().all())) or not bool(folded_bias.isfinite().all()):
+    if not _is_finite(folded, weight, scale) or not bool(folded_bias.isfinite().all()):
         return Code.OVERFLOW
     limit = torch.finfo(weight.dtype).tiny
     if bool((shift.abs() < limit).any()):
@@ -69,16 +66,19 @@ def _by_row(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Ten
     return by_row.reshape(weight.shape[0], -1, *kernel)
 
 
-def _scaled(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight`·`scale`, and the Euclidean norm of the product in float64."""
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """`weight`·`scale`, computed in float64 and rounded once."""
     result = torch.empty_like(weight, requires_grad=False)
-    rows = max(1, _PIECE * weight.shape[0] // max(1, weight.numel()))
+    rows = max(1, _PIECE * weight.shape[0] // weight.numel())
     product = torch.empty_like(weight[:rows], dtype=torch.float64, device=scale.device, requires_grad=False)
-    norms = []
-    for start in range(0, weight.shape[0], rows):
-        source, target = weight.detach()[start : start + rows], result[start : start + rows]
-        piece = product[: source.shape[0]]
-        torch.mul(piece.copy_(source), scale[start : start + rows], out=piece)
-        target.copy_(piece)
-        norms.append(torch.linalg.vector_norm(piece))
-    return result, torch.linalg.vector_norm(torch.stack(norms))
+    pieces = (torch.split(tensor, rows) for tensor in (weight.detach(), scale, result))
+    for source, factor, target in zip(*pieces, strict=True):
+        target.copy_(product[: source.shape[0]].copy_(source).mul_(factor))
+    return result
+
+
+def _is_finite(folded: Tensor, weight: Tensor, scale: Tensor) -> bool:
+    """Whether all of `folded` is; looked at only where max|weight|·max|scale| may be too large."""
+    low, high = torch.aminmax(weight.detach())
+    bound = torch.maximum(-low, high).to(scale.device, torch.float64) * scale.abs().amax()
+    return bool(bound < torch.finfo(weight.dtype).max) or bool(folded.isfinite().all())

@@ -16,14 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fxfuse.calls import (
-    arguments,
-    attribute_name,
-    layer_input,
-    torch_name,
-    viewed_attribute,
-    written_attributes,
-)
+from fxfuse.calls import arguments, attribute_name, layer_input, origins, torch_name, written_inputs
 from fxfuse.refusals import Code
 from fxfuse.replica import is_plain
 from fxfuse.tree import NORM_RANKS, attribute, has_hooks
@@ -181,6 +174,7 @@ class Reader:
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         self.root = root
         self._read: dict[fx.Node, Op] = {}
+        self._origins = origins(graph)
         self._written = {_storage(tensor) for node in graph.nodes for tensor in self._may_write_to(node)}
 
     def tensor(self, name: str) -> Tensor:
@@ -203,14 +197,11 @@ class Reader:
 
     def _may_write_to(self, node: fx.Node) -> list[Any]:
         """Tensors of the model that `node` may write to: all of its own, if it is a module not known here."""
-        if node.op != "call_module":
-            return [attribute(self.root, name) for name in written_attributes(node)]
-        written: list[Any] = []
-        called = attribute(self.root, str(node.target))
-        if getattr(called, "inplace", False):
-            names = [viewed_attribute(source) for source in node.all_input_nodes]
-            written += [attribute(self.root, name) for name in names if name is not None]
-        for module in called.modules():
+        called = attribute(self.root, str(node.target)) if node.op == "call_module" else None
+        inputs = node.all_input_nodes if getattr(called, "inplace", False) else written_inputs(node)
+        names = [self._origins[source] for source in inputs]
+        written: list[Any] = [attribute(self.root, name) for name in names if name is not None]
+        for module in () if called is None else called.modules():
             if has_hooks(module) or not _is_known(module) or getattr(module, "max_norm", None) is not None:
                 written += module.parameters()
                 written += module.buffers()

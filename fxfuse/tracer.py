@@ -31,7 +31,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfuse.calls import written_attributes
+from fxfuse.calls import origins, written_inputs
 from fxfuse.errors import CaptureError
 from fxfuse.proxies import ParameterProxy, TensorProxy, TypedProxy, gives_tensor
 from fxfuse.replica import replicate
@@ -267,9 +267,10 @@ def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def _no_writes_to_constants(graph: fx.Graph, model: nn.Module) -> None:
     """A tensor that forward makes without looking at its input is one tensor for all calls of the graph."""
+    names = origins(graph)
     for node in graph.nodes:
-        for name in written_attributes(node):
-            if not hasattr(model, name.partition(".")[0]):
+        for source in written_inputs(node):
+            if not hasattr(model, (names[source] or "training").partition(".")[0]):
                 raise CaptureError(
                     f"forward writes to a tensor that it has made itself, at {node.format_node()}"
                 )
