@@ -56,7 +56,9 @@ def demonstration_view(shown: Demonstration) -> RenderableType:
     table.add_row("norms executed", str(before.norms), str(after.norms))
     errors = (shown.comparison.reference_error, shown.comparison.candidate_error)
     table.add_row("error against float64", *(f"{error:.2e}" for error in errors))
-    table.add_row("time for one image", *(f"{1000 * look.seconds:.1f} ms" for look in (before, after)))
+    table.add_row(
+        "time for one image, median", *(f"{1000 * look.seconds:.1f} ms" for look in (before, after))
+    )
     return Group(table, comparison_view(shown.comparison))
 
 
