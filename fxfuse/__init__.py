@@ -5,10 +5,10 @@
 """
 
 from fxfuse._version import __version__
-from fxfuse.comparison import Comparison, verify
+from fxfuse.comparison import verify
 from fxfuse.errors import CaptureError, FxfuseError, UsageError, VerificationError
 from fxfuse.pipeline import explain, fuse, report
-from fxfuse.records import Fold, Refusal, Report
+from fxfuse.records import Comparison, Fold, Refusal, Report
 
 __all__ = [
     "CaptureError",

@@ -7,9 +7,9 @@ to the candidate; what goes beyond that and beyond the tolerances of ``torch.tes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.testing._comparison import default_tolerances
 from torch.utils import _pytree as pytree
 
-from fxfuse.errors import UsageError, VerificationError
+from fxfuse.errors import UsageError
+from fxfuse.records import Comparison, Worst
 from fxfuse.replica import isolated
 from fxfuse.tree import is_training
 
@@ -27,88 +28,6 @@ _ROUNDING_FACTOR = 4.0
 _FAR = 0.25
 # Differences up to this count as none: in float64 the reference's own rounding cannot be measured.
 _ZERO = 1e-12
-
-
-@dataclass(frozen=True)
-class Worst:
-    """The element that is furthest from what it should be.
-
-    Attributes:
-        output: which output, as an index into the model's result: "" for a lone tensor, "['logits']".
-        index: position in that output.
-        reference, candidate: the two values.
-        allowed: the difference up to which the two count as equal.
-    """
-
-    output: str
-    index: tuple[int, ...]
-    reference: float
-    candidate: float
-    allowed: float
-
-    def __str__(self) -> str:
-        place = f"output{self.output}[{', '.join(map(str, self.index))}]"
-        return (
-            f"{place}: {self.reference:.9g} and {self.candidate:.9g}, allowed difference {self.allowed:.2g}"
-        )
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What comparing two models brought.
-
-    Attributes:
-        ok: whether they agree, rounding aside.
-        conclusive: whether a mistake could have been seen at all; `notes` says why not.
-        max_abs: largest absolute difference of an element.
-        max_rel: largest difference, relative to the largest magnitude in its output.
-        reference_error, candidate_error: relative L2 distance of each model from a float64 run of the
-            reference; nan where that run was not possible.
-        worst: the element that is furthest beyond, or nearest to, what is allowed; None without numbers.
-        notes: reasons and remarks, one sentence each.
-    """
-
-    ok: bool
-    conclusive: bool
-    max_abs: float
-    max_rel: float
-    reference_error: float
-    candidate_error: float
-    worst: Worst | None
-    notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The comparison as JSON values; numbers that could not be measured are None."""
-        record = asdict(self)
-        for name in ("max_abs", "max_rel", "reference_error", "candidate_error"):
-            record[name] = record[name] if math.isfinite(record[name]) else None
-        return record
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Comparison:
-        """The comparison that `to_dict` wrote."""
-        worst = record["worst"]
-        values: dict[str, Any] = {key: math.nan if value is None else value for key, value in record.items()}
-        values["worst"] = None if worst is None else Worst(**{**worst, "index": tuple(worst["index"])})
-        values["notes"] = tuple(record["notes"])
-        return cls(**values)
-
-    def raise_if_failed(self) -> None:
-        """Raises a VerificationError if the models do not agree."""
-        if not self.ok:
-            raise VerificationError(str(self))
-
-    def __str__(self) -> str:
-        verdict = "equal but for rounding" if self.ok else "NOT equal"
-        errors = f"reference {self.reference_error:.3g}, candidate {self.candidate_error:.3g}"
-        lines = [
-            f"{verdict}{'' if self.conclusive else ', but not conclusive'}",
-            f"  largest difference {self.max_abs:.3g} absolute, {self.max_rel:.3g} relative",
-            f"  error against float64: {errors}",
-        ]
-        if self.worst is not None:
-            lines.append(f"  worst element {self.worst}")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
 # What a model's forward raises when it gets inputs that it cannot take.

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse import zoo
-from fxfuse.comparison import Comparison
 from fxfuse.errors import UsageError
 from fxfuse.pipeline import fuse, report
+from fxfuse.records import Comparison
 
 _ROUNDS = 30
 

@@ -7,9 +7,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fxfuse.comparison import Comparison
 from fxfuse.demo import Demonstration
-from fxfuse.records import Report
+from fxfuse.records import Comparison, Report
 
 
 def headline(model: str, weights: str) -> RenderableType:

@@ -8,8 +8,8 @@ PACKAGE = Path(__file__).parents[1] / "fxfuse"
 # Each module may import from those on the lines above it only.
 LAYERS = [
     ["_version", "errors", "refusals", "tree", "replica", "calls", "affine"],
-    ["proxies", "fold", "comparison"],
-    ["tracer", "ops", "records"],
+    ["proxies", "fold", "records"],
+    ["tracer", "ops", "comparison"],
     ["capture"],
     ["rank"],
     ["match"],
