@@ -191,7 +191,7 @@ def _factory(module_name: str, factory_name: str) -> Loaded:
         sys.path.insert(0, here)
     try:
         model = getattr(importlib.import_module(module_name), factory_name)()
-    except Exception as error:
+    except Exception as error:  # nothing but the user's own code runs here, and it may raise anything
         raise UsageError(
             f"cannot load {module_name}:{factory_name}: {type(error).__name__}: {error}"
         ) from error
