@@ -9,6 +9,7 @@ and two in a row are one: s₂·(s₁·x + t₁) + t₂ = (s₂·s₁)·x + (s�
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,21 @@ class AffineMap:
         shift = -exact(mean) * scale
         return cls(scale, shift if bias is None else shift + exact(bias))
 
+    @classmethod
+    def identity(cls, channels: int, device: torch.device) -> AffineMap:
+        """The map that changes nothing."""
+        options = {"dtype": torch.float64, "device": _double(device)}
+        return cls(torch.ones(channels, **options), torch.zeros(channels, **options))
+
+    def taken(self, index: Sequence[int], *, shift: bool) -> AffineMap:
+        """Entry ``index[i]`` for channel i; the identity where that is negative. `shift`: or the scale only."""
+        if index == tuple(range(len(self.scale))):
+            return self if shift else AffineMap(self.scale, torch.zeros_like(self.shift))
+        places = torch.tensor(index, device=self.scale.device)
+        acts = places >= 0
+        scale = torch.where(acts, self.scale[places.clamp_min(0)], 1.0)
+        return AffineMap(scale, torch.where(acts & shift, self.shift[places.clamp_min(0)], 0.0))
+
     def then(self, after: AffineMap) -> AffineMap:
         """The map that applies this one first, then `after`."""
         return AffineMap(after.scale * self.scale, after.scale * self.shift + after.shift)
@@ -40,5 +56,8 @@ class AffineMap:
 
 def exact(tensor: Tensor) -> Tensor:
     """`tensor` in float64, detached; on the CPU where the device has no float64 (Apple's MPS)."""
-    device = torch.device("cpu") if tensor.device.type == "mps" else tensor.device
-    return tensor.detach().to(device=device, dtype=torch.float64)
+    return tensor.detach().to(device=_double(tensor.device), dtype=torch.float64)
+
+
+def _double(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device

@@ -28,33 +28,57 @@ IN_PLACE = [
     "rshift",
 ]
 _IN_PLACE_OPERATORS = {"setitem", "__setitem__"}.union(*({f"i{name}", f"__i{name}__"} for name in IN_PLACE))
+# Methods that take their numbers one by one or as a tuple.
+_PACKED = {"view", "reshape", "permute"}
 # Modules whose functions write to their arguments only if their name says so.
 _HARMLESS = ("torch", "_operator", "math", "builtins", "None")
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call by name, defaults filled in, from the schema or signature of its target."""
-    bound = _signature(node.target).bind(*node.args, **node.kwargs)
+    bound = _bound(node)
     bound.apply_defaults()
     return bound.arguments
 
 
 def given_arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments that the call gives, by name."""
-    return _signature(node.target).bind(*node.args, **node.kwargs).arguments
+    return _bound(node).arguments
+
+
+def _bound(node: fx.Node) -> inspect.BoundArguments:
+    """Raises a TypeError if the call fits none of the signatures that are known for its target."""
+    args = node.args
+    if node.target in _PACKED and len(args) > 2:
+        args = (args[0], args[1:])  # x.view(2, 3) is x.view((2, 3))
+    for signature in _signatures(node.target):
+        try:
+            return signature.bind(*args, **node.kwargs)
+        except TypeError:
+            continue
+    raise TypeError(f"{node.format_node()} fits no known signature")
 
 
 @cache
-def _signature(target: Callable[..., Any] | str) -> inspect.Signature:
+def _signatures(target: Callable[..., Any] | str) -> list[inspect.Signature]:
+    if isinstance(target, torch._ops.OpOverload):
+        return [_from_schema(target._schema)]
     if inspect.isfunction(target):
-        return inspect.signature(target)
-    schema = target._schema if isinstance(target, torch._ops.OpOverload) else _schema(torch_name(target))
+        # torch.nn.functional chooses between two functions of this name by an argument, return_indices.
+        plain = getattr(F, f"_{target.__name__}", target) if torch_name(target) else target
+        return [inspect.signature(plain if "kwargs" in inspect.signature(target).parameters else target)]
+    name = target if isinstance(target, str) else torch_name(target) or ""
+    packet = getattr(torch.ops.aten, name, None)
+    return [] if packet is None else [_from_schema(getattr(packet, o)._schema) for o in packet.overloads()]
+
+
+def _from_schema(schema: torch.FunctionSchema) -> inspect.Signature:
     parameter = inspect.Parameter
     return inspect.Signature(
         [
             parameter(
                 argument.name,
-                parameter.POSITIONAL_OR_KEYWORD,
+                parameter.KEYWORD_ONLY if argument.kwarg_only else parameter.POSITIONAL_OR_KEYWORD,
                 default=argument.default_value if argument.has_default_value() else parameter.empty,
             )
             for argument in schema.arguments
@@ -62,10 +86,14 @@ def _signature(target: Callable[..., Any] | str) -> inspect.Signature:
     )
 
 
-def _schema(name: str | None) -> torch.FunctionSchema:
-    packet = getattr(torch.ops.aten, str(name))
-    overload: torch._ops.OpOverload = getattr(packet, packet.overloads()[0])
-    return overload._schema
+def operator_name(node: fx.Node) -> str:
+    """What a node computes, whatever its dialect: "add" for ``x + y``, ``x += y``, torch.add, x.add_(y)."""
+    target: Any = node.target
+    if node.op == "call_function" and getattr(target, "__module__", "") == "_operator":
+        name = str(target.__name__)
+        return name[1:] if name[1:] in IN_PLACE else name
+    name = str(target) if node.op == "call_method" else torch_name(target) or ""
+    return name.removesuffix("_")
 
 
 @cache

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from fxfuse.errors import CaptureError, UsageError
+from fxfuse.reparametrized import evaluate_weights
 from fxfuse.replica import replicate
 from fxfuse.tracer import ModuleTracer, trace
 from fxfuse.tree import HOOKS, attribute, named_tensors
@@ -57,19 +60,21 @@ class Capture:
         return built
 
 
-def capture(model: nn.Module) -> Capture:
+def capture(model: nn.Module, fixed: Mapping[str, Any] | None = None) -> Capture:
     """Traces `model`, or takes its graph if it is a ``GraphModule``.
 
-    Arguments of ``forward`` that default to None, a bool or a str keep that default, because a trace
-    can follow only one of the branches that they choose; the graph asserts that they are not given.
+    Args:
+        model: the module.
+        fixed: values for arguments of ``forward``, since a trace can follow only one of the branches that
+            these choose; the graph asserts that no others are given. Without it every option has its default.
 
     Raises:
         UsageError: `model` is no module, or still has uninitialised (lazy) parameters.
         CaptureError: the model cannot be traced; the message names the line and the reason.
     """
-    _check_usable(model)
-    root = replicate(model)
-    graph = _copied(model, root) if isinstance(model, fx.GraphModule) else trace(model, root)
+    check_usable(model)
+    _check_traceable(model)
+    root, graph = _copied(model) if isinstance(model, fx.GraphModule) else trace(model, fixed)
     called = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
     taken = sorted({name.partition(".")[0] for name in called} & _RESERVED)
     if taken:
@@ -77,7 +82,8 @@ def capture(model: nn.Module) -> Capture:
     return Capture(root, graph, type(model).__name__)
 
 
-def _check_usable(model: object) -> None:
+def check_usable(model: object) -> None:
+    """Raises a UsageError for what cannot be folded in any way."""
     if isinstance(model, torch.export.ExportedProgram):
         raise UsageError("expected a torch.nn.Module, got an ExportedProgram; pass program.module()")
     if not isinstance(model, nn.Module):
@@ -99,6 +105,9 @@ def _check_usable(model: object) -> None:
             f"{len(lazy)} lazy parameters are not initialised yet ({', '.join(lazy[:3])}"
             f"{', ...' if len(lazy) > 3 else ''}); run the model once on an input first"
         )
+
+
+def _check_traceable(model: nn.Module) -> None:
     if not isinstance(model, fx.GraphModule) and type(model).__call__ is not nn.Module.__call__:
         raise CaptureError(
             f"{type(model).__name__} has a __call__ of its own, which a trace of forward would miss"
@@ -110,8 +119,10 @@ def _check_usable(model: object) -> None:
         )
 
 
-def _copied(model: fx.GraphModule, root: nn.Module) -> fx.Graph:
-    """The model's graph; of a module or tensor that it calls by several names it uses the first."""
+def _copied(model: fx.GraphModule) -> tuple[nn.Module, fx.Graph]:
+    """A replica, and the model's graph; of what it calls by several names it uses the first."""
+    root = replicate(model)
+    evaluate_weights(root)
     graph = fx.Graph(tracer_cls=ModuleTracer)
     copied = graph.graph_copy(model.graph, {}, return_output_node=True)
     assert isinstance(copied, tuple)
@@ -121,4 +132,4 @@ def _copied(model: fx.GraphModule, root: nn.Module) -> fx.Graph:
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = names.setdefault(id(attribute(root, str(node.target))), str(node.target))
-    return graph
+    return root, graph

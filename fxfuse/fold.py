@@ -1,6 +1,6 @@
-"""Absorbing an affine map into the weight and bias of a linear operator, on its output side.
+"""Absorbing affine maps into the weight and bias of a linear operator, before and after it.
 
-    s·(W·x + b) + t = (s·W)·x + (s·b + t)        s per output channel
+    s·(W·(u·x + v) + b) + t = (s·W·u)·x + s·(W·v + b) + t        s, t per output channel, u, v per input channel
 
 Everything is computed in float64 and rounded once, into the weight's dtype.
 """
@@ -17,15 +17,23 @@ from fxfuse.refusals import Code
 _PIECE = 1 << 17
 
 
-def absorb_output(
-    weight: Tensor, bias: Tensor | None, affine: AffineMap, *, transposed: bool = False, groups: int = 1
+def absorb(
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    before: AffineMap | None = None,
+    after: AffineMap | None = None,
+    transposed: bool = False,
+    groups: int = 1,
 ) -> tuple[Tensor, Tensor] | Code:
-    """The weight and bias of the operator followed by `affine`.
+    """The weight and bias of the operator between `before` and `after`.
 
     Args:
         weight: (out, in/groups, *kernel), any float dtype; transposed: (in, out/groups, *kernel).
         bias: (out,) or None.
-        affine: the map of the out channels.
+        before: the map of the in channels. Its shift is right only where every output sees the whole
+            kernel: with zeros beyond the border, and for a transposed convolution, it has to be zero.
+        after: the map of the out channels.
         transposed: whether `weight` belongs to a transposed convolution.
         groups: number of groups. A transposed weight holds group g's output channels in its rows
             g·in/groups and following, so the channel of weight[i, j] is (i // (in/groups))·out/groups + j.
@@ -34,9 +42,15 @@ def absorb_output(
         New tensors on weight's device, in its dtype and memory format, exact but for one rounding; or
         the code of the reason why that dtype cannot hold them.
     """
-    shift = affine.shift if bias is None else affine.scale * exact(bias) + affine.shift
+    shift = exact(weight.new_zeros(())) if bias is None else exact(bias)
+    if before is not None:
+        grouped = _by_channel(exact(weight), transposed, groups)
+        kernels = grouped.reshape(*grouped.shape[:3], -1).sum(3)
+        shift = shift + (kernels @ before.shift.view(groups, -1, 1)).flatten()
+    if after is not None:
+        shift = after.scale * shift + after.shift
     folded_bias = shift.to(device=weight.device, dtype=weight.dtype)
-    scale = _by_row(affine.scale, weight, transposed, groups)
+    scale = _scale(weight, before, after, transposed, groups)
     folded = _scaled(weight, scale)
     if weight.is_meta:
         return folded, folded_bias
@@ -51,6 +65,18 @@ def absorb_output(
     return folded, folded_bias
 
 
+def _scale(
+    weight: Tensor, before: AffineMap | None, after: AffineMap | None, transposed: bool, groups: int
+) -> Tensor:
+    """What each element of `weight` is multiplied by, as a tensor that broadcasts to it."""
+    out = None if after is None else _by_row(after.scale, weight, transposed, groups)
+    if before is None:
+        assert out is not None
+        return out
+    into = _by_column(before.scale, weight, transposed, groups)
+    return into if out is None else into * out
+
+
 def _by_channel(weight: Tensor, transposed: bool, groups: int) -> Tensor:
     """A view (groups, out/groups, in/groups, *kernel) of a weight in either layout."""
     grouped = weight.view(groups, weight.shape[0] // groups, *weight.shape[1:])
@@ -61,6 +87,15 @@ def _by_row(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Ten
     """`scale` as the rows of `weight` need it: (out, 1, ...), transposed (in, out/groups, 1, ...)."""
     kernel = [1] * (weight.dim() - 2)
     if not transposed:
+        return scale.view(-1, 1, *kernel)
+    by_row = scale.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
+    return by_row.reshape(weight.shape[0], -1, *kernel)
+
+
+def _by_column(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
+    """A scale of the in channels as the rows of `weight` need it; see `_by_row`."""
+    kernel = [1] * (weight.dim() - 2)
+    if transposed:
         return scale.view(-1, 1, *kernel)
     by_row = scale.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
     return by_row.reshape(weight.shape[0], -1, *kernel)

@@ -1,164 +1,398 @@
-"""Where the affine map of each norm can go, or why it cannot.
+"""Where the affine map of each norm, and of each constant, can go, or why it cannot.
 
-A norm's map is pushed backward, from user to producer, until a linear operator absorbs it:
+A map is pushed backward, from user to producer, until linear operators absorb it on their output side; or,
+where that fails, forward, from producer to user, until linear operators absorb it on their input side:
 
-* a linear operator absorbs it on its output side, if the norm's axis is the operator's channel axis;
-* a transparent operator lets it pass;
-* a norm whose own map has already been placed has become transparent;
+* a transparent operator lets it pass, as its kind says;
+* what made an earlier map, and has been placed, has become transparent;
+* an operator of several inputs, going backward, or a value of several users, going forward, divides it: then
+  every branch has to be absorbed, or none is;
 * anything else stops it.
 
-On the way every value must have one user only, queries of its shape apart: whoever else reads it wants
-it as it was. Nothing is edited here; the result is a plan.
+Going backward every value on the way must have one reader only, queries of its shape apart: whoever else
+reads it wants it as it was. Nothing is edited here, and no values of tensors are looked at; the result is a
+plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import fx, nn
 
-from fxfuse.calls import torch_name
-from fxfuse.ops import LeftNorm, Linear, Norm, Opaque, Query, Reader, Transparent, calls_norm, norms_inside
-from fxfuse.rank import rank_of
+from fxfuse.calls import torch_name, written_inputs
+from fxfuse.channels import KEPT, Channels
+from fxfuse.layers import calls_norm
+from fxfuse.ops import Affine, LeftNorm, Linear, Norm, Opaque, Reader, Split, norms_inside
 from fxfuse.records import Refusal
 from fxfuse.refusals import Code
+from fxfuse.shapes import GraphShapes
+from fxfuse.transparent import Concat, Rearranged, Slice, Sum, Within
 from fxfuse.tree import attribute
+
+Direction = Literal["backward", "forward"]
+_PASSED = (Within, Rearranged, Slice, Concat, Sum)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear operator that absorbs a map, or a part of it, on one of its sides."""
+
+    operator: fx.Node
+    side: Literal["output", "input"]
+    channels: Channels
 
 
 @dataclass(frozen=True)
 class Move:
-    """The map of `norm`, which `node` applies, goes into the output side of `operator`.
+    """The map that `node` applies goes into operators before it or after it.
 
     Attributes:
-        node: the node of the norm.
-        norm: what it reads as.
-        operator: the node of the operator that absorbs it.
-        rank: the number of axes that the operator's output must have for this to be right, where the
-            graph does not fix it; None where it does.
+        node: the node of the norm, or of the arithmetic with a constant.
+        source: what it reads as.
+        direction: where its map goes.
+        sites: who absorbs it.
+        assumed: nodes whose number of axes is assumed: the graph has to assert it.
     """
 
     node: fx.Node
-    norm: Norm
-    operator: fx.Node
-    rank: int | None
+    source: Norm | Affine
+    direction: Direction
+    sites: tuple[Site, ...]
+    assumed: frozenset[fx.Node]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every norm of a graph, either moved or refused. Moves are in the order of execution."""
+    """What becomes of every norm of a graph.
+
+    Attributes:
+        moves: in the order in which they were found, each relying on those before it.
+        refusals: of norms that no move takes away.
+        called: modules that the graph calls as a whole and that have norms inside.
+        written_out: the norms that forward writes out as a multiplication and an addition of constants:
+            the nodes of each, by its first.
+    """
 
     moves: tuple[Move, ...]
     refusals: tuple[Refusal, ...]
-
-    @property
-    def norms(self) -> int:
-        """How many norms the graph executes."""
-        return len(self.moves) + len(self.refusals)
+    called: tuple[str, ...]
+    written_out: Mapping[fx.Node, tuple[fx.Node, ...]]
 
 
-def match(graph: fx.Graph, reader: Reader, observed: Mapping[fx.Node, int] | None = None) -> Plan:
-    """Finds a place for the map of every norm in `graph`.
+Barred = Mapping[tuple[fx.Node, Direction], Code]
+
+
+def match(graph: fx.Graph, reader: Reader, shapes: GraphShapes, barred: Barred) -> Plan:
+    """Finds a place for the map of every norm and constant in `graph`.
 
     Args:
         graph: the graph; it is not changed.
         reader: reads its nodes.
-        observed: number of axes of each node's value, as seen on a run with example inputs.
+        shapes: what is known of the shapes of its values.
+        barred: moves that are not to be made, and why not.
     """
-    matcher = _Matcher(reader, observed or {})
-    for node in graph.nodes:
-        matcher.visit(node)
-    return Plan(tuple(matcher.moves.values()), tuple(matcher.refusals))
+    matcher = _Matcher(graph, reader, shapes, barred)
+    sources = [node for node in graph.nodes if isinstance(reader.read(node), (Norm, Affine))]
+    for node in sources:
+        matcher.place(node, "backward")
+    for node in reversed(sources):
+        if node not in matcher.moves:
+            matcher.place(node, "forward")
+    refusals = [refusal for node in graph.nodes for refusal in matcher.refused(node)]
+    calls = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module")
+    called = tuple(name for name in calls if norms_inside(reader.attribute(name)))
+    return Plan(tuple(matcher.moves.values()), tuple(refusals), called, matcher.written_out)
+
+
+class _Stop(Exception):  # noqa: N818
+    """A map does not get through."""
+
+    def __init__(self, code: Code, detail: str = "") -> None:
+        super().__init__()
+        self.code = code
+        self.detail = detail
 
 
 class _Matcher:
-    def __init__(self, reader: Reader, observed: Mapping[fx.Node, int]) -> None:
+    def __init__(self, graph: fx.Graph, reader: Reader, shapes: GraphShapes, barred: Barred) -> None:
         self.reader = reader
-        self.observed = observed
+        self.shapes = shapes
+        self.barred = barred
         self.moves: dict[fx.Node, Move] = {}
-        self.refusals: list[Refusal] = []
+        self.stopped: dict[tuple[fx.Node, Direction], _Stop] = {}
+        self.written_out = {node: parts for node in graph.nodes if (parts := self._written_out(node))}
+        self._order = {node: number for number, node in enumerate(graph.nodes)}
+        self._writes = [(node, set(written_inputs(node)) | self._written_by_layer(node)) for node in graph.nodes]
+        self._writes = [(node, written) for node, written in self._writes if written]
 
-    def visit(self, node: fx.Node) -> None:
-        """Places or refuses the norm that `node` is, and refuses those inside a module called as a whole."""
+    def place(self, node: fx.Node, direction: Direction) -> None:
+        """Moves the map of `node` in that direction, if it can be."""
+        source = self.reader.read(node)
+        assert isinstance(source, (Norm, Affine))
+        self.shapes.consulted.clear()
+        try:
+            channels = self._channels(source)
+            sites = self._sites(node, source, channels, direction)
+            if (node, direction) in self.barred:
+                raise _Stop(self.barred[node, direction], ", ".join(site.operator.name for site in sites))
+        except _Stop as stop:
+            self.stopped[node, direction] = stop
+            if stop.code is Code.RANK_UNKNOWN and isinstance(source, Norm):
+                self.stopped[node, direction] = self._for_any_rank(node, source, direction) or stop
+        else:
+            assumed = (self.shapes.assumed(each) for each in self.shapes.consulted)
+            self.moves[node] = Move(node, source, direction, sites, frozenset().union(*assumed))
+
+    def _sites(
+        self, node: fx.Node, source: Norm | Affine, channels: Channels, direction: Direction
+    ) -> tuple[Site, ...]:
+        if direction == "backward":
+            sites = tuple(self._backward(source.input, node, channels))
+        else:
+            self._check_forward(node, source)
+            sites = tuple(self._forward(node, channels))
+            self._check_writes(node, source.input, sites)
+        self._check_tensors(source, sites)
+        return sites
+
+    def _for_any_rank(self, node: fx.Node, norm: Norm, direction: Direction) -> _Stop | None:
+        """Why the map of `norm` gets nowhere, however many axes its input has; None if it might."""
+        found = None
+        for rank in sorted(norm.ranks or {2, 3, 4, 5}):
+            try:
+                self._sites(node, norm, Channels(1 - rank, tuple(range(norm.channels))), direction)
+            except _Stop as stop:
+                found = found or stop
+            else:
+                return None
+        return found
+
+    def refused(self, node: fx.Node) -> Iterator[Refusal]:
+        """Why `node`, if it is a norm, is left; and the norms inside of what is called as a whole."""
         op = self.reader.read(node)
         if isinstance(op, LeftNorm):
-            self.refusals.append(Refusal.because(op.name, op.code, op.detail))
-        elif isinstance(op, Norm):
-            found = self._backward(node, op)
-            if isinstance(found, Move):
-                self.moves[node] = found
-            else:
-                self.refusals.append(found)
-        elif node.op in ("call_module", "get_attr"):
+            yield Refusal.because(op.name, op.code, op.detail)
+        elif isinstance(op, Norm) and node not in self.moves:
+            stop = self._reason(node)
+            yield Refusal.because(op.name, stop.code, stop.detail)
+        elif isinstance(op, Affine) and node in self.written_out:
+            left = next((part for part in self.written_out[node][::-1] if part not in self.moves), None)
+            if left is not None:
+                stop = self._reason(left)
+                yield Refusal.because(str(op.norm), stop.code, stop.detail)
+        elif node.op == "get_attr":
             inner = attribute(self.reader.root, str(node.target))
-            place = f"{node.target} ({type(inner).__name__})"
-            inside = norms_inside(inner) if isinstance(inner, nn.Module) else []
-            self.refusals += [
-                Refusal.because(f"{node.target}.{name}".rstrip("."), Code.INSIDE_OPAQUE, place)
-                for name in inside
-            ]
+            for name in norms_inside(inner) if isinstance(inner, nn.Module) else []:
+                place = f"{node.target} ({type(inner).__name__})"
+                yield Refusal.because(f"{node.target}.{name}".rstrip("."), Code.INSIDE_OPAQUE, place)
         elif node.op == "call_function" and torch_name(node.target) is None and calls_norm(node.target):
-            self.refusals.append(Refusal.because(node.name, Code.INSIDE_OPAQUE, str(node.target)))
+            yield Refusal.because(node.name, Code.INSIDE_OPAQUE, str(node.target))
 
-    def _backward(self, node: fx.Node, norm: Norm) -> Move | Refusal:
-        user, producer = node, norm.input
-        while True:
-            op = self.reader.read(producer)
-            if not isinstance(op, (Linear, Transparent)) and producer not in self.moves:
-                return _stopped(norm, producer, op)
-            others = [each.name for each in producer.users if each is not user and not self._is_query(each)]
-            if others:
-                return Refusal.because(norm.name, Code.OTHER_USERS, f"{producer.name} -> {', '.join(others)}")
-            if isinstance(op, Linear):
-                return self._absorb(node, norm, producer, op)
-            assert isinstance(op, (Transparent, Norm))
-            user, producer = producer, op.input
+    def _written_out(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        op = self.reader.read(node)
+        if not isinstance(op, Affine) or op.norm is None or op.role == "plus":
+            return ()
+        shifts = [user for user in node.users if getattr(self.reader.read(user), "norm", None) == op.norm]
+        return (node, *shifts)
 
-    def _is_query(self, node: fx.Node) -> bool:
-        return isinstance(self.reader.read(node), Query)
+    def _reason(self, node: fx.Node) -> _Stop:
+        """That of the direction in which there is an operator that could have absorbed the map."""
+        before, after = self.stopped[node, "backward"], self.stopped[node, "forward"]
+        nothing_before = before.code in (Code.OPAQUE_PRODUCER, Code.NOTHING_BEFORE)
+        return after if nothing_before and after.code is not Code.OPAQUE_CONSUMER else before
 
-    def _absorb(self, node: fx.Node, norm: Norm, producer: fx.Node, linear: Linear) -> Move | Refusal:
-        weight, mean = self.reader.tensor(linear.weight), self.reader.tensor(norm.mean)
-        owner = linear.weight.rpartition(".")[0]
-        if weight.device != mean.device or not weight.numel():
-            found = f"{owner} is empty or on another device ({weight.device}, {mean.device})"
-            return Refusal.because(norm.name, Code.OPAQUE_PRODUCER, found)
-        rank = self._right_rank(producer, norm, linear)
-        if isinstance(rank, Code):
-            return Refusal.because(norm.name, rank, owner)
-        if linear.channels(weight) != mean.numel():
-            numbers = f"{mean.numel()} after {linear.channels(weight)} of {owner}"
-            return Refusal.because(norm.name, Code.CHANNELS, numbers)
-        return Move(node, norm, producer, rank)
+    def _channels(self, source: Norm | Affine) -> Channels:
+        """Along which axis the map of `source` acts."""
+        if isinstance(source, Norm):
+            index = tuple(range(source.channels))
+            if source.unbatched:
+                return Channels(1 - max(source.ranks or {2}), index)
+            if source.ranks is not None and len(source.ranks) == 1:
+                return Channels(1 - max(source.ranks), index)
+            shape = self.shapes.of(source.input)
+            if shape is None or (source.ranks is not None and len(shape) not in source.ranks):
+                raise _Stop(Code.RANK_UNKNOWN if shape is None else Code.AXIS, source.input.name)
+            return Channels(1 - len(shape), index)
+        acted = [place - len(source.shape) for place, size in enumerate(source.shape) if size != 1]
+        if len(acted) > 1:
+            raise _Stop(Code.AXIS, source.input.name)
+        shape = self.shapes.of(source.input) if len(source.shape) > 1 else None
+        if len(source.shape) > 1 and (shape is None or len(shape) < len(source.shape)):
+            raise _Stop(Code.RANK_UNKNOWN if shape is None else Code.AXIS, source.input.name)
+        shift = source.role == "plus"
+        if not acted:
+            return Channels(None, (0,), shift)
+        size = source.shape[acted[0]]
+        assert isinstance(size, int)
+        return Channels(acted[0], tuple(range(size)), shift)
 
-    def _right_rank(self, producer: fx.Node, norm: Norm, linear: Linear) -> int | Code | None:
-        """The rank for which the norm's axis is the operator's, to be asserted; None if it is certain.
+    # ---- backward ----
 
-        Counted from the end, a convolution's channels are on axis dims + 1 with or without a batch axis,
-        and a norm's are on axis rank - 1: they agree for rank dims + 2.
-        """
-        right = linear.dims + 2
-        if norm.unbatched:
-            return None if norm.ranks == frozenset({right - 1, right}) else Code.AXIS
-        possible = set(norm.ranks or range(2, right + 2))
-        if linear.dims:
-            possible &= {right - 1, right}
-        known = right if possible == {right} else rank_of(producer, self.reader)
-        seen = known or self.observed.get(producer)
-        if right not in possible or seen not in (right, None):
-            return Code.AXIS
-        if known:
+    def _backward(self, value: fx.Node, reader: fx.Node, channels: Channels) -> Iterator[Site]:
+        """The operators that absorb `channels` if these act on `value` before `reader` reads it."""
+        op = self.reader.read(value)
+        if value in self.moves:
+            self._check_only_reader(value, reader, channels)
+            yield from self._backward(self.moves[value].source.input, value, channels)
+        elif isinstance(op, Linear):
+            self._check_only_reader(value, reader, channels)
+            yield self._site(value, "output", op, channels)
+        elif isinstance(op, _PASSED):
+            self._check_only_reader(value, reader, channels)
+            parts = op.backward(channels, self.shapes)
+            if isinstance(parts, Code):
+                raise _Stop(parts, value.name)
+            if len(set(op.inputs)) != len(op.inputs):
+                raise _Stop(Code.OTHER_USERS, f"{value.name} reads a value twice")
+            for source, part in zip(op.inputs, parts, strict=True):
+                if any(entry != KEPT for entry in part.index):
+                    yield from self._backward(source, value, part)
+        else:
+            raise self._opaque(value, op)
+
+    def _check_only_reader(self, value: fx.Node, reader: fx.Node, channels: Channels) -> None:
+        """Who else reads `value` wants it as it was, unless it takes other channels of it."""
+        others = [each for each in self._readers(value) if each is not reader]
+        taken = self._taken(reader, value, channels)
+        if others and (taken is None or any(self._overlaps(other, value, channels, taken) for other in others)):
+            names = ", ".join(other.name for other in others)
+            raise _Stop(Code.OTHER_USERS, f"{value.name} -> {names}")
+
+    def _taken(self, reader: fx.Node, value: fx.Node, channels: Channels) -> set[int] | None:
+        """The channels that `reader` takes of `value`; None if it is no slice along their axis."""
+        op = self.reader.read(reader)
+        shape = self.shapes.of(value) if isinstance(op, Slice) else None
+        if not isinstance(op, Slice) or shape is None or op.place(shape) != channels.axis:
             return None
-        # Without a batch axis a convolution would be normalised along its image: asserted, not assumed.
-        # A linear layer has two equally good uses, so only a run can tell which one is meant.
-        return right if linear.dims or seen else Code.RANK_UNKNOWN
+        taken = None if channels.axis is None else op.taken(shape[channels.axis])
+        return None if taken is None else set(taken)
 
+    def _overlaps(self, other: fx.Node, value: fx.Node, channels: Channels, taken: set[int]) -> bool:
+        theirs = self._taken(other, value, channels)
+        return theirs is None or not theirs.isdisjoint(taken)
 
-def _stopped(norm: Norm, producer: fx.Node, op: object) -> Refusal:
-    if isinstance(op, Opaque):
-        if producer.op == "placeholder":
-            return Refusal.because(norm.name, Code.NOTHING_BEFORE, producer.name)
-        return Refusal.because(norm.name, op.code, op.detail or producer.name)
-    if isinstance(op, (Norm, LeftNorm)):
-        return Refusal.because(norm.name, Code.NORM_BEFORE_LEFT, op.name)
-    return Refusal.because(norm.name, Code.OPAQUE_PRODUCER, producer.name)
+    def _readers(self, value: fx.Node) -> list[fx.Node]:
+        """The nodes that read `value`; of a split those that read its parts."""
+        found: list[fx.Node] = []
+        for user in value.users:
+            if isinstance(self.reader.read(user), Split):
+                found += self._readers(user) or [user]
+            elif not self.reader.is_query(user, value):
+                found.append(user)
+        return found
+
+    def _opaque(self, value: fx.Node, op: object) -> _Stop:
+        if isinstance(op, (Norm, LeftNorm)):
+            return _Stop(Code.NORM_BEFORE_LEFT, op.name)
+        if value.op == "placeholder":
+            return _Stop(Code.NOTHING_BEFORE, value.name)
+        if isinstance(op, Opaque):
+            return _Stop(op.code, op.detail or value.name)
+        return _Stop(Code.OPAQUE_PRODUCER, value.name)
+
+    # ---- forward ----
+
+    def _forward(self, value: fx.Node, channels: Channels) -> Iterator[Site]:
+        """The operators that absorb `channels` if these act on `value` before anybody reads it."""
+        readers = self._readers(value)
+        if not readers:
+            raise _Stop(Code.OPAQUE_CONSUMER, f"{value.name} -> nothing")
+        for reader in readers:
+            op = self.reader.read(reader)
+            if reader in self.moves:
+                yield from self._forward(reader, channels)
+            elif isinstance(op, Linear) and op.input is value:
+                needs = channels.linearly(Code.PADDING) if op.bordered else channels
+                yield self._site(reader, "input", op, needs)
+            elif isinstance(op, _PASSED):
+                part = op.forward(value, channels, self.shapes)
+                if isinstance(part, Code):
+                    raise _Stop(part, reader.name)
+                if any(entry != KEPT for entry in part.index):
+                    yield from self._forward(reader, part)
+            else:
+                raise self._opaque_reader(reader, op)
+
+    def _opaque_reader(self, reader: fx.Node, op: object) -> _Stop:
+        named = isinstance(op, Opaque) and op.code is not Code.OPAQUE_PRODUCER
+        code = op.code if isinstance(op, Opaque) and named else Code.OPAQUE_CONSUMER
+        return _Stop(code, (op.detail if isinstance(op, Opaque) else "") or reader.name)
+
+    def _check_forward(self, node: fx.Node, source: Norm | Affine) -> None:
+        """The value must be one that the operators after it take as it is, without what `node` made of it."""
+        if self.reader.writes(node):
+            raise _Stop(Code.OPAQUE_CONSUMER, f"{node.name} writes to its input")
+        if isinstance(source, Norm):
+            return
+        shape, dtype = self.shapes.of(source.input), self.shapes.dtype(source.input)
+        for axis in range(-len(source.shape), 0):
+            if shape is None or (source.shape[axis] != 1 and shape[axis] != source.shape[axis]):
+                raise _Stop(Code.AXIS, source.input.name)
+        if dtype is None:
+            raise _Stop(Code.OPAQUE_CONSUMER, source.input.name)
+
+    def _check_writes(self, node: fx.Node, value: fx.Node, sites: tuple[Site, ...]) -> None:
+        """Between `node`, which reads `value` now, and the operators that will read it, nobody may write to it."""
+        last = max(self._order[site.operator] for site in sites)
+        for writer, written in self._writes:
+            if self._order[node] < self._order[writer] <= last and self._may_share(value, written):
+                raise _Stop(Code.STATE_MUTATED, writer.name)
+
+    def _may_share(self, value: fx.Node, written: set[fx.Node]) -> bool:
+        """Whether one of these may be a view of what `value` is, or was made from."""
+        return not {self._origin(value), value}.isdisjoint({self._origin(each) for each in written} | written)
+
+    def _origin(self, value: fx.Node) -> fx.Node:
+        """Where the memory of `value` may come from: past anything that may give a view of its first input."""
+        while True:
+            op = self.reader.read(value)
+            sources = value.all_input_nodes
+            fresh = isinstance(op, (Linear, Concat)) or (isinstance(op, (Norm, Sum, Affine)) and value not in self.moves)
+            if fresh or not sources or value.op == "get_attr":
+                return value
+            value = sources[0]
+
+    def _written_by_layer(self, node: fx.Node) -> set[fx.Node]:
+        layer = attribute(self.reader.root, str(node.target)) if node.op == "call_module" else None
+        known = layer is None or type(layer).__module__.startswith("torch.nn.modules")
+        return set() if known and not getattr(layer, "inplace", False) else set(node.all_input_nodes)
+
+    # ---- both ----
+
+    def _site(self, node: fx.Node, side: Literal["output", "input"], op: Linear, channels: Channels) -> Site:
+        size = op.channels if side == "output" else op.in_channels
+        owner = str(op.weight).rpartition(".")[0] or node.name
+        if channels.axis not in (None, -1 - op.dims):
+            raise _Stop(Code.AXIS, owner)
+        if channels.over(size) is None:
+            raise _Stop(Code.CHANNELS, f"{len(channels.index)} and {size} of {owner}")
+        return Site(node, side, channels)
+
+    def _check_tensors(self, source: Norm | Affine, sites: tuple[Site, ...]) -> None:
+        """The numbers of `source` must be where the weights are, and must not change their dtype."""
+        weights = []
+        for site in sites:
+            op = self.reader.read(site.operator)
+            assert isinstance(op, Linear)
+            weights.append(self.reader.tensor(op.weight))
+        tensor = self._numbers(source)
+        name = sites[0].operator.name
+        if len({weight.dtype for weight in weights}) != 1 or not all(weight.numel() for weight in weights):
+            raise _Stop(Code.OPAQUE_PRODUCER, f"{name} is empty or of several dtypes")
+        moves_along = isinstance(source, Affine) and not source.shape
+        if tensor is not None and not moves_along and any(w.device != tensor.device for w in weights):
+            raise _Stop(Code.OPAQUE_PRODUCER, f"{name} is on another device ({weights[0].device}, {tensor.device})")
+        if isinstance(source, Affine):
+            dtype = source.dtype or (torch.float32 if tensor is None else tensor.dtype)
+            promoted = torch.promote_types(weights[0].dtype, dtype) if source.dtype else weights[0].dtype
+            if promoted != weights[0].dtype or dtype.is_complex:
+                raise _Stop(Code.OPERATOR_COMPUTED, f"{source.constant} is {dtype}, {name} {weights[0].dtype}")
+
+    def _numbers(self, source: Norm | Affine) -> torch.Tensor | None:
+        if isinstance(source, Norm):
+            return self.reader.tensor(source.mean)
+        return self.reader.tensor(source.constant) if isinstance(source.constant, fx.Node) else None

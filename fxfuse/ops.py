@@ -1,50 +1,75 @@
 """What a node is, whatever its dialect: ``call_module``, ``torch.*``, ``F.*`` or ``aten.*``.
 
-`Reader.read` turns a node into one of a few records. The rest of fxfuse sees only these, so an operator
-that is to be understood is added here, in one of the tables, and nowhere else.
+`Reader.read` turns a node into one of a few records; the rest of fxfuse sees only these. Linear operators and
+norms are read here. What lets a map pass is in `fxfuse.table`, where operators can be added.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fxfuse.calls import arguments, attribute_name, layer_input, origins, torch_name, written_inputs
+from fxfuse.calls import (
+    arguments,
+    attribute_name,
+    layer_input,
+    operator_name,
+    origins,
+    written_inputs,
+)
+from fxfuse.channels import Shape
+from fxfuse.constants import Constants
+from fxfuse.layers import (
+    INSTANCE_NORMS,
+    LINEAR_FUNCTIONS,
+    LINEAR_LAYERS,
+    NORM_FUNCTIONS,
+    TUPLE_NORMS,
+    calls_norm,
+    is_known,
+    is_norm,
+    is_replaced,
+)
 from fxfuse.refusals import Code
 from fxfuse.replica import is_plain
+from fxfuse.table import LAYERS, LAYERS_LIKE_INPUT, LIKE_BOTH, LIKE_INPUT, SPLITS, TRANSPARENT, Call, part
+from fxfuse.transparent import Concat, Rearranged, Slice, Sum, Within
 from fxfuse.tree import NORM_RANKS, attribute, has_hooks
+
+Tensors = str | fx.Node
+"""A parameter or buffer by its qualified name, or a node that computes it from such alone."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A convolution, transposed convolution or linear layer, with weight and bias of its own.
+    """A convolution, transposed convolution or linear layer.
 
     Attributes:
         input: the node whose value it maps.
-        weight: qualified name of the weight, (out, in/groups, *kernel), transposed (in, out/groups, *kernel).
-        bias: qualified name of the bias, (out,); None without bias.
+        weight: (out, in/groups, *kernel), transposed (in, out/groups, *kernel).
+        bias: (out,); None without bias.
+        channels: how many channels come out.
+        inputs: how many channels go in.
         dims: number of spatial axes; 0 for a linear layer.
         transposed: whether the weight's axes are those of a transposed convolution.
         groups: number of groups.
+        bordered: whether its borders see something else than its input: zeros, or less than the kernel.
     """
 
     input: fx.Node
-    weight: str
-    bias: str | None
+    weight: Tensors
+    bias: Tensors | None
+    channels: int
+    in_channels: int
     dims: int
     transposed: bool = False
     groups: int = 1
-
-    def channels(self, weight: Tensor) -> int:
-        """How many channels come out."""
-        return weight.shape[1] * self.groups if self.transposed else weight.shape[0]
+    bordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +82,7 @@ class Norm:
         mean, var: qualified names of the running statistics, (channels,).
         weight, bias: qualified names of γ and β, (channels,); None without.
         eps: ε.
+        channels: number of channels.
         ranks: the numbers of axes that its input may have; None if it does not check.
         unbatched: whether the batch axis may be missing, so that channels are counted from the end.
     """
@@ -68,13 +94,40 @@ class Norm:
     weight: str | None
     bias: str | None
     eps: float
+    channels: int
     ranks: frozenset[int] | None = None
     unbatched: bool = False
 
 
 @dataclass(frozen=True)
-class Transparent:
-    """Gives its input on, unchanged."""
+class Affine:
+    """A constant multiplied or added: x·c, x/c, x + k·c, c − x, −x.
+
+    Attributes:
+        input: x.
+        constant: c, a number or a constant node.
+        role: what c does to x.
+        shape: of c; () for a number.
+        dtype: of c if it takes part in type promotion, which numbers and tensors without axes do not.
+        negative: whether x is negated before c is added.
+        factor: k.
+        norm: the name of the norm that it is a part of: one that computes γ/√(σ² + ε) in its forward, as
+            torchvision's FrozenBatchNorm2d does.
+    """
+
+    input: fx.Node
+    constant: float | fx.Node
+    role: Literal["times", "over", "plus"]
+    shape: Shape = ()
+    dtype: torch.dtype | None = None
+    negative: bool = False
+    factor: float = 1.0
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """Several parts of its input, in a tuple."""
 
     input: fx.Node
 
@@ -86,10 +139,16 @@ class Query:
 
 @dataclass(frozen=True)
 class Opaque:
-    """Anything else. `code` and `detail` say why a known operator was not taken for one."""
+    """Anything else.
+
+    Attributes:
+        code, detail: why a known operator was not taken for one.
+        like: the nodes to whose shapes, broadcast, its own is equal; empty if that is not known.
+    """
 
     code: Code = Code.OPAQUE_PRODUCER
     detail: str = ""
+    like: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,71 +160,20 @@ class LeftNorm:
     detail: str = ""
 
 
-Op = Linear | Norm | Transparent | Query | Opaque | LeftNorm
+Passed = Within | Rearranged | Slice | Concat | Sum
+Op = Linear | Norm | Affine | Passed | Split | Query | Opaque | LeftNorm
 
-_LINEAR_MODULES: dict[type[nn.Module], tuple[int, bool]] = {
-    nn.Linear: (0, False),
-    nn.Conv1d: (1, False),
-    nn.Conv2d: (2, False),
-    nn.Conv3d: (3, False),
-    nn.ConvTranspose1d: (1, True),
-    nn.ConvTranspose2d: (2, True),
-    nn.ConvTranspose3d: (3, True),
-}
-_LINEAR_FUNCTIONS: dict[str, tuple[int, bool]] = {
-    "linear": (0, False),
-    "conv1d": (1, False),
-    "conv2d": (2, False),
-    "conv3d": (3, False),
-    "conv_transpose1d": (1, True),
-    "conv_transpose2d": (2, True),
-    "conv_transpose3d": (3, True),
-}
-_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-# Norm function → the argument that says whether statistics of the input are used instead of the given ones.
-_NORM_FUNCTIONS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
-# Norms that return a tuple: (normalised, statistics saved for the backward pass, ...).
-_TUPLE_NORMS = {
-    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
-    *("_batch_norm_impl_index", "_batch_norm_no_update", "_batch_norm_with_update"),
-    *("_batch_norm_with_update_functional", "cudnn_batch_norm", "miopen_batch_norm"),
-}
-_DROPOUT_MODULES = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
-_DROPOUT_FUNCTIONS = {
-    *("dropout", "dropout1d", "dropout2d", "dropout3d"),
-    *("alpha_dropout", "feature_alpha_dropout", "feature_dropout"),
-    *("dropout_", "alpha_dropout_", "feature_alpha_dropout_", "feature_dropout_"),
-}
 _QUERY_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout"}
-_QUERY_METHODS = {
-    "size",
-    "dim",
-    "ndimension",
-    "numel",
-    "nelement",
-    "is_floating_point",
-    "is_complex",
-    "element_size",
+_QUERIES = {
+    *("size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "element_size"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "sym_size"),
 }
-_KNOWN_FUNCTIONS = {
-    *_LINEAR_FUNCTIONS,
-    *_NORM_FUNCTIONS,
-    *_TUPLE_NORMS,
-    *_DROPOUT_FUNCTIONS,
-    *("numel", "is_floating_point", "is_complex"),
+# Methods whose second argument gives its shape or dtype only.
+_BY_EXAMPLE = {"reshape_as", "view_as", "expand_as", "type_as"}
+_ARITHMETIC = {
+    **{"add": "plus", "sub": "plus", "subtract": "plus", "rsub": "plus", "mul": "times", "multiply": "times"},
+    **{"div": "over", "divide": "over", "true_divide": "over", "truediv": "over", "neg": "times"},
 }
-# What a subclass may not override and still be taken for the class that it comes from.
-_BEHAVIOUR = (
-    *("__call__", "_call_impl", "forward", "_conv_forward", "_output_padding", "_check_input_dim"),
-    *("_get_no_batch_dim", "_handle_no_batch_input", "_apply_instance_norm"),
-)
 
 
 class Reader:
@@ -176,17 +184,35 @@ class Reader:
         self._read: dict[fx.Node, Op] = {}
         self._origins = origins(graph)
         self._written = {_storage(tensor) for node in graph.nodes for tensor in self._may_write_to(node)}
+        self.constants = Constants(graph, self._unwritten)
 
-    def tensor(self, name: str) -> Tensor:
-        """The parameter or buffer of that qualified name."""
-        value = attribute(self.root, name)
+    def tensor(self, source: Tensors) -> Tensor:
+        """A parameter or buffer by its qualified name, or the value of a constant node."""
+        value = attribute(self.root, source) if isinstance(source, str) else self.constants.value(source)
         assert isinstance(value, Tensor)
         return value
+
+    def is_query(self, user: fx.Node, value: fx.Node) -> bool:
+        """Whether `user` wants no more of `value` than its shape, dtype or device."""
+        by_example = user.op == "call_method" and user.target in _BY_EXAMPLE and user.args[0] is not value
+        return by_example or isinstance(self.read(user), Query)
+
+    def attribute(self, name: str) -> Any:
+        """The parameter, buffer or module of that qualified name."""
+        return attribute(self.root, name)
+
+    def writes(self, node: fx.Node) -> bool:
+        """Whether `node` may write to one of its inputs."""
+        return bool(written_inputs(node))
+
+    def _unwritten(self, name: str) -> Any:
+        value = attribute(self.root, name)
+        return None if isinstance(value, Tensor) and _storage(value) in self._written else value
 
     def read(self, node: fx.Node) -> Op:
         """What `node` is, or was when it was first read."""
         if node not in self._read:
-            readers = {"call_module": self._module, "call_function": self._function, "call_method": _method}
+            readers = {"call_module": self._module, "call_function": self._call, "call_method": self._call}
             self._read[node] = readers[node.op](node) if node.op in readers else Opaque()
         return self._read[node]
 
@@ -202,7 +228,7 @@ class Reader:
         names = [self._origins[source] for source in inputs]
         written: list[Any] = [attribute(self.root, name) for name in names if name is not None]
         for module in () if called is None else called.modules():
-            if has_hooks(module) or not _is_known(module) or getattr(module, "max_norm", None) is not None:
+            if has_hooks(module) or not is_known(module) or getattr(module, "max_norm", None) is not None:
                 written += module.parameters()
                 written += module.buffers()
             elif is_norm(module) and module.training:
@@ -214,23 +240,27 @@ class Reader:
         for kind in type(module).__mro__:
             if kind in NORM_RANKS:
                 return self._norm_module(node, module, kind)
-            if kind in _LINEAR_MODULES:
+            if kind in LINEAR_LAYERS:
                 return self._linear_module(node, module, kind)
         if is_norm(module):
             return LeftNorm(str(node.target), Code.NORM_OWN_FORWARD, type(module).__name__)
-        identity = type(module) is nn.Identity or (type(module) in _DROPOUT_MODULES and not module.training)
-        if identity and self.layer(node) is not None:
-            return Transparent(layer_input(node))
-        return Opaque(detail=f"{node.target} ({type(module).__name__})")
+        name = f"{node.target} ({type(module).__name__})"
+        if self.layer(node) is None or not node.all_input_nodes:
+            return Opaque(detail=name)
+        if type(module) in LAYERS:
+            call = Call(layer_input(node), lambda argument: getattr(module, argument, None))
+            return TRANSPARENT[LAYERS[type(module)]](call) or Opaque(detail=name)  # type: ignore[return-value]
+        like = (layer_input(node),) if type(module) in LAYERS_LIKE_INPUT else ()
+        return Opaque(detail=name, like=like)
 
     def _norm_module(self, node: fx.Node, module: Any, kind: type[nn.Module]) -> Op:
         name = str(node.target)
-        instance = kind in _INSTANCE_NORMS
+        instance = kind in INSTANCE_NORMS
         if instance and not module.track_running_stats:
             return Opaque(detail=f"{name} ({type(module).__name__} without running statistics)")
         if has_hooks(module):
             return LeftNorm(name, Code.NORM_HOOKS)
-        if _replaced(module, kind):
+        if is_replaced(module, kind):
             return LeftNorm(name, Code.NORM_OWN_FORWARD, type(module).__name__)
         if module.training:
             return LeftNorm(name, Code.NORM_TRAINING)
@@ -250,6 +280,7 @@ class Reader:
             weight=None if module.weight is None else f"{name}.weight",
             bias=None if module.bias is None else f"{name}.bias",
             eps=module.eps,
+            channels=module.running_mean.numel(),
             ranks=NORM_RANKS[kind],
             unbatched=instance,
         )
@@ -263,48 +294,52 @@ class Reader:
             return Opaque(Code.OPERATOR_COMPUTED, f"{name}.{computed[0]}")
         if has_hooks(module):
             return Opaque(Code.OPERATOR_HOOKS, name)
-        if _replaced(module, kind):
+        if is_replaced(module, kind):
             return Opaque(Code.OPERATOR_OWN_FORWARD, f"{name} ({type(module).__name__})")
         if module.training:
             return Opaque(Code.OPERATOR_TRAINING, name)
-        bias = None if module.bias is None else f"{name}.bias"
-        dims, transposed = _LINEAR_MODULES[kind]
-        groups = getattr(module, "groups", 1)
-        return self._if_constant(Linear(layer_input(node), f"{name}.weight", bias, dims, transposed, groups))
+        names = (f"{name}.weight", None if module.bias is None else f"{name}.bias")
+        settings = {part: getattr(module, part, None) for part in ("padding", "padding_mode")}
+        return self._linear(node, layer_input(node), names, LINEAR_LAYERS[kind], module.__dict__ | settings)
 
-    def _function(self, node: fx.Node) -> Op:
-        name = torch_name(node.target)
-        if name not in _KNOWN_FUNCTIONS:
-            return _python_function(node)
-        bound = arguments(node)
-        if name in _LINEAR_FUNCTIONS:
-            return self._linear_function(bound, *_LINEAR_FUNCTIONS[name])
-        if name in _TUPLE_NORMS:
-            return LeftNorm(_norm_name(node, bound), Code.TUPLE_OUTPUT)
-        if name in _NORM_FUNCTIONS:
-            return self._norm_function(node, bound, name)
-        if name in _DROPOUT_FUNCTIONS and bound.get("training", bound.get("train")) is False:
-            return Transparent(bound["self" if "self" in bound else "input"])
-        if name in _QUERY_METHODS:
-            return Query()
-        return Opaque(detail=name)
+    def _linear_function(self, node: fx.Node, bound: Mapping[str, Any], name: str) -> Op:
+        names = [self._source(bound[part]) for part in ("weight", "bias")]
+        if names[0] is None or (names[1] is None and bound["bias"] is not None):
+            return Opaque(Code.OPERATOR_COMPUTED, str(bound["weight"] if names[0] is None else bound["bias"]))
+        return self._linear(node, bound["input"], (names[0], names[1]), LINEAR_FUNCTIONS[name], bound)
 
-    def _linear_function(self, bound: Mapping[str, Any], dims: int, transposed: bool) -> Op:
-        weight, bias = attribute_name(bound["weight"]), attribute_name(bound["bias"])
-        if weight is None or (bias is None and bound["bias"] is not None):
-            return Opaque(Code.OPERATOR_COMPUTED, str(bound["weight"] if weight is None else bound["bias"]))
-        groups = bound.get("groups", 1)
-        if not isinstance(groups, int) or self.tensor(weight).dim() != dims + 2:
-            return Opaque(detail=f"{weight} ({self.tensor(weight).dim()} axes)")
-        return self._if_constant(Linear(bound["input"], weight, bias, dims, transposed, groups))
+    def _source(self, value: Any) -> Tensors | None:
+        """A constant as a name, if it is a parameter or buffer, or as a node, if it is computed."""
+        name = attribute_name(value)
+        return name if name is not None else value if value in self.constants else None
+
+    def _linear(
+        self,
+        node: fx.Node,
+        source: Any,
+        names: tuple[Tensors, Tensors | None],
+        kind: tuple[int, bool],
+        settings: Mapping[str, Any],
+    ) -> Op:
+        left = self._not_constant(names)
+        if left is not None:
+            return Opaque(*left)
+        (dims, transposed), groups, weight = kind, settings.get("groups", 1), self.tensor(names[0])
+        if type(groups) is not int or weight.dim() != dims + 2 or not isinstance(source, fx.Node):
+            return Opaque(detail=f"{names[0]} ({weight.dim()} axes)")
+        out, into = weight.shape[0], weight.shape[1] * groups
+        if transposed:
+            out, into = weight.shape[1] * groups, weight.shape[0]
+        bordered = transposed or (dims > 0 and _pads_with_zeros(settings, weight.shape[2:]))
+        return Linear(source, *names, out, into, dims, transposed, groups, bordered)
 
     def _norm_function(self, node: fx.Node, bound: Mapping[str, Any], kind: str) -> Op:
         name = _norm_name(node, bound)
-        if kind == "instance_norm" and bound[_NORM_FUNCTIONS[kind]] is True:
+        if kind == "instance_norm" and bound[NORM_FUNCTIONS[kind]] is True:
             return Opaque(detail=f"{name} (instance_norm without running statistics)")
         if bound["running_mean"] is None or bound["running_var"] is None:
             return LeftNorm(name, Code.BATCH_STATISTICS)
-        if bound[_NORM_FUNCTIONS[kind]] is not False:
+        if bound[NORM_FUNCTIONS[kind]] is not False:
             return LeftNorm(name, Code.NORM_TRAINING)
         parts = {part: bound[part] for part in ("running_mean", "running_var", "weight", "bias")}
         names = {part: attribute_name(value) for part, value in parts.items()}
@@ -312,23 +347,139 @@ class Reader:
         computed = any(names[part] is None and value is not None for part, value in parts.items())
         if computed or mean is None or var is None or not isinstance(bound["eps"], (int, float)):
             return LeftNorm(name, Code.NORM_COMPUTED)
+        channels = self.tensor(mean).numel()
         return self._if_constant(
-            Norm(bound["input"], name, mean, var, names["weight"], names["bias"], float(bound["eps"]))
+            Norm(bound["input"], name, mean, var, names["weight"], names["bias"], float(bound["eps"]), channels)
         )
 
-    def _if_constant(self, op: Linear | Norm) -> Op:
-        names = (op.weight, op.bias) if isinstance(op, Linear) else (op.mean, op.var, op.weight, op.bias)
+    def _if_constant(self, norm: Norm) -> Op:
+        names = (norm.mean, norm.var, norm.weight, norm.bias)
+        left = self._not_constant(names)
+        if left is not None:
+            code = Code.NORM_COMPUTED if left[0] is Code.OPERATOR_COMPUTED else left[0]
+            return LeftNorm(norm.name, code, left[1])
+        flat = all(self.tensor(name).dim() == 1 for name in names if name is not None)
+        return norm if flat else LeftNorm(norm.name, Code.NORM_COMPUTED, norm.mean)
+
+    def _not_constant(self, names: Iterable[Tensors | None]) -> tuple[Code, str] | None:
+        """Why one of these cannot be folded, and which."""
         for name in names:
             tensor = None if name is None else self.tensor(name)
-            if tensor is None:
-                continue
-            mutated = _storage(tensor) in self._written
-            if not mutated and _is_plain(tensor) and (isinstance(op, Linear) or tensor.dim() == 1):
-                continue
-            if isinstance(op, Norm):
-                return LeftNorm(op.name, Code.STATE_MUTATED if mutated else Code.NORM_COMPUTED, str(name))
-            return Opaque(Code.STATE_MUTATED if mutated else Code.OPERATOR_COMPUTED, str(name))
-        return op
+            if tensor is not None and _storage(tensor) in self._written:
+                return Code.STATE_MUTATED, str(name)
+            if tensor is not None and not _is_plain(tensor):
+                return Code.OPERATOR_COMPUTED, str(name)
+        return None
+
+    # ---- functions and methods ----
+
+    def _call(self, node: fx.Node) -> Op:
+        name = operator_name(node)
+        if node in self.constants:
+            return Opaque(detail=node.name)
+        if name == "getitem":
+            return self._getitem(node)
+        if name in _ARITHMETIC:
+            affine = self._affine(node, name)
+            if affine is not None:
+                return affine
+        if node.target is getattr and node.args[1] in _QUERY_ATTRIBUTES:
+            return Query()
+        if node.target in (torch.is_tensor, torch.ops.aten._assert_tensor_metadata.default):
+            return Query()
+        described = name if node.op == "call_function" and name else f".{node.target}()"
+        if not name:
+            return Opaque(detail=getattr(node.target, "__name__", str(node.target)))
+        if name in _QUERIES:
+            return Query()
+        try:
+            bound = _operands(node) if getattr(node.target, "__module__", "") == "_operator" else arguments(node)
+        except TypeError:
+            return Opaque(detail=described)
+        if node.op == "call_function" and name in LINEAR_FUNCTIONS:
+            return self._linear_function(node, bound, name)
+        if name in TUPLE_NORMS:
+            return LeftNorm(_norm_name(node, bound), Code.TUPLE_OUTPUT)
+        if node.op == "call_function" and name in NORM_FUNCTIONS:
+            return self._norm_function(node, bound, name)
+        return self._passed(name, bound) or Opaque(detail=described, like=self._like(name, bound))
+
+    def _passed(self, name: str, bound: Mapping[str, Any]) -> Op | None:
+        first = next(iter(bound.values()), None)
+        if name in SPLITS and isinstance(first, fx.Node):
+            return Split(first)
+        usable = isinstance(first, (fx.Node, tuple, list))
+        found = TRANSPARENT[name](Call(first, bound.get)) if name in TRANSPARENT and usable else None
+        sources = () if found is None else found.inputs
+        fits = found is not None and all(isinstance(source, fx.Node) for source in sources)
+        return found if fits else None  # type: ignore[return-value]
+
+    def _getitem(self, node: fx.Node) -> Op:
+        source, index = node.args
+        if not isinstance(source, fx.Node):
+            return Opaque(detail=node.name)
+        if isinstance(self.read(source), Split):
+            found = part(Call(None, arguments(source).get), index)
+            taken_of = self.read(source)
+            assert isinstance(taken_of, Split)
+            return Slice(taken_of.input, found.axis, found.part) if isinstance(found, Slice) else Opaque()
+        found = TRANSPARENT["getitem"](Call(source, {"index": index}.get))
+        return found or Opaque(detail=node.name)  # type: ignore[return-value]
+
+    def _like(self, name: str, bound: Mapping[str, Any]) -> tuple[fx.Node, ...]:
+        operands = [value for value in [*bound.values()][:2] if isinstance(value, fx.Node)]
+        if name in LIKE_BOTH:
+            return tuple(operands)
+        return tuple(operands[:1]) if name in LIKE_INPUT else ()
+
+    def _affine(self, node: fx.Node, name: str) -> Affine | None:
+        """The node as arithmetic with a constant; None if it is with another value."""
+        operands = [*node.args, *(node.kwargs[key] for key in ("other",) if key in node.kwargs)]
+        operands = [*operands, -1.0] if name == "neg" else operands
+        factor = node.kwargs.get("alpha", 1)
+        if len(operands) != 2 or not {"other", "alpha"}.issuperset(node.kwargs) or type(factor) not in (int, float):
+            return None
+        reverse = not isinstance(operands[0], fx.Node) or operands[0] in self.constants
+        value, constant = reversed(operands) if reverse else operands
+        if not isinstance(value, fx.Node) or value in self.constants or not self._is_number(constant):
+            return None
+        role, subtracts = _ARITHMETIC[name], name in ("sub", "subtract")
+        # a − b with the constant first is c − x; rsub(x, c) is c − α·x.
+        negative = (subtracts and reverse) or (name == "rsub" and not reverse)
+        if (role == "over" and reverse) or (name == "rsub" and reverse) or (negative and factor != 1):
+            return None
+        if reverse and factor != 1:
+            return None  # c + α·x
+        shape: Shape = ()
+        dtype = None
+        if isinstance(constant, fx.Node):
+            tensor = self.tensor(constant)
+            shape, dtype = tuple(tensor.shape), tensor.dtype if tensor.dim() else None
+        norm = self.constants.statistics_of(constant) if isinstance(constant, fx.Node) else None
+        sign = -1.0 if subtracts and not reverse else 1.0
+        return Affine(value, constant, role, shape, dtype, negative, sign * factor, norm)  # type: ignore[arg-type]
+
+    def _is_number(self, value: Any) -> bool:
+        if isinstance(value, fx.Node):
+            tensor = self.constants.value(value) if value in self.constants else None
+            return isinstance(tensor, Tensor) and is_plain(tensor) and not tensor.is_complex()
+        return type(value) in (int, float)
+
+
+def _operands(node: fx.Node) -> dict[str, Any]:
+    """The arguments of one of Python's operators."""
+    return dict(zip(("input", "other"), node.args, strict=False))
+
+
+def _pads_with_zeros(settings: Mapping[str, Any], kernel: Sequence[int]) -> bool:
+    """Whether a convolution sees zeros beyond the border. Code that gives no fixed padding may."""
+    padding = settings["padding"]
+    if settings.get("padding_mode", "zeros") != "zeros" or padding == "valid":
+        return False
+    if padding == "same":
+        return any(size != 1 for size in kernel)
+    widths = padding if isinstance(padding, (tuple, list)) else (padding,)
+    return any(type(width) is not int or width != 0 for width in widths)
 
 
 def norms_inside(module: nn.Module) -> list[str]:
@@ -341,65 +492,11 @@ def norms_inside(module: nn.Module) -> list[str]:
             reader = Reader(child, child.graph)
             calls = [reader.read(node) for node in child.graph.nodes if node.op == "call_function"]
             found += [f"{path}.{op.name}".lstrip(".") for op in calls if isinstance(op, Norm | LeftNorm)]
-        elif not _is_known(child) and any(
+        elif not is_known(child) and any(
             map(calls_norm, filter(inspect.isfunction, vars(type(child)).values()))
         ):
             found.append(path)
     return found
-
-
-def calls_norm(function: Any, seen: frozenset[Any] = frozenset()) -> bool:
-    """Whether the code of a function that is not traced through calls a norm, itself or by others."""
-    function = inspect.unwrap(function)
-    code = getattr(function, "__code__", None)
-    if code is None or code in seen:
-        return False
-    if not {*_NORM_FUNCTIONS, *_TUPLE_NORMS}.isdisjoint(code.co_names):
-        return True
-    called = [function.__globals__.get(name) for name in code.co_names]
-    return any(
-        calls_norm(each, seen | {code})
-        for each in called
-        if inspect.isfunction(each) and not each.__module__.startswith("torch")
-    )
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether fxfuse accounts for `module`: batch norms, and instance norms with running statistics."""
-    if isinstance(module, _InstanceNorm):
-        return module.track_running_stats
-    return isinstance(module, _BatchNorm)
-
-
-def _python_function(node: fx.Node) -> Op:
-    if node.target is getattr and node.args[1] in _QUERY_ATTRIBUTES:
-        return Query()
-    if node.target in (torch.is_tensor, torch.ops.aten._assert_tensor_metadata.default):
-        return Query()
-    return Opaque(detail=getattr(node.target, "__name__", str(node.target)))
-
-
-def _method(node: fx.Node) -> Op:
-    if node.target in _QUERY_METHODS:
-        return Query()
-    if node.target == "contiguous" and isinstance(node.args[0], fx.Node):
-        return Transparent(node.args[0])
-    return Opaque(detail=f".{node.target}()")
-
-
-def _is_known(module: nn.Module) -> bool:
-    """Whether the class of `module` is torch.nn's, or behaves like one of the tables above."""
-    kinds = [kind for kind in type(module).__mro__ if kind in _LINEAR_MODULES or kind in NORM_RANKS]
-    torch_own = type(module).__module__.startswith("torch.nn.modules") and "forward" not in module.__dict__
-    return torch_own or (bool(kinds) and not _replaced(module, kinds[0]))
-
-
-def _replaced(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether `module` behaves differently from its ancestor `kind`, by its class or by itself."""
-    return any(
-        name in module.__dict__ or getattr(type(module), name, None) is not getattr(kind, name, None)
-        for name in _BEHAVIOUR
-    )
 
 
 def _storage(tensor: Any) -> int:

@@ -7,62 +7,71 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
-from fxfuse.capture import Capture, capture
+from fxfuse.capture import Capture, capture, check_usable
 from fxfuse.comparison import REJECTIONS, clean_run, drawn, rejection, verify
-from fxfuse.errors import UsageError
-from fxfuse.match import match
+from fxfuse.errors import CaptureError, UsageError
+from fxfuse.keep import fold_called, fold_inside
 from fxfuse.ops import Reader
-from fxfuse.rank import observed_ranks
 from fxfuse.records import Report
-from fxfuse.replica import isolated
+from fxfuse.replica import isolated, replicate
 from fxfuse.rewrite import rewrite
+from fxfuse.shapes import GraphShapes, observed_values
+from fxfuse.solve import planned
+from fxfuse.tracer import options
 from fxfuse.tree import is_training
 
 _RECORD = "fxfuse_report"
 
 
-def fuse(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> fx.GraphModule:
+def fuse(
+    model: nn.Module, *, example_inputs: Sequence[Any] | None = None, keep_modules: bool = False
+) -> nn.Module:
     """A new module that computes the same function as `model`, with the norms folded away.
+
+    It is a ``torch.fx.GraphModule`` where the whole model can be traced. Where it cannot, or where forward
+    takes options (arguments that default to None, a bool, a str, a dtype or a device), of which a graph
+    could hold one choice only, it is a module of the same class, folded inside.
 
     The source is untouched. The weights of layers that were not folded share their memory with the
     source, so an in-place change of one shows in the other; ``copy.deepcopy`` of the result parts them.
 
     Args:
-        model: a module in eval mode, or a ``torch.fx.GraphModule``. Arguments of its forward that default
-            to None, a bool, a str, a dtype or a device are fixed to that default.
+        model: a module in eval mode, or a ``torch.fx.GraphModule``.
         example_inputs: positional inputs; a ``torch.Size`` stands for a random tensor of that shape. With
             them the number of axes of every value is known, which some norms after linear layers need,
             and the result is verified before it is returned.
+        keep_modules: give a module of the same class, with the same attributes and forward, in any case:
+            norms become ``nn.Identity``, or what else their forward does, operators get the folded weights.
 
     Raises:
         UsageError: the model is in training mode, is no module, has lazy parameters that are not
             initialised, or rejects the example inputs.
-        CaptureError: the model cannot be traced.
         VerificationError: the result differs from `model` on the example inputs.
     """
-    captured, report = _folded(model, example_inputs)
-    with torch.inference_mode(False):
-        fused = captured.module()
+    fused, report = _folded(model, example_inputs, keep_modules)
     if example_inputs is not None:
         report = replace(report, verification=verify(model, fused, example_inputs))
         assert report.verification is not None
         report.verification.raise_if_failed()
-    # Pickling a GraphModule keeps its attributes; deepcopy keeps those that are named in this entry of meta.
-    setattr(fused, _RECORD, report.to_dict())
-    kept = fused.meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {})
-    fused.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {**kept, _RECORD: report.to_dict()}
+    # Pickling a module keeps its attributes; deepcopy of a GraphModule those that this entry of meta names.
+    fused.__dict__[_RECORD] = report.to_dict()
+    if isinstance(fused, fx.GraphModule):
+        kept = fused.meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {})
+        fused.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {**kept, _RECORD: report.to_dict()}
     return fused
 
 
-def explain(model: nn.Module, *, example_inputs: Sequence[Any] | None = None) -> Report:
+def explain(
+    model: nn.Module, *, example_inputs: Sequence[Any] | None = None, keep_modules: bool = False
+) -> Report:
     """The report that ``fuse`` would give, less the verification; nothing is changed.
 
     Arguments and errors as there, but no VerificationError.
     """
-    return _folded(model, example_inputs)[1]
+    return _folded(model, example_inputs, keep_modules)[1]
 
 
 def report(fused: nn.Module) -> Report:
@@ -80,32 +89,58 @@ def report(fused: nn.Module) -> Report:
     return Report.from_dict(record)
 
 
-def _folded(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[Capture, Report]:
+def _folded(
+    model: nn.Module, example_inputs: Sequence[Any] | None, keep_modules: bool
+) -> tuple[nn.Module, Report]:
     if example_inputs is not None and not isinstance(example_inputs, (list, tuple)):
         found = type(example_inputs).__name__
         raise UsageError(f"example_inputs is a {found}; pass a tuple of positional inputs, (x,)")
-    if isinstance(model, nn.Module) and is_training(model):
+    check_usable(model)
+    if is_training(model):
         raise UsageError(
             f"{type(model).__name__} is in training mode, where norms use the batch; call model.eval()"
         )
     # Tensors that are made in inference mode could not become parameters of a module for all modes.
     with torch.inference_mode(False), torch.no_grad():
+        if keep_modules:
+            fused, report = _kept(model)
+        elif not isinstance(model, fx.GraphModule) and options(model):
+            note = f"forward takes options ({', '.join(options(model))}), so the modules were kept"
+            fused, report = _kept(model, note)
+        else:
+            fused, report = _graph(model, example_inputs)
+    if any(parameter.is_meta for parameter in fused.parameters()):
+        note = "the model is on the meta device: the graph was folded, numbers were not checked"
+        report = replace(report, notes=(*report.notes, note))
+    return fused, report
+
+
+def _graph(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[nn.Module, Report]:
+    try:
         captured = capture(model)
-        reader = Reader(captured.root, captured.graph)
-        observed = None if example_inputs is None else _observed(captured, example_inputs)
-        plan = match(captured.graph, reader, observed)
-        folds, refusals = rewrite(captured, plan, reader)
-    notes = []
-    if any(parameter.is_meta for parameter in captured.root.parameters()):
-        notes.append("the model is on the meta device: the graph was folded, numbers were not checked")
-    return captured, Report(
-        captured.name, plan.norms, tuple(folds), (*plan.refusals, *refusals), notes=tuple(notes)
-    )
+    except CaptureError as error:
+        return _kept(model, f"the modules were kept, because {error}")
+    reader = Reader(captured.root, captured.graph)
+    observed = {} if example_inputs is None else _observed(captured, example_inputs)
+    shapes = GraphShapes(captured.graph, reader, observed)
+    plan, solution = planned(captured.graph, reader, shapes)
+    folds, constants = rewrite(captured, plan, solution, reader, shapes)
+    inside = fold_called(model, captured, plan.called)
+    folded, refused = (*folds, *inside.folded), (*plan.refusals, *inside.refused)
+    name = type(model).__name__
+    return captured.module(), Report(name, len(folded) + len(refused), folded, refused, tuple(constants))
 
 
-def _observed(captured: Capture, inputs: Sequence[Any]) -> Mapping[fx.Node, int]:
+def _kept(model: nn.Module, *notes: str) -> tuple[nn.Module, Report]:
+    fused = replicate(model)
+    account = fold_inside(model, fused)
+    folded, refused = tuple(account.folded), tuple(account.refused)
+    return fused, Report(type(model).__name__, len(folded) + len(refused), folded, refused, notes=notes)
+
+
+def _observed(captured: Capture, inputs: Sequence[Any]) -> Mapping[fx.Node, Tensor]:
     try:
         with clean_run(drawn(captured.root, inputs, seed=0), seed=0) as values:
-            return observed_ranks(isolated(captured.root), captured.graph, values)
+            return observed_values(isolated(captured.root), captured.graph, values)
     except REJECTIONS as error:
         raise UsageError(f"the model rejects the example inputs {rejection(inputs, error)}") from error

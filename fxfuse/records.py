@@ -143,6 +143,8 @@ class Report:
         norms: how many norms the source executes; a norm that is called twice counts twice.
         folded: a record for each norm that is gone.
         refused: a record for each norm that is left. ``norms == len(folded) + len(refused)``.
+        constants: a record for each multiplication or addition of a constant, such as a layer scale, that
+            is gone too; in place of a norm it has the name of the operation in the traced graph.
         verification: the comparison with the source on the example inputs; None without them.
         notes: what else the reader should know, such as that numbers were not checked.
     """
@@ -151,6 +153,7 @@ class Report:
     norms: int
     folded: tuple[Fold, ...]
     refused: tuple[Refusal, ...]
+    constants: tuple[Fold, ...] = ()
     verification: Comparison | None = None
     notes: tuple[str, ...] = ()
 
@@ -163,11 +166,16 @@ class Report:
     def from_dict(cls, record: Mapping[str, Any]) -> Report:
         """The report that `to_dict` wrote."""
         verification = record["verification"]
+        folded, constants = (
+            tuple(Fold(fold["norm"], tuple(fold["into"]), fold["direction"]) for fold in record[kind])
+            for kind in ("folded", "constants")
+        )
         return cls(
             record["model"],
             record["norms"],
-            tuple(Fold(fold["norm"], tuple(fold["into"]), fold["direction"]) for fold in record["folded"]),
+            folded,
             tuple(Refusal(**refusal) for refusal in record["refused"]),
+            constants,
             None if verification is None else Comparison.from_dict(verification),
             tuple(record["notes"]),
         )
@@ -179,6 +187,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.folded)} of {self.norms} norms folded"]
         lines += [f"  folded  {fold.norm} -> {', '.join(fold.into)}" for fold in self.folded]
+        lines += [f"  also    {fold.norm} -> {', '.join(fold.into)}" for fold in self.constants]
         lines += [f"  left    {left.norm}  {left.code}: {left.reason} ({left.hint})" for left in self.refused]
         if self.verification is not None:
             lines.append(f"  verified: {self.verification}")

@@ -19,7 +19,8 @@ class Explanation:
 
 
 class Code(Enum):
-    """The refusal codes. 1xx: where the norm stands; 2xx: the norm; 3xx: the operator; 4xx: numbers."""
+    """The refusal codes. 1xx: where the norm stands; 2xx: the norm; 3xx: the operator; 4xx: numbers;
+    5xx: modules that are kept."""
 
     OTHER_USERS = Explanation(
         "FXF101",
@@ -55,6 +56,16 @@ class Code(Enum):
         "FXF107",
         "the norm before it is left, and stands between it and the operator",
         "see the refusal of the norm before it",
+    )
+    MIXED = Explanation(
+        "FXF108",
+        "an operator between it and the linear operator mixes the channels, or may",
+        "normalise before that operator; or pass fixed sizes to reshapes, so that the channel axis is certain",
+    )
+    OPAQUE_CONSUMER = Explanation(
+        "FXF109",
+        "no linear operator comes before it, and what uses its value is not linear",
+        "nothing to do: no operator beside it could absorb its map",
     )
     BATCH_STATISTICS = Explanation(
         "FXF201",
@@ -96,6 +107,16 @@ class Code(Enum):
         "it is inside a module or function that is called as a whole",
         "remove the hooks from that module, or call the norm from a forward that can be traced",
     )
+    UNTRACED = Explanation(
+        "FXF209",
+        "it is called by a forward that cannot be traced, so it is not known what it normalises",
+        "move the norm and its convolution into a module of their own, with a forward without control flow",
+    )
+    EXPOSED = Explanation(
+        "FXF210",
+        "a forward that cannot be traced does more than call the module that it is in",
+        "let that forward only call the module",
+    )
     OPERATOR_HOOKS = Explanation(
         "FXF301",
         "the operator before it carries hooks, which would see the folded output",
@@ -116,6 +137,16 @@ class Code(Enum):
         "the operator before it is in training mode",
         "call model.eval(), which reaches every submodule",
     )
+    PADDING = Explanation(
+        "FXF305",
+        "zeros are padded between it and the operator after it, and its map does not leave them zero",
+        "pad before the norm, or with another padding mode",
+    )
+    NEGATIVE_SCALE = Explanation(
+        "FXF306",
+        "it comes after a maximum, and turns the order round in channels with a negative weight",
+        "normalise before the pooling",
+    )
     OVERFLOW = Explanation(
         "FXF401",
         "the folded weight or bias would be infinite or NaN in its dtype",
@@ -125,4 +156,19 @@ class Code(Enum):
         "FXF402",
         "the folded weight of a channel would be too small for its dtype and lose its digits",
         "fold before the model is cast to a smaller dtype",
+    )
+    SHARED = Explanation(
+        "FXF501",
+        "modules are kept, and it or the operator is called more than once, or read elsewhere",
+        "fold without keep_modules=True, which gives every call its own weights",
+    )
+    NO_MODULE = Explanation(
+        "FXF502",
+        "modules are kept, and it or the operator is no module of its own that could be exchanged",
+        "fold without keep_modules=True, or call the norm and the convolution as modules",
+    )
+    OPTIONS = Explanation(
+        "FXF503",
+        "modules are kept, and whether it follows the operator depends on the arguments of forward",
+        "nothing to do: the norm is needed for some of the calls that forward allows",
     )

@@ -14,90 +14,51 @@ from itertools import count
 import torch
 from torch import Tensor, fx, nn
 
-from fxfuse.affine import AffineMap
 from fxfuse.calls import given_arguments
 from fxfuse.capture import Capture
-from fxfuse.fold import absorb_output
-from fxfuse.match import Move, Plan
+from fxfuse.match import Plan
 from fxfuse.ops import Linear, Norm, Reader
-from fxfuse.records import Fold, Refusal
-from fxfuse.refusals import Code
-from fxfuse.replica import alias
+from fxfuse.records import Fold
+from fxfuse.shapes import GraphShapes
+from fxfuse.solve import Solution
 from fxfuse.tree import attribute
 
 
-def rewrite(capture: Capture, plan: Plan, reader: Reader) -> tuple[list[Fold], list[Refusal]]:
-    """Carries out the moves of `plan` on `capture`, in place.
+def rewrite(
+    capture: Capture, plan: Plan, solution: Solution, reader: Reader, shapes: GraphShapes
+) -> tuple[list[Fold], list[Fold]]:
+    """Carries out all of `plan` on `capture`, in place.
 
     Returns:
-        A record for each move that was made, and a refusal for each that its dtype does not allow.
+        A record for each norm, and for each other piece of arithmetic, that is gone.
     """
-    chains: dict[fx.Node, list[Move]] = defaultdict(list)
-    for move in plan.moves:
-        chains[move.operator].append(move)
     editor = _Editor(capture)
-    folds: list[Fold] = []
-    refusals: list[Refusal] = []
-    for node, chain in chains.items():
+    into = {}
+    for node, tensors in solution.tensors.items():
         linear = reader.read(node)
         assert isinstance(linear, Linear)
-        made, tensors, code = _fold_chain(linear, chain, reader)
-        if made:
-            editor.set_operator(node, linear, *tensors)
-            editor.erase_norms(made)
-        into = editor.operator_name(node)
-        folds += [Fold(move.norm.name, (into,), "backward") for move in made]
-        refusals += [Refusal.because(move.norm.name, code, into) for move in chain[len(made) :]]
-    editor.drop_unused_attributes()
-    return folds, refusals
-
-
-def _fold_chain(
-    linear: Linear, chain: list[Move], reader: Reader
-) -> tuple[list[Move], tuple[Tensor, ...], Code]:
-    """Folds as many norms of `chain` as the weight's dtype can hold, nearest first, rounding once.
-
-    Returns:
-        The moves made, the folded weight and bias if any was, and what stopped the next one.
-    """
-    weight = reader.tensor(linear.weight)
-    bias = None if linear.bias is None else reader.tensor(linear.bias)
-    stopped = Code.OVERFLOW
-    for length in range(len(chain), 0, -1):
-        norms = [move.norm for move in chain[:length]]
-        folded = absorb_output(
-            weight, bias, _composed(norms, reader), transposed=linear.transposed, groups=linear.groups
-        )
-        if not isinstance(folded, Code):
-            gradient = _bias_needs_gradient(weight, bias, norms, reader)
-            return chain[:length], (alias(weight, folded[0]), nn.Parameter(folded[1], gradient)), stopped
-        stopped = folded
-    return [], (), stopped
-
-
-def _composed(norms: list[Norm], reader: Reader) -> AffineMap:
-    maps = [
-        AffineMap.from_norm(
-            reader.tensor(norm.mean),
-            reader.tensor(norm.var),
-            None if norm.weight is None else reader.tensor(norm.weight),
-            None if norm.bias is None else reader.tensor(norm.bias),
-            norm.eps,
-        )
-        for norm in norms
-    ]
-    total = maps[0]
-    for affine in maps[1:]:
-        total = total.then(affine)
-    return total
-
-
-def _bias_needs_gradient(weight: Tensor, bias: Tensor | None, norms: list[Norm], reader: Reader) -> bool:
-    """As the bias that was there; a new one as the norm's β, or as the weight where there is neither."""
-    if bias is not None:
-        return bias.requires_grad
-    betas = [reader.tensor(norm.bias).requires_grad for norm in norms if norm.bias is not None]
-    return any(betas) if betas else weight.requires_grad
+        editor.set_operator(node, linear, *tensors)
+        into[node] = editor.operator_name(node)
+    for node in frozenset[fx.Node]().union(*(move.assumed for move in plan.moves)):
+        shape = shapes.of(node)
+        assert shape is not None
+        _assert_rank(node, len(shape))
+    editor.erase({move.node: move.source.input for move in plan.moves})
+    editor.drop_unused(reader)
+    moved = {move.node for move in plan.moves}
+    whole = {first: parts for first, parts in plan.written_out.items() if moved.issuperset(parts)}
+    rest = {part for parts in whole.values() for part in parts}
+    norms: list[Fold] = []
+    constants: list[Fold] = []
+    for move in plan.moves:
+        names = tuple(dict.fromkeys(into[site.operator] for site in move.sites))
+        if isinstance(move.source, Norm):
+            norms.append(Fold(move.source.name, names, move.direction))
+        elif move.node in whole:
+            norms.append(Fold(str(move.source.norm), names, move.direction))
+        elif move.node not in rest:
+            constants.append(Fold(move.node.name, names, move.direction))
+    return norms, constants
 
 
 class _Editor:
@@ -118,31 +79,30 @@ class _Editor:
 
     def operator_name(self, node: fx.Node) -> str:
         """Qualified name of the operator that `node` calls; of its weight's owner for a function."""
-        target = node.target if node.op == "call_module" else given_arguments(node)["weight"].target
-        return str(target).removesuffix(".weight")
+        if node.op == "call_module":
+            return str(node.target)
+        return str(given_arguments(node)["weight"].target).removesuffix(".weight")
 
-    def set_operator(self, node: fx.Node, linear: Linear, weight: Tensor, bias: Tensor) -> None:
+    def set_operator(self, node: fx.Node, linear: Linear, weight: Tensor, bias: Tensor | None) -> None:
         """Gives the operator at `node` other tensors, and a name of its own if it has shared one."""
         if node.op == "call_module":
             self._set_module(node, weight, bias)
         else:
             self._set_arguments(node, linear, weight, bias)
 
-    def erase_norms(self, made: list[Move]) -> None:
-        """Takes the norms out of the graph, and asserts what their being folded depends on."""
-        for rank in {move.rank for move in made if move.rank is not None}:
-            _assert_rank(made[0].operator, rank)
-        for move in reversed(made):  # the last one first: the others' nodes are inputs of those after them
-            move.node.replace_all_uses_with(move.norm.input)
-            self.graph.erase_node(move.node)
+    def erase(self, inputs: dict[fx.Node, fx.Node]) -> None:
+        """Takes nodes out of the graph; who has read one of them reads its input."""
+        for node in reversed([node for node in self.graph.nodes if node in inputs]):
+            node.replace_all_uses_with(inputs[node])
+            self.graph.erase_node(node)
 
-    def drop_unused_attributes(self) -> None:
-        """Removes the nodes of parameters and buffers that no other node reads."""
+    def drop_unused(self, reader: Reader) -> None:
+        """Removes parameters and buffers, and what is computed from these alone, that no other node reads."""
         for node in reversed(list(self.graph.nodes)):
-            if node.op == "get_attr" and not node.users:
+            if not node.users and (node.op == "get_attr" or node in reader.constants):
                 self.graph.erase_node(node)
 
-    def _set_module(self, node: fx.Node, weight: Tensor, bias: Tensor) -> None:
+    def _set_module(self, node: fx.Node, weight: Tensor, bias: Tensor | None) -> None:
         target = str(node.target)
         module = attribute(self.root, target)
         folded = nn.Module.__new__(type(module))
@@ -151,19 +111,25 @@ class _Editor:
         node.target = target if self._is_only_user(node, target) else self._fresh(target)
         self._set(node.target, folded)
 
-    def _set_arguments(self, node: fx.Node, linear: Linear, weight: Tensor, bias: Tensor) -> None:
-        own = self._is_only_user(node, linear.weight)
-        names = {"weight": linear.weight if own else self._fresh(linear.weight)}
+    def _set_arguments(self, node: fx.Node, linear: Linear, weight: Tensor, bias: Tensor | None) -> None:
+        names = {"weight": self._own_name(node, linear.weight) or self._fresh(f"{node.name}.weight")}
         self._set(names["weight"], weight)
-        if linear.bias is not None and self._is_only_user(node, linear.bias):
-            names["bias"] = linear.bias
-        else:
-            names["bias"] = self._bias_name(names["weight"])
-        self._set(names["bias"], bias)
+        if bias is not None:
+            own = None if linear.bias is None else self._own_name(node, linear.bias, copy=False)
+            names["bias"] = own or self._bias_name(names["weight"])
+            self._set(names["bias"], bias)
         with self.graph.inserting_before(node):
             attributes = {argument: self.graph.get_attr(name) for argument, name in names.items()}
         node.kwargs = {**given_arguments(node), **attributes}
         node.args = ()
+
+    def _own_name(self, node: fx.Node, name: str | fx.Node, *, copy: bool = True) -> str | None:
+        """`name` if it is one that `node` alone uses, else that of a copy; None for what has no name."""
+        if not isinstance(name, str):
+            return None
+        if self._is_only_user(node, name):
+            return name
+        return self._fresh(name) if copy else None
 
     def _is_only_user(self, node: fx.Node, name: str) -> bool:
         """Whether `node` alone uses the module or tensor of that name, a part of it or what it is part of."""

@@ -4,7 +4,8 @@
 value. Three additions take it further without specialising the graph:
 
 * A plain function that asks for a value (padding by the size of the image, mostly) becomes a leaf: it is
-  called by the graph as it was called by the model. The trace is then begun again.
+  called by the graph as it was called by the model. The trace is then begun again. A module whose forward
+  asks for a value becomes a leaf likewise.
 * Buffers are proxies, as parameters are: what a model computes from them stays in the graph.
 * Questions about types are answered for the value (`fxfuse.proxies`).
 
@@ -20,7 +21,7 @@ import linecache
 import operator
 import random
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import FrameType, FunctionType
@@ -34,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxfuse.calls import origins, written_inputs
 from fxfuse.errors import CaptureError
 from fxfuse.proxies import ParameterProxy, TensorProxy, TypedProxy, gives_tensor
+from fxfuse.reparametrized import evaluate_weights
 from fxfuse.replica import replicate
 from fxfuse.tree import NORM_RANKS, has_hooks, named_tensors
 
@@ -58,6 +60,7 @@ class ModuleTracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.source: nn.Module | None = None
+        self.kept: set[str] = set()
         self._autocast = _autocast_state()
         self._tensors: set[fx.Node] = set()
         self._names: dict[int, str] = {}
@@ -72,7 +75,9 @@ class ModuleTracer(fx.Tracer):
         return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Leaves are torch.nn's modules, subclasses that inherit their forward from one, hooked modules."""
+        """Leaves are torch.nn's modules, subclasses that inherit their forward, hooked modules, those `kept`."""
+        if module_qualified_name in self.kept:
+            return True
         if type(m).__call__ is not nn.Module.__call__:
             return False  # the call has been entered already, by the class's own __call__
         if super().is_leaf_module(m, module_qualified_name) or has_hooks(m):
@@ -129,16 +134,23 @@ def _autocast_state() -> list[Any]:
     ]
 
 
-def trace(model: nn.Module, root: nn.Module) -> fx.Graph:
-    """The graph of `model`, run on `root`, a replica of it.
+def trace(model: nn.Module, fixed: Mapping[str, Any] | None = None) -> tuple[nn.Module, fx.Graph]:
+    """A replica of `model`, its computed weights evaluated, and the graph of a run on it.
+
+    Args:
+        model: the module; it is not changed.
+        fixed: values for arguments of its forward; without it every option has its default.
 
     Raises:
         CaptureError: the model cannot be traced; the message names the line and the reason.
     """
     leaves: list[_LeafFunction] = []
+    kept: set[str] = set()
     while True:
+        root = replicate(model)
+        evaluate_weights(root)
         tracer = ModuleTracer()
-        tracer.source = model
+        tracer.source, tracer.kept = model, kept
         try:
             with contextlib.ExitStack() as stack:
                 for leaf in leaves:
@@ -152,15 +164,17 @@ def trace(model: nn.Module, root: nn.Module) -> fx.Graph:
                     torch.no_grad(),
                 ):
                     stack.enter_context(guard)
-                graph = tracer.trace(root, _fixed_arguments(model))
+                graph = tracer.trace(root, dict(options(model) if fixed is None else fixed))
             _no_writes_to_constants(graph, model)
-            return graph
+            return root, graph
         except _TRACE_FAILURES as error:
-            failed = _function_that_failed(error, leaves)
+            failed = _what_failed(error, leaves, tracer)
             if failed is None:
                 raise CaptureError(_explanation(model, error)) from error
-            leaves.append(failed)
-            root = replicate(model)
+            if isinstance(failed, str):
+                kept.add(failed)
+            else:
+                leaves.append(failed)
 
 
 @contextlib.contextmanager
@@ -276,7 +290,8 @@ def _no_writes_to_constants(graph: fx.Graph, model: nn.Module) -> None:
                 )
 
 
-def _fixed_arguments(model: nn.Module) -> dict[str, Any]:
+def options(model: nn.Module) -> dict[str, Any]:
+    """The arguments of forward that default to something by which code chooses branches, and their defaults."""
     parameters = inspect.signature(type(model).forward).parameters.values()
     fixed = (bool, str, type(None), torch.dtype, torch.device)
     return {p.name: p.default for p in parameters if isinstance(p.default, fixed)}
@@ -318,17 +333,33 @@ def _flat(value: Any) -> Iterator[Any]:
         yield from _flat(item)
 
 
-def _function_that_failed(error: BaseException, known: list[_LeafFunction]) -> _LeafFunction | None:
-    """The innermost plain function that the model called by name and that the trace could not enter."""
+def _what_failed(
+    error: BaseException, known: list[_LeafFunction], tracer: ModuleTracer
+) -> _LeafFunction | str | None:
+    """What the trace could not enter, the innermost: a plain function called by name, or a submodule's path."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     for caller, callee in reversed([*pairwise(frames)]):
+        if not _is_own_code(callee):
+            continue
+        path = _submodule_of(callee, tracer)
+        if path and path not in tracer.kept:
+            return path
         function = caller.f_globals.get(callee.f_code.co_name)
         if not isinstance(function, FunctionType) or function.__code__ is not callee.f_code:
             continue
         leaf = _LeafFunction(function, caller.f_globals)
-        if _is_own_code(callee) and not any(leaf.is_same(other) for other in known):
+        if not any(leaf.is_same(other) for other in known):
             return leaf
     return None
+
+
+def _submodule_of(frame: FrameType, tracer: ModuleTracer) -> str | None:
+    """The path of the module whose forward runs in `frame`; None for any other code, empty for the root."""
+    module = frame.f_locals.get("self")
+    if not isinstance(module, nn.Module):
+        return None
+    forward = inspect.unwrap(type(module).forward)
+    return tracer._paths.get(id(module)) if forward.__code__ is frame.f_code else None
 
 
 def _is_own_code(frame: FrameType) -> bool:

@@ -1,0 +1,83 @@
+"""Values that do not depend on the input: parameters, buffers, and what a model computes from them alone.
+
+Weight normalisation, weight standardisation and masks are such expressions. They are evaluated as the model
+would evaluate them, in its own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxfuse.calls import operator_name, torch_name, written_inputs
+
+# Functions of torch.nn.functional that are written in Python and draw no random numbers.
+_PURE = frozenset({"batch_norm", "layer_norm", "group_norm", "normalize", "softmax", "pad"})
+
+
+class Constants:
+    """The constant values of one graph.
+
+    Args:
+        graph: the graph.
+        attribute: gives a parameter or buffer by its qualified name; None for one that may be written to.
+    """
+
+    def __init__(self, graph: fx.Graph, attribute: Callable[[str], Any]) -> None:
+        self._attribute = attribute
+        self._known: set[fx.Node] = set()
+        self._values: dict[fx.Node, Any] = {}
+        for node in graph.nodes:
+            if self._is_constant(node):
+                self._known.add(node)
+
+    def __contains__(self, node: object) -> bool:
+        return node in self._known
+
+    def value(self, node: fx.Node) -> Any:
+        """What `node`, one of the constants, gives."""
+        if node not in self._values:
+            self._values[node] = self._evaluated(node)
+        return self._values[node]
+
+    def statistics_of(self, node: fx.Node) -> str | None:
+        """The owner of the running variance from which `node`, one of the constants, is computed."""
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            return owner or node.name if name == "running_var" else None
+        found = (self.statistics_of(source) for source in node.all_input_nodes)
+        return next((owner for owner in found if owner is not None), None)
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        if node.op == "get_attr":
+            return isinstance(self._attribute(str(node.target)), Tensor)
+        inputs = node.all_input_nodes
+        return bool(inputs) and self._known.issuperset(inputs) and _is_pure(node)
+
+    def _evaluated(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return self._attribute(str(node.target)).detach()
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a call always gives the same for the same arguments, and does nothing else."""
+    if node.op not in ("call_function", "call_method") or written_inputs(node):
+        return False
+    if node.op == "call_function" and getattr(node.target, "__module__", "") in ("_operator", "builtins"):
+        return True
+    name = torch_name(node.target) if node.op == "call_function" else str(node.target)
+    if name is None or (node.op == "call_function" and operator_name(node) in _PURE):
+        return name is not None
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
+    return bool(overloads) and not any(
+        torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads
+    )

@@ -1,0 +1,183 @@
+"""A plan → the folded tensors, and the moves whose numbers do not allow it.
+
+What has to be true of a map's numbers is decided here: that they are finite in the weight's dtype, and what
+the operators on the way need. A plan is carried out as a whole or not at all, since a later move may rely on
+an earlier one; whoever calls has it made anew without the moves that fail.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxfuse.affine import AffineMap, exact
+from fxfuse.fold import absorb
+from fxfuse.match import Direction, Move, Plan, Site, match
+from fxfuse.ops import Affine, Linear, Norm, Reader
+from fxfuse.refusals import Code
+from fxfuse.replica import alias
+from fxfuse.shapes import GraphShapes
+
+Tensors = tuple[Tensor, Tensor | None]
+
+_HOLDS: Mapping[Code, Callable[[AffineMap], Tensor]] = {
+    Code.PADDING: lambda affine: (affine.shift == 0).all(),
+    Code.NEGATIVE_SCALE: lambda affine: (affine.scale >= 0).all(),
+}
+
+
+@dataclass
+class Solution:
+    """What a plan comes to.
+
+    Attributes:
+        tensors: the folded weight and bias of every operator that changes.
+        failed: the moves that cannot be made, with the reason.
+    """
+
+    tensors: dict[fx.Node, Tensors] = field(default_factory=dict)
+    failed: dict[Move, Code] = field(default_factory=dict)
+
+
+@dataclass
+class _Taken:
+    """What one operator takes up, in the order in which it is to be composed."""
+
+    moves: list[Move] = field(default_factory=list)
+    before: AffineMap | None = None
+    after: AffineMap | None = None
+
+
+def planned(
+    graph: fx.Graph, reader: Reader, shapes: GraphShapes, *, assumes: bool = True
+) -> tuple[Plan, Solution]:
+    """A plan of which every move can be made; moves whose numbers do not allow it are planned around.
+
+    Args:
+        graph: the graph; it is not changed.
+        reader: reads its nodes.
+        shapes: what is known of the shapes of its values.
+        assumes: whether moves may assume what the graph then has to assert.
+    """
+    barred: dict[tuple[fx.Node, Direction], Code] = {}
+    solved: dict[tuple[fx.Node, ...], Tensors | Code] = {}
+    while True:
+        plan = match(graph, reader, shapes, barred)
+        failed = {} if assumes else {move: Code.RANK_UNKNOWN for move in plan.moves if move.assumed}
+        solution = Solution() if failed else solve(plan, reader, solved)
+        failed |= solution.failed
+        if not failed:
+            return plan, solution
+        barred |= {(move.node, move.direction): code for move, code in failed.items()}
+
+
+def solve(plan: Plan, reader: Reader, solved: dict[tuple[fx.Node, ...], Tensors | Code]) -> Solution:
+    """Computes the folded tensors of `plan`.
+
+    Args:
+        plan: the plan.
+        reader: reads the graph and its tensors.
+        solved: what has been computed for this graph, by operator and the sources that it takes up; added to.
+    """
+    solution = Solution()
+    taken: dict[fx.Node, _Taken] = defaultdict(_Taken)
+    for move in plan.moves:
+        affine = affine_of(move.source, reader, _weight(move.sites[0].operator, reader).device)
+        for site in move.sites:
+            linear = reader.read(site.operator)
+            assert isinstance(linear, Linear)
+            size = linear.channels if site.side == "output" else linear.in_channels
+            index = site.channels.over(size)
+            assert index is not None
+            piece = affine.taken(index, shift=site.channels.shift)
+            broken = next((code for code in site.channels.needs if not _holds(code, piece)), None)
+            if broken is not None:
+                solution.failed.setdefault(move, broken)
+            _add(taken[site.operator], move, site, piece)
+    if solution.failed:
+        return solution
+    for operator, parts in taken.items():
+        key = (operator, *(move.node for move in parts.moves))
+        if key not in solved:
+            solved[key] = _folded(operator, parts, reader)
+        tensors = solved[key]
+        if isinstance(tensors, Code):
+            solution.failed.setdefault(parts.moves[-1], tensors)
+        else:
+            solution.tensors[operator] = tensors
+    return solution
+
+
+def affine_of(source: Norm | Affine, reader: Reader, device: torch.device) -> AffineMap:
+    """The map of a norm, on the norm's device, or of arithmetic with a constant, on `device`."""
+    if isinstance(source, Norm):
+        weight = None if source.weight is None else reader.tensor(source.weight)
+        bias = None if source.bias is None else reader.tensor(source.bias)
+        return AffineMap.from_norm(
+            reader.tensor(source.mean), reader.tensor(source.var), weight, bias, source.eps
+        )
+    constant = source.constant
+    tensor = reader.tensor(constant) if isinstance(constant, fx.Node) else torch.tensor(constant)
+    value = exact(tensor.to(device)).flatten()
+    if source.role == "plus":
+        return AffineMap(torch.full_like(value, -1.0 if source.negative else 1.0), source.factor * value)
+    return AffineMap(value if source.role == "times" else 1 / value, torch.zeros_like(value))
+
+
+def _weight(operator: fx.Node, reader: Reader) -> Tensor:
+    linear = reader.read(operator)
+    assert isinstance(linear, Linear)
+    return reader.tensor(linear.weight)
+
+
+def _holds(code: Code, piece: AffineMap) -> bool:
+    return not piece.scale.is_meta and bool(_HOLDS[code](piece))
+
+
+def _add(taken: _Taken, move: Move, site: Site, piece: AffineMap) -> None:
+    """Moves backward come in the order of execution, those forward in the opposite order."""
+    if site.side == "output":
+        taken.after = piece if taken.after is None else taken.after.then(piece)
+    else:
+        taken.before = piece if taken.before is None else piece.then(taken.before)
+    taken.moves.append(move)
+
+
+def _folded(operator: fx.Node, taken: _Taken, reader: Reader) -> Tensors | Code:
+    linear = reader.read(operator)
+    assert isinstance(linear, Linear)
+    weight = reader.tensor(linear.weight)
+    bias = None if linear.bias is None else reader.tensor(linear.bias)
+    folded = absorb(
+        weight,
+        bias,
+        before=taken.before,
+        after=taken.after,
+        transposed=linear.transposed,
+        groups=linear.groups,
+    )
+    if isinstance(folded, Code):
+        return folded
+    shifted = any(_shifts(move, operator) for move in taken.moves)
+    if bias is None and not shifted:
+        return alias(weight, folded[0]), None
+    return alias(weight, folded[0]), nn.Parameter(folded[1], _needs_gradient(weight, bias, taken.moves, reader))
+
+
+def _shifts(move: Move, operator: fx.Node) -> bool:
+    """Whether `move` may add something, by its kind and not by its numbers."""
+    can = isinstance(move.source, Norm) or move.source.role == "plus"
+    return can and any(site.channels.shift for site in move.sites if site.operator is operator)
+
+
+def _needs_gradient(weight: Tensor, bias: Tensor | None, moves: list[Move], reader: Reader) -> bool:
+    """As the bias that was there; a new one as the norm's β, or as the weight where there is neither."""
+    if bias is not None:
+        return bias.requires_grad
+    norms = [move.source for move in moves if isinstance(move.source, Norm)]
+    betas = [reader.tensor(norm.bias).requires_grad for norm in norms if norm.bias is not None]
+    return any(betas) if betas else weight.requires_grad

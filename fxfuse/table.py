@@ -1,0 +1,485 @@
+"""The table: which operators let an affine map pass, by the name of their function, method or layer.
+
+To teach fxfuse an operator, write how it treats its axes (one of the five kinds of `fxfuse.transparent`) and
+give it its names in `TRANSPARENT`; if torch.nn has a layer that does the same, add it to `LAYERS`, whose
+attributes then stand for the arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from fxfuse.channels import Atom, Axes, Pattern, Shape, Size
+from fxfuse.refusals import Code
+from fxfuse.transparent import Concat, Rearranged, Shapes, Slice, Sum, Transparent, Within
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an operator, whatever its dialect.
+
+    Attributes:
+        input: its first argument.
+        given: gives an argument by name; None for one that the operator does not have.
+    """
+
+    input: Any
+    given: Callable[[str], Any]
+
+    def integers(self, *names: str) -> tuple[int, ...] | None:
+        """The first argument that is given of those, as a tuple; None if its numbers are not fixed."""
+        value = next((found for found in map(self.given, names) if found is not None), None)
+        numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        return numbers if all(type(number) is int for number in numbers) else None
+
+
+Builder = Callable[[Call], Transparent | None]
+
+
+def _last(count: int) -> Callable[[int | None], Sequence[int]]:
+    return lambda _: range(-count, 0)
+
+
+def _same(call: Call) -> Transparent:
+    return Within(call.input)
+
+
+def _dropout(call: Call) -> Transparent | None:
+    training = call.given("training")
+    return Within(call.input) if (call.given("train") if training is None else training) is False else None
+
+
+# ---- within some axes -------------------------------------------------------------------------------
+
+
+def _average_pool(dims: int) -> Builder:
+    """A window that reaches over the edge counts zeros, unless it counts the image's elements only."""
+
+    def build(call: Call) -> Transparent:
+        padded = call.integers("padding") is None or any(call.integers("padding") or ())
+        counted = padded and call.given("count_include_pad") is not False
+        counted = counted or call.given("divisor_override") is not None
+        return Within(call.input, _last(dims), stops_shift=Code.PADDING if counted else None)
+
+    return build
+
+
+def _adaptive_average_pool(dims: int) -> Builder:
+    return lambda call: Within(call.input, _last(dims))
+
+
+def _max_pool(dims: int) -> Builder:
+    def build(call: Call) -> Transparent | None:
+        return None if call.given("return_indices") else Within(call.input, _last(dims), monotone=True)
+
+    return build
+
+
+def _reduced(*, stops_shift: Code | None = None, monotone: bool = False) -> Builder:
+    def build(call: Call) -> Transparent | None:
+        dims = call.integers("dim")
+        if not dims or call.given("dtype") is not None:
+            return None
+        return Within(call.input, lambda _: dims, not call.given("keepdim"), stops_shift, monotone)
+
+    return build
+
+
+def _interpolated(call: Call) -> Transparent:
+    """Every output is an average of inputs; axes 0 and 1 are batch and channels."""
+    return Within(call.input, lambda rank: None if rank is None else range(2, rank))
+
+
+def _padded(call: Call) -> Transparent | None:
+    widths = next((given for given in map(call.given, ("pad", "padding")) if given is not None), ())
+    if not isinstance(widths, (tuple, list)) or call.given("value") not in (None, 0):
+        return None
+    fills = call.given("mode") in (None, "constant", "zeros")
+    crops = all(type(width) is int and width <= 0 for width in widths)
+    stops_shift = Code.PADDING if fills and not crops else None
+    return Within(call.input, _last(len(widths) // 2), stops_shift=stops_shift)
+
+
+def _mirrored(call: Call) -> Transparent | None:
+    widths = call.integers("padding", "pad")
+    return None if widths is None else Within(call.input, _last(len(widths) // 2))
+
+
+# ---- into other axes --------------------------------------------------------------------------------
+
+
+def _axes(shape: Shape) -> Axes:
+    return tuple((Atom(size),) for size in shape)
+
+
+def _flatten(call: Call) -> Transparent | None:
+    start, end = call.given("start_dim"), call.given("end_dim")
+    if type(start) is not int or type(end) is not int:
+        return None
+
+    def pattern(shape: Shape, _: Shapes) -> Pattern:
+        axes = _axes(shape)
+        first, last = start % len(shape), end % len(shape)
+        merged = tuple(atom for atoms in axes[first : last + 1] for atom in atoms)
+        return axes, (*axes[:first], merged, *axes[last + 1 :])
+
+    return Rearranged(call.input, pattern, rank=start + 1 if start >= 0 and end == -1 else None)
+
+
+def _unflatten(call: Call) -> Transparent | None:
+    axis, sizes = call.given("dim"), call.given("sizes") or call.given("unflattened_size")
+    if type(axis) is not int or not isinstance(sizes, (tuple, list)):
+        return None
+
+    def pattern(shape: Shape, shapes: Shapes) -> Pattern | None:
+        place = axis % len(shape)
+        known = [shapes.size(size) for size in sizes]
+        return aligned(shape, (*shape[:place], *known, *shape[place + 1 :]))
+
+    return Rearranged(call.input, pattern)
+
+
+def _reshape(call: Call) -> Transparent | None:
+    sizes = next((found for found in map(call.given, ("shape", "size")) if found is not None), None)
+    if not isinstance(sizes, (tuple, list)):
+        return None
+    return Rearranged(
+        call.input,
+        lambda shape, shapes: aligned(shape, [shapes.size(size) for size in sizes]),
+        rank=len(sizes),
+    )
+
+
+def _reshape_as(call: Call) -> Transparent:
+    def pattern(shape: Shape, shapes: Shapes) -> Pattern | None:
+        other = shapes.of(call.given("other"))
+        return None if other is None else aligned(shape, other)
+
+    return Rearranged(call.input, pattern)
+
+
+def aligned(before: Shape, after: Sequence[Size]) -> Pattern:
+    """The pattern of a row-major reshape; -1 stands for the one size that torch works out.
+
+    Equal sizes at the front, and at the back, are the same axes, whatever lies between them. What lies
+    between is one axis split, or several merged, or mixed: then it is new.
+    """
+    axes = _axes(before)
+    shortest = min(len(before), len(after))
+    front = _equal(zip(before, after, strict=False))
+    back = min(_equal(zip(before[::-1], after[::-1], strict=False)), shortest - front)
+    source, target = axes[front : len(axes) - back], after[front : len(after) - back]
+    if len(source) == 1:
+        between = _split(source[0][0], target)
+    elif len(target) == 1:
+        between = (tuple(atom for atoms in source for atom in atoms),)
+    else:
+        between = tuple((Atom(None if size == -1 else size),) for size in target)
+    split = tuple(atom for atoms in between for atom in atoms)
+    whole = (split,) if len(source) == 1 else source
+    pattern_before = (*axes[:front], *whole, *axes[len(axes) - back :])
+    return pattern_before, (*axes[:front], *between, *axes[len(axes) - back :])
+
+
+def _equal(pairs: Any) -> int:
+    """How many pairs of sizes are equal for certain, from the first one on."""
+    count = 0
+    for one, other in pairs:
+        if one is None or one != other:
+            break
+        count += 1
+    return count
+
+
+def _split(atom: Atom, sizes: Sequence[Size]) -> Axes:
+    """The atoms of one axis of that size; a single size that is not given follows from the others."""
+    fixed = [size for size in sizes if isinstance(size, int) and size != -1]
+    rest = atom.size
+    if math.prod(fixed) != 1:
+        rest = atom.size // math.prod(fixed) if isinstance(atom.size, int) and all(fixed) else None
+    single = len(fixed) == len(sizes) - 1
+    return tuple((Atom(size if size in fixed else rest if single else None),) for size in sizes)
+
+
+def _permuted(order: Callable[[Call, int], Sequence[int] | None]) -> Builder:
+    def build(call: Call) -> Transparent:
+        def pattern(shape: Shape, _: Shapes) -> Pattern | None:
+            axes, places = _axes(shape), order(call, len(shape))
+            if places is None or sorted(place % len(shape) for place in places) != [*range(len(shape))]:
+                return None
+            return axes, tuple(axes[place] for place in places)
+
+        return Rearranged(call.input, pattern)
+
+    return build
+
+
+def _transposed(call: Call, rank: int) -> Sequence[int] | None:
+    one, other = call.integers("dim0", "axis0"), call.integers("dim1", "axis1")
+    if one is None or other is None:
+        return None
+    places = [*range(rank)]
+    places[one[0]], places[other[0]] = places[other[0]], places[one[0]]
+    return places
+
+
+def _moved(call: Call, rank: int) -> Sequence[int] | None:
+    sources, targets = call.integers("source"), call.integers("destination")
+    if sources is None or targets is None:
+        return None
+    goals = dict(zip((t % rank for t in targets), (s % rank for s in sources), strict=True))
+    rest = iter(place for place in range(rank) if place not in goals.values())
+    return [goals[place] if place in goals else next(rest) for place in range(rank)]
+
+
+def _unsqueeze(call: Call) -> Transparent | None:
+    axis = call.given("dim")
+    return None if type(axis) is not int else Rearranged(call.input, lambda shape, _: _with_ones(shape, [axis]))
+
+
+def _with_ones(shape: Shape, places: Sequence[int]) -> Pattern:
+    """New axes of size 1, at these places of the result."""
+    axes = _axes(shape)
+    after = list(axes)
+    for place in sorted(place % (len(shape) + len(places)) for place in places):
+        after.insert(place, ())
+    return axes, tuple(after)
+
+
+def _squeeze(call: Call) -> Transparent | None:
+    places = call.integers("dim")
+    if not places:
+        return None
+
+    def pattern(shape: Shape, _: Shapes) -> Pattern | None:
+        axes, asked = _axes(shape), [place % len(shape) for place in places]
+        if any(not isinstance(shape[place], int) for place in asked):
+            return None  # an axis goes only if its size is 1, which nobody knows
+        gone = {place for place in asked if shape[place] == 1}
+        return axes, tuple(atoms for place, atoms in enumerate(axes) if place not in gone)
+
+    return Rearranged(call.input, pattern)
+
+
+def _pixel_shuffle(call: Call) -> Transparent | None:
+    return _pixels(call, call.given("upscale_factor"), inverse=False)
+
+
+def _pixel_unshuffle(call: Call) -> Transparent | None:
+    return _pixels(call, call.given("downscale_factor"), inverse=True)
+
+
+def _pixels(call: Call, factor: Any, *, inverse: bool) -> Transparent | None:
+    """... (c i j) h w → ... c (h i) (w j), and back."""
+    if type(factor) is not int:
+        return None
+
+    def pattern(shape: Shape, _: Shapes) -> Pattern | None:
+        if len(shape) < 3:
+            return None
+        channels, height, width = shape[-3:]
+        i, j = Atom(factor), Atom(factor)
+        if inverse:
+            c = Atom(channels)
+            h, w = (Atom(size // factor if isinstance(size, int) else None) for size in (height, width))
+        else:
+            c = Atom(channels // factor**2 if isinstance(channels, int) else None)
+            h, w = Atom(height), Atom(width)
+        small, large = ((c, i, j), (h,), (w,)), ((c,), (h, i), (w, j))
+        before, after = (large, small) if inverse else (small, large)
+        others = _axes(shape[:-3])
+        return (*others, *before), (*others, *after)
+
+    return Rearranged(call.input, pattern)
+
+
+def _channel_shuffle(call: Call) -> Transparent | None:
+    """b (g c) ... → b (c g) ..."""
+    groups = call.given("groups")
+    if type(groups) is not int:
+        return None
+
+    def pattern(shape: Shape, _: Shapes) -> Pattern | None:
+        if len(shape) < 3:
+            return None
+        g, c = Atom(groups), Atom(shape[1] // groups if isinstance(shape[1], int) else None)
+        first, others = _axes(shape[:1]), _axes(shape[2:])
+        return (*first, (g, c), *others), (*first, (c, g), *others)
+
+    return Rearranged(call.input, pattern)
+
+
+# ---- some elements, several values ------------------------------------------------------------------
+
+
+def _indexed(call: Call) -> Transparent | None:
+    """x[..., None], x[:, a:b], x[:, i]: new axes, or one axis of which some or one of the elements are taken."""
+    items = call.given("index")
+    items = items if isinstance(items, tuple) else (items,)
+    if any(not (item is None or item is Ellipsis or type(item) in (int, slice)) for item in items):
+        return None
+    gap = items.index(Ellipsis) if Ellipsis in items else len(items)
+    # Places before the ellipsis count from the front, those after it from the back.
+    places = {
+        number if number < gap else number - len(items): item
+        for number, item in enumerate(items)
+        if item is not Ellipsis and item != slice(None)
+    }
+    if all(item is None for item in places.values()):
+        return Rearranged(call.input, lambda shape, _: _with_ones(shape, [*places])) if places else _same(call)
+    if len(places) != 1:
+        return None
+    ((axis, item),) = places.items()
+    if isinstance(item, slice):
+        return _taken(call, axis, item.start, item.stop, item.step)
+    return Within(call.input, lambda _: (axis,), removes=True)
+
+
+def _taken(call: Call, axis: int, start: Any, stop: Any, step: Any) -> Transparent:
+    fixed = all(bound is None or type(bound) is int for bound in (start, stop, step))
+    return Slice(call.input, axis, lambda size: range(size)[start:stop:step] if fixed else None)
+
+
+def _sliced(call: Call) -> Transparent | None:
+    axis = call.given("dim")
+    bounds = (call.given("start"), call.given("end"), call.given("step"))
+    return _taken(call, axis, *bounds) if type(axis) is int else None
+
+
+def _narrowed(call: Call) -> Transparent | None:
+    axis, start, length = (call.given(name) for name in ("dim", "start", "length"))
+    if any(type(number) is not int for number in (axis, start, length)):
+        return None
+    return Slice(call.input, axis, lambda size: range(size)[start:][:length])
+
+
+def _selected(call: Call) -> Transparent | None:
+    axis = call.integers("dim")
+    return None if axis is None else Within(call.input, lambda _: axis, removes=True)
+
+
+def part(call: Call, number: Any) -> Transparent | None:
+    """One part of what `SPLITS` gives: ``x.chunk(n, dim)[number]``."""
+    axis, chunks = call.given("dim"), call.given("chunks")
+    sizes = next((s for s in map(call.given, _SECTIONS) if s is not None), None)
+    if type(axis) is not int or type(number) is not int or number < 0:
+        return None
+
+    def taken(size: int) -> Sequence[int] | None:
+        if isinstance(sizes, (tuple, list)):
+            if any(type(width) is not int for width in sizes) or number >= len(sizes):
+                return None
+            start = sum(sizes[:number])
+            return range(size)[start : start + sizes[number]]
+        width = -(-size // chunks) if type(chunks) is int else sizes
+        return range(size)[number * width : (number + 1) * width] if type(width) is int else None
+
+    return Slice(call.input, axis, taken)
+
+
+_SECTIONS = ("split_size", "split_sizes", "split_size_or_sections")
+
+
+def _concatenated(call: Call) -> Transparent | None:
+    parts, axis = call.input, call.given("dim")
+    nodes = isinstance(parts, (tuple, list)) and all(isinstance(each, fx.Node) for each in parts)
+    return Concat(tuple(parts), axis) if nodes and type(axis) is int else None
+
+
+def _summed(call: Call) -> Transparent | None:
+    other = call.given("other")
+    return Sum((call.input, other)) if isinstance(other, fx.Node) else None
+
+
+def _named(builder: Builder, *names: str) -> dict[str, Builder]:
+    return dict.fromkeys(names, builder)
+
+
+TRANSPARENT: Mapping[str, Builder] = {
+    **_named(_same, "contiguous", "clone", "identity"),
+    **_named(_dropout, "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"),
+    **_named(_dropout, "alpha_dropout", "feature_alpha_dropout"),
+    **{f"avg_pool{dims}d": _average_pool(dims) for dims in (1, 2, 3)},
+    **{f"{head}adaptive_avg_pool{d}d": _adaptive_average_pool(d) for d in (1, 2, 3) for head in ("", "_")},
+    **{f"{head}max_pool{dims}d": _max_pool(dims) for dims in (1, 2, 3) for head in ("", "adaptive_")},
+    "mean": _reduced(),
+    "sum": _reduced(stops_shift=Code.PADDING),
+    "amax": _reduced(monotone=True),
+    **_named(_interpolated, "interpolate", "upsample", "upsample_nearest", "upsample_bilinear"),
+    **_named(_interpolated, *(f"upsample_nearest{dims}d" for dims in (1, 2, 3))),
+    **_named(_interpolated, "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d"),
+    **_named(_padded, "pad", "constant_pad_nd"),
+    **_named(_mirrored, *(f"{kind}_pad{d}d" for kind in ("reflection", "replication") for d in (1, 2, 3))),
+    "flatten": _flatten,
+    "unflatten": _unflatten,
+    **_named(_reshape, "reshape", "view", "_unsafe_view"),
+    **_named(_reshape_as, "reshape_as", "view_as"),
+    "permute": _permuted(lambda call, _: call.integers("dims")),
+    **_named(_permuted(_transposed), "transpose", "swapaxes", "swapdims"),
+    **_named(_permuted(_moved), "movedim", "moveaxis"),
+    "t": _permuted(lambda _, rank: (1, 0) if rank == 2 else None),
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    "pixel_shuffle": _pixel_shuffle,
+    "pixel_unshuffle": _pixel_unshuffle,
+    **_named(_channel_shuffle, "channel_shuffle", "native_channel_shuffle"),
+    "getitem": _indexed,
+    "slice": _sliced,
+    "narrow": _narrowed,
+    "select": _selected,
+    **_named(_concatenated, "cat", "concat", "concatenate"),
+    **_named(_summed, "add", "sub", "subtract"),
+}
+
+# Operators that give a tuple of parts; `part` is one of them.
+SPLITS = frozenset({"chunk", "split", "split_with_sizes"})
+
+LAYERS: Mapping[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), "dropout"),
+    **dict.fromkeys((nn.AlphaDropout, nn.FeatureAlphaDropout), "dropout"),
+    nn.AvgPool1d: "avg_pool1d",
+    nn.AvgPool2d: "avg_pool2d",
+    nn.AvgPool3d: "avg_pool3d",
+    nn.AdaptiveAvgPool1d: "adaptive_avg_pool1d",
+    nn.AdaptiveAvgPool2d: "adaptive_avg_pool2d",
+    nn.AdaptiveAvgPool3d: "adaptive_avg_pool3d",
+    nn.MaxPool1d: "max_pool1d",
+    nn.MaxPool2d: "max_pool2d",
+    nn.MaxPool3d: "max_pool3d",
+    nn.AdaptiveMaxPool1d: "adaptive_max_pool1d",
+    nn.AdaptiveMaxPool2d: "adaptive_max_pool2d",
+    nn.AdaptiveMaxPool3d: "adaptive_max_pool3d",
+    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), "interpolate"),
+    **dict.fromkeys((nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d), "pad"),
+    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), "pad"),
+    **dict.fromkeys((nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d), "reflection_pad1d"),
+    **dict.fromkeys((nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d), "reflection_pad1d"),
+    **dict.fromkeys((nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d), "reflection_pad1d"),
+    nn.Flatten: "flatten",
+    nn.Unflatten: "unflatten",
+    nn.PixelShuffle: "pixel_shuffle",
+    nn.PixelUnshuffle: "pixel_unshuffle",
+    nn.ChannelShuffle: "channel_shuffle",
+}
+
+# Element by element along every axis of the first argument, so the output has its shape and dtype.
+LIKE_INPUT = frozenset(
+    {
+        *("relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid"),
+        *("tanh", "hardswish", "hardsigmoid", "hardtanh", "softplus", "softsign", "clamp"),
+        *("layer_norm", "group_norm", "normalize"),
+    }
+)
+LAYERS_LIKE_INPUT = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign),
+    *(nn.LayerNorm, nn.GroupNorm),
+)
+# Element by element of two values, which are broadcast to each other.
+LIKE_BOTH = frozenset({"mul", "div", "true_divide", "truediv", "pow", "maximum", "minimum"})

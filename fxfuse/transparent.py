@@ -1,0 +1,336 @@
+"""Operators that a per-channel affine map can pass, and what becomes of the map on the way.
+
+``op(s·x + t) = s'·op(x) + t'``: read from left to right the map moves forward, from input to output; from
+right to left it moves backward. There are five kinds, and `fxfuse.table` says which operator is which.
+
+Each kind answers three questions, given what is known of shapes: the shape of its output, and what becomes
+of `Channels` in either direction. The answer may be a `Code`: they do not get through, for that reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import fx
+
+from fxfuse.channels import KEPT, Channels, Pattern, Shape, Size, sizes_after, through
+from fxfuse.refusals import Code
+
+
+class Shapes(Protocol):
+    """What is known of shapes; see `fxfuse.shapes`."""
+
+    def of(self, node: fx.Node) -> Shape | None:
+        """The shape of a node's value; None if not even its number of axes is known."""
+
+    def size(self, value: Any) -> Size:
+        """The number that an argument of a call is."""
+
+
+class Transparent(Protocol):
+    """An operator that an affine map can pass."""
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The nodes whose values it reads."""
+
+    def shape(self, shapes: Shapes) -> Shape | None:
+        """The output's shape."""
+
+    def backward(self, channels: Channels, shapes: Shapes) -> list[Channels] | Code:
+        """For each input what has to act on it, so that `channels` act on the output."""
+
+    def forward(self, source: fx.Node, channels: Channels, shapes: Shapes) -> Channels | Code:
+        """What acts on the output if `channels` act on the input `source`."""
+
+
+@dataclass(frozen=True)
+class Within:
+    """Works within some axes, the same way for every channel: identity, pooling, upsampling, padding, mean.
+
+    Attributes:
+        input: the node whose value it reads.
+        axes: its axes, given the number of axes of the input, which may be None; counted from either end.
+            None if they cannot be told.
+        removes: whether the axes are gone afterwards.
+        stops_shift: the reason why only a scale passes, if it does not map constants to themselves.
+        monotone: it is not linear, but passes any map that keeps the order, as a maximum does.
+    """
+
+    input: fx.Node
+    axes: Callable[[int | None], Sequence[int] | None] = lambda _: ()
+    removes: bool = False
+    stops_shift: Code | None = None
+    monotone: bool = False
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The input."""
+        return (self.input,)
+
+    def shape(self, shapes: Shapes) -> Shape | None:
+        """The input's; the axes within which it works are of unknown size, or gone."""
+        shape = shapes.of(self.input)
+        touched = self._touched(shape)
+        if shape is None or touched is None:
+            return None
+        places = range(-len(shape), 0)
+        if self.removes:
+            return tuple(shape[place] for place in places if place not in touched)
+        return tuple(None if place in touched else shape[place] for place in places)
+
+    def backward(self, channels: Channels, shapes: Shapes) -> list[Channels] | Code:
+        """The same channels."""
+        touched = self._touched(shapes.of(self.input))
+        if touched is None:
+            return Code.MIXED
+        axis = channels.axis
+        if self.removes and axis is not None:
+            untouched = (place for place in range(-1, axis - len(touched) - 1, -1) if place not in touched)
+            axis = [*untouched][-axis - 1]
+        passed = self._passed(replace(channels, axis=axis), touched)
+        return passed if isinstance(passed, Code) else [passed]
+
+    def forward(self, source: fx.Node, channels: Channels, shapes: Shapes) -> Channels | Code:
+        """The same channels."""
+        touched = self._touched(shapes.of(self.input))
+        passed = Code.MIXED if touched is None else self._passed(channels, touched)
+        if isinstance(passed, Code) or passed.axis is None or not self.removes or touched is None:
+            return passed
+        return replace(passed, axis=passed.axis + sum(place > passed.axis for place in touched))
+
+    def _touched(self, shape: Shape | None) -> set[int] | None:
+        """The axes within which it works, counted from the end."""
+        rank = None if shape is None else len(shape)
+        axes = self.axes(rank)
+        if axes is None or (rank is None and any(axis >= 0 for axis in axes)):
+            return None
+        return {axis - (rank or 0) if axis >= 0 else axis for axis in axes}
+
+    def _passed(self, channels: Channels, touched: set[int]) -> Channels | Code:
+        if channels.axis in touched:
+            return Code.MIXED
+        if self.stops_shift is not None:
+            channels = channels.linearly(self.stops_shift)
+        return channels.needing(Code.NEGATIVE_SCALE) if self.monotone else channels
+
+
+@dataclass(frozen=True)
+class Rearranged:
+    """Puts the same elements into other axes: reshape, flatten, permute, squeeze, pixel shuffle.
+
+    Attributes:
+        input: the node whose value it reads.
+        pattern: the axes before and after, given the input's shape; None if they cannot be told.
+        rank: how many axes there are afterwards, where that does not depend on the input.
+    """
+
+    input: fx.Node
+    pattern: Callable[[Shape, Shapes], Pattern | None]
+    rank: int | None = None
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The input."""
+        return (self.input,)
+
+    def shape(self, shapes: Shapes) -> Shape | None:
+        """The sizes after the rearrangement."""
+        pattern = self._pattern(shapes)
+        if pattern is None:
+            return None if self.rank is None else (None,) * self.rank
+        return sizes_after(pattern)
+
+    def backward(self, channels: Channels, shapes: Shapes) -> list[Channels] | Code:
+        """The channels where they were before."""
+        if channels.axis is None:
+            return [channels]
+        pattern = self._pattern(shapes)
+        found = Code.MIXED if pattern is None else through(pattern, channels, backward=True)
+        return found if isinstance(found, Code) else [found]
+
+    def forward(self, source: fx.Node, channels: Channels, shapes: Shapes) -> Channels | Code:
+        """The channels where they are afterwards."""
+        if channels.axis is None:
+            return channels
+        pattern = self._pattern(shapes)
+        return Code.MIXED if pattern is None else through(pattern, channels, backward=False)
+
+    def _pattern(self, shapes: Shapes) -> Pattern | None:
+        shape = shapes.of(self.input)
+        return None if shape is None else self.pattern(shape, shapes)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some of the elements along one axis: slice, narrow, one part of a split.
+
+    Attributes:
+        input: the node whose value it reads; of a split the value that was split.
+        axis: the axis, counted from either end.
+        part: the places that it takes, given how many there are.
+    """
+
+    input: fx.Node
+    axis: int
+    part: Callable[[int], Sequence[int] | None]
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The input."""
+        return (self.input,)
+
+    def shape(self, shapes: Shapes) -> Shape | None:
+        """The input's, with fewer elements along the axis."""
+        shape = shapes.of(self.input)
+        axis = self.place(shape)
+        if shape is None or axis is None:
+            return None
+        taken = self.taken(shape[axis])
+        return tuple(
+            (None if taken is None else len(taken)) if place == axis else shape[place]
+            for place in range(-len(shape), 0)
+        )
+
+    def backward(self, channels: Channels, shapes: Shapes) -> list[Channels] | Code:
+        """The channels among all those of the input; the others are kept. On other axes only if `alone`."""
+        shape = shapes.of(self.input)
+        axis = self.place(shape)
+        if axis is None or (channels.axis is not None and channels.axis != axis):
+            return [channels]
+        total = None if shape is None else shape[axis]
+        taken = self.taken(total)
+        if taken is None or not isinstance(total, int):
+            return [channels] if channels.axis is None else Code.MIXED
+        index = channels.over(len(taken))
+        if index is None:
+            return Code.CHANNELS
+        among = [KEPT] * total
+        for place, entry in zip(taken, index, strict=True):
+            among[place] = entry
+        return [replace(channels, axis=axis, index=tuple(among), spread=None)]
+
+    def forward(self, source: fx.Node, channels: Channels, shapes: Shapes) -> Channels | Code:
+        """Those of the channels that are taken."""
+        axis = self.place(shapes.of(self.input))
+        if channels.axis is None or (axis is not None and channels.axis != axis):
+            return channels
+        taken = None if axis is None or channels.spread else self.taken(len(channels.index))
+        if not taken:
+            return Code.MIXED
+        return replace(channels, index=tuple(channels.index[place] for place in taken))
+
+    def place(self, shape: Shape | None) -> int | None:
+        """The axis, counted from the end."""
+        if self.axis < 0:
+            return self.axis
+        return None if shape is None else self.axis - len(shape)
+
+    def taken(self, size: Size) -> Sequence[int] | None:
+        """The places that it takes out of `size`; None if they cannot be told."""
+        return self.part(size) if isinstance(size, int) else None
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Several values one after another along an axis."""
+
+    inputs: tuple[fx.Node, ...]
+    axis: int
+
+    def shape(self, shapes: Shapes) -> Shape | None:
+        """The first input's; along the axis the sum of all sizes."""
+        found = [shapes.of(node) for node in self.inputs]
+        known = next((shape for shape in found if shape is not None), None)
+        axis = self._place(shapes)
+        if known is None or axis is None or -axis > len(known):
+            return None
+        sizes = self._sizes(shapes, axis)
+        total = None if sizes is None else sum(sizes)
+        return tuple(total if place == axis else known[place] for place in range(-len(known), 0))
+
+    def backward(self, channels: Channels, shapes: Shapes) -> list[Channels] | Code:
+        """To each input its part of the channels; all of them if they lie along another axis."""
+        axis = self._place(shapes)
+        if axis is None:
+            return Code.MIXED
+        if channels.axis != axis:
+            return [channels] * len(self.inputs)
+        sizes = self._sizes(shapes, axis)
+        index = None if sizes is None else channels.over(sum(sizes))
+        if sizes is None or index is None:
+            return Code.MIXED
+        ends = [sum(sizes[: number + 1]) for number in range(len(sizes))]
+        return [
+            replace(channels, index=index[end - size : end], spread=None)
+            for size, end in zip(sizes, ends, strict=True)
+        ]
+
+    def forward(self, source: fx.Node, channels: Channels, shapes: Shapes) -> Channels | Code:
+        """The channels where `source` lies among the inputs; those of the others are kept."""
+        axis = self._place(shapes)
+        if axis is None or channels.spread:
+            return Code.MIXED
+        if set(self.inputs) == {source}:
+            same = channels.axis != axis
+            return channels if same else replace(channels, index=channels.index * len(self.inputs))
+        sizes = self._sizes(shapes, axis)
+        if sizes is None or channels.axis not in (None, axis):
+            return Code.MIXED
+        index: list[int] = []
+        for node, size in zip(self.inputs, sizes, strict=True):
+            part = channels.over(size) if node is source else (KEPT,) * size
+            if part is None:
+                return Code.MIXED
+            index += part
+        return replace(channels, axis=axis, index=tuple(index))
+
+    def _place(self, shapes: Shapes) -> int | None:
+        if self.axis < 0:
+            return self.axis
+        found = [shapes.of(node) for node in self.inputs]
+        ranks = {len(shape) for shape in found if shape is not None}
+        return self.axis - ranks.pop() if len(ranks) == 1 else None
+
+    def _sizes(self, shapes: Shapes, axis: int) -> list[int] | None:
+        found = [shapes.of(node) for node in self.inputs]
+        sizes = [None if shape is None or -axis > len(shape) else shape[axis] for shape in found]
+        numbers = [size for size in sizes if isinstance(size, int)]
+        return numbers if len(numbers) == len(sizes) else None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """a + b, a − b, a + α·b: s·(a + b) + t = (s·a + t) + s·b."""
+
+    inputs: tuple[fx.Node, ...]
+
+    def shape(self, shapes: Shapes) -> Shape | None:
+        """That to which both are broadcast."""
+        return broadcast([shapes.of(node) for node in self.inputs])
+
+    def backward(self, channels: Channels, shapes: Shapes) -> list[Channels] | Code:
+        """The scale to both, the shift to the first."""
+        return [channels, *[replace(channels, shift=False)] * (len(self.inputs) - 1)]
+
+    def forward(self, source: fx.Node, channels: Channels, shapes: Shapes) -> Channels | Code:
+        """A map of one summand alone is none of the sum."""
+        return Code.OPAQUE_CONSUMER
+
+
+def broadcast(shapes: Sequence[Shape | None]) -> Shape | None:
+    """The shape of an element-by-element operator's output."""
+    known = [shape for shape in shapes if shape is not None]
+    if len(known) < len(shapes) or not known:
+        return None
+    rank = max(map(len, known))
+    padded = [(1,) * (rank - len(shape)) + shape for shape in known]
+    return tuple(_common({size for size in sizes if size != 1}) for sizes in zip(*padded, strict=True))
+
+
+def _common(sizes: set[Size]) -> Size:
+    if not sizes:
+        return 1
+    return sizes.pop() if len(sizes) == 1 else None
