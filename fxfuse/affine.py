@@ -34,14 +34,8 @@ class AffineMap:
         shift = -exact(mean) * scale
         return cls(scale, shift if bias is None else shift + exact(bias))
 
-    @classmethod
-    def identity(cls, channels: int, device: torch.device) -> AffineMap:
-        """The map that changes nothing."""
-        options = {"dtype": torch.float64, "device": _double(device)}
-        return cls(torch.ones(channels, **options), torch.zeros(channels, **options))
-
     def taken(self, index: Sequence[int], *, shift: bool) -> AffineMap:
-        """Entry ``index[i]`` for channel i; the identity where that is negative. `shift`: or the scale only."""
+        """Entry ``index[i]`` for channel i, the identity where it is negative; without `shift` the scale."""
         if index == tuple(range(len(self.scale))):
             return self if shift else AffineMap(self.scale, torch.zeros_like(self.shift))
         places = torch.tensor(index, device=self.scale.device)

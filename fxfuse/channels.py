@@ -71,36 +71,35 @@ Pattern = tuple[Axes, Axes]
 """Axes before and after, each the row-major product of its atoms: b (c r) → b c r, as in einops."""
 
 
-def through(
-    pattern: Pattern, channels: Channels, *, backward: bool
-) -> Channels | Code:
+def through(pattern: Pattern, channels: Channels, *, backward: bool) -> Channels | Code:
     """`channels` of the axes after the rearrangement as those of the axes before, or the other way round."""
     if channels.axis is None:
         return channels
     here, there = reversed(pattern) if backward else pattern
-    if -channels.axis > len(here):
-        return Code.MIXED
-    acted = [atom for atom in here[channels.axis] if atom.size != 1]
+    acted = [atom for atom in here[channels.axis] if atom.size != 1] if -channels.axis <= len(here) else []
     holding = [place for place, atoms in enumerate(there) if not set(acted).isdisjoint(atoms)]
     if len(holding) != 1 or not set(acted) <= set(there[holding[0]]):
-        return Code.MIXED
+        return Code.MIXED  # the channels are gone, or lie on several axes
     found = [atom for atom in there[holding[0]] if atom.size != 1]
     moved = replace(channels, axis=holding[0] - len(there))
-    if found == acted:
-        return moved
-    if channels.spread is not None:
-        return Code.MIXED
+    return moved if found == acted else _repeated(moved, acted, found, backward=backward)
+
+
+def _repeated(
+    channels: Channels, acted: Sequence[Atom], found: Sequence[Atom], *, backward: bool
+) -> Channels | Code:
+    """`channels`, which act on some atoms, over an axis of these and others, or of these in another order."""
     sizes = _sizes(acted, len(channels.index))
-    if sizes is None:
+    if sizes is None or channels.spread is not None:
         return Code.MIXED
     index = _reordered(channels.index, acted, found, sizes)
     if index is not None:
-        return replace(moved, index=index)
-    if backward:
-        return Code.MIXED
-    if found[: len(acted)] == acted:
-        return replace(moved, spread="each")
-    return replace(moved, spread="whole") if found[-len(acted) :] == acted else Code.MIXED
+        return replace(channels, index=index)
+    if not backward and found[: len(acted)] == acted:
+        return replace(channels, spread="each")
+    if not backward and found[-len(acted) :] == acted:
+        return replace(channels, spread="whole")
+    return Code.MIXED
 
 
 def _sizes(atoms: Sequence[Atom], total: int) -> dict[Atom, int] | None:
@@ -110,7 +109,7 @@ def _sizes(atoms: Sequence[Atom], total: int) -> dict[Atom, int] | None:
     unknown = [atom for atom in atoms if atom not in sizes]
     if len(unknown) > 1 or not known or total % known or (not unknown and total != known):
         return None
-    return sizes | {atom: total // known for atom in unknown}
+    return sizes | dict.fromkeys(unknown, total // known)
 
 
 def _reordered(

@@ -1,6 +1,6 @@
 """Absorbing affine maps into the weight and bias of a linear operator, before and after it.
 
-    s·(W·(u·x + v) + b) + t = (s·W·u)·x + s·(W·v + b) + t        s, t per output channel, u, v per input channel
+    s·(W·(u·x + v) + b) + t = (s·W·u)·x + s·(W·v + b) + t        s, t per output channel, u, v per input
 
 Everything is computed in float64 and rounded once, into the weight's dtype.
 """

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fxfuse.capture import Capture, capture
 from fxfuse.channels import Channels
@@ -26,7 +28,8 @@ from fxfuse.errors import CaptureError
 from fxfuse.exposure import Kind, uses_of_submodules
 from fxfuse.layers import calls_norm, is_norm
 from fxfuse.match import Plan
-from fxfuse.ops import Affine, LeftNorm, Linear, Norm, Op, Opaque, Reader, norms_inside
+from fxfuse.nodes import Affine, LeftNorm, Linear, Norm, Op, Opaque
+from fxfuse.ops import Reader, norms_inside
 from fxfuse.records import Fold, Refusal
 from fxfuse.refusals import Code
 from fxfuse.reparametrized import evaluate_weights
@@ -37,6 +40,8 @@ from fxfuse.tracer import options
 from fxfuse.tree import attribute, has_hooks
 
 _MOST_VARIANTS = 16
+# The classes that hold the forward of torch.nn's norms.
+_TORCH_NORMS = (_BatchNorm, nn.SyncBatchNorm, _InstanceNorm)
 
 
 @dataclass
@@ -55,7 +60,7 @@ def fold_inside(source: nn.Module, target: nn.Module) -> Account:
 
 
 def fold_called(source: nn.Module, captured: Capture, called: Iterable[str]) -> Account:
-    """Folds, in place, inside those modules of `captured`, made from `source`, that its graph calls as a whole."""
+    """Folds inside those modules of `captured` that its graph calls as a whole; `source` is not changed."""
     folder = _Folder(source, captured.root)
     for path in called:
         folder.fold_called(path, looked_into=looks_into(captured.graph, path))
@@ -93,9 +98,9 @@ class _Folder:
 
     def _fold_traced(self, path: str, module: nn.Module) -> None:
         try:
-            unit = _Unit(module, {name for name in self._shared_below(path)})
-        except CaptureError as error:
-            self._fold_parts(path, module, str(error))
+            unit = _Unit(module, self._shared_below(path))
+        except CaptureError:
+            self._fold_parts(path, module)
             return
         unit.settle()
         unit.apply(attribute(self.target, path))
@@ -115,7 +120,7 @@ class _Folder:
         else:
             self.fold(path)
 
-    def _fold_parts(self, path: str, module: nn.Module, reason: str) -> None:
+    def _fold_parts(self, path: str, module: nn.Module) -> None:
         """Folds inside each submodule with which the module's code, which stays, does nothing but call it."""
         place = f"{path or type(self.source).__name__} ({type(module).__name__})"
         uses = uses_of_submodules(module)
@@ -140,7 +145,7 @@ class _Folder:
                 self._refuse(name, code, detail)
 
     def _shared_below(self, path: str) -> Iterator[str]:
-        """The modules below `path`, by names relative to it, that are reached from elsewhere in the model too."""
+        """The modules below `path`, by names relative to it, that the model also has elsewhere."""
         module = attribute(self.source, path)
         tops = self._paths[id(module)]
         for name, child in module.named_modules():
@@ -152,7 +157,7 @@ class _Folder:
 class _Unit:
     """A module that can be traced for every choice of its options, and what can be folded in all of them."""
 
-    def __init__(self, module: nn.Module, shared: set[str]) -> None:
+    def __init__(self, module: nn.Module, shared: Iterable[str]) -> None:
         self.captures = [capture(module, fixed) for fixed in _variants(module)]
         for captured in self.captures:
             if any(node.target is torch.is_tensor for node in captured.graph.nodes):
@@ -175,7 +180,7 @@ class _Unit:
         return reader, *planned(captured.graph, reader, shapes, assumes=False)
 
     def _disputed(self) -> dict[str, Code]:
-        """The norms that are not treated alike wherever they, or the operators that absorb them, are called."""
+        """The norms that are not treated alike wherever they, or their operators, are called."""
         found: dict[str, Code] = {}
         moved = {norm for reader, plan, _ in self.plans for norm in reader.sources(plan)}
         for _, plan, _ in self.plans:
@@ -201,7 +206,7 @@ class _Unit:
 
     def folds(self) -> list[Fold]:
         """A record for each norm that is gone."""
-        found = {}
+        found: dict[str, Fold] = {}
         for reader, plan, _ in self.plans:
             for move in plan.moves:
                 into = tuple(dict.fromkeys(reader.operator(site.operator) for site in move.sites))
@@ -360,7 +365,9 @@ def _compares_with_none(function: Any, names: set[str]) -> bool:
         return True
     compared = [node for node in ast.walk(tree) if isinstance(node, ast.Compare)]
     return any(
-        isinstance(operator, (ast.Is, ast.IsNot)) and isinstance(node.left, ast.Name) and node.left.id in names
+        isinstance(operator, (ast.Is, ast.IsNot))
+        and isinstance(node.left, ast.Name)
+        and node.left.id in names
         for node in compared
         for operator in node.ops
     )
@@ -404,16 +411,11 @@ def _without_norm(module: nn.Module) -> fx.GraphModule | None:
 
 def _erase(norm: nn.Module) -> None:
     """Makes a norm an Identity, or what else its forward does, for everybody who holds it."""
-    plain = type(norm).forward is _plain_forward(norm)
-    rest: nn.Module | None = nn.Identity() if plain else _without_norm(norm)
+    inherited = any(kind.__dict__.get("forward") is type(norm).forward for kind in _TORCH_NORMS)
+    rest: nn.Module | None = nn.Identity() if inherited else _without_norm(norm)
     assert rest is not None
     norm.__class__ = type(rest)
     norm.__dict__ = rest.eval().__dict__
-
-
-def _plain_forward(norm: nn.Module) -> Any:
-    kinds = [kind for kind in type(norm).__mro__ if kind.__module__.startswith("torch.nn.modules")]
-    return kinds[0].forward
 
 
 def _caller(node: fx.Node) -> str:
@@ -424,7 +426,9 @@ def _caller(node: fx.Node) -> str:
 
 def _is_torch_layer(module: nn.Module) -> bool:
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return type(module).__module__.startswith("torch.") and not isinstance(module, (*containers, fx.GraphModule))
+    return type(module).__module__.startswith("torch.") and not isinstance(
+        module, (*containers, fx.GraphModule)
+    )
 
 
 def _functions(module: nn.Module) -> list[Any]:

@@ -26,7 +26,8 @@ from torch import fx, nn
 from fxfuse.calls import torch_name, written_inputs
 from fxfuse.channels import KEPT, Channels
 from fxfuse.layers import calls_norm
-from fxfuse.ops import Affine, LeftNorm, Linear, Norm, Opaque, Reader, Split, norms_inside
+from fxfuse.nodes import Affine, LeftNorm, Linear, Norm, Opaque, Split
+from fxfuse.ops import Reader, norms_inside
 from fxfuse.records import Refusal
 from fxfuse.refusals import Code
 from fxfuse.shapes import GraphShapes
@@ -126,7 +127,9 @@ class _Matcher:
         self.stopped: dict[tuple[fx.Node, Direction], _Stop] = {}
         self.written_out = {node: parts for node in graph.nodes if (parts := self._written_out(node))}
         self._order = {node: number for number, node in enumerate(graph.nodes)}
-        self._writes = [(node, set(written_inputs(node)) | self._written_by_layer(node)) for node in graph.nodes]
+        self._writes = [
+            (node, set(written_inputs(node)) | self._written_by_layer(node)) for node in graph.nodes
+        ]
         self._writes = [(node, written) for node, written in self._writes if written]
 
     def place(self, node: fx.Node, direction: Direction) -> None:
@@ -258,7 +261,9 @@ class _Matcher:
         """Who else reads `value` wants it as it was, unless it takes other channels of it."""
         others = [each for each in self._readers(value) if each is not reader]
         taken = self._taken(reader, value, channels)
-        if others and (taken is None or any(self._overlaps(other, value, channels, taken) for other in others)):
+        if others and (
+            taken is None or any(self._overlaps(other, value, channels, taken) for other in others)
+        ):
             names = ", ".join(other.name for other in others)
             raise _Stop(Code.OTHER_USERS, f"{value.name} -> {names}")
 
@@ -336,7 +341,7 @@ class _Matcher:
             raise _Stop(Code.OPAQUE_CONSUMER, source.input.name)
 
     def _check_writes(self, node: fx.Node, value: fx.Node, sites: tuple[Site, ...]) -> None:
-        """Between `node`, which reads `value` now, and the operators that will read it, nobody may write to it."""
+        """Nobody may write to `value` after `node` has read it and before the operators read it instead."""
         last = max(self._order[site.operator] for site in sites)
         for writer, written in self._writes:
             if self._order[node] < self._order[writer] <= last and self._may_share(value, written):
@@ -347,11 +352,13 @@ class _Matcher:
         return not {self._origin(value), value}.isdisjoint({self._origin(each) for each in written} | written)
 
     def _origin(self, value: fx.Node) -> fx.Node:
-        """Where the memory of `value` may come from: past anything that may give a view of its first input."""
+        """Where the memory of `value` may come from: past what may give a view of its first input."""
         while True:
             op = self.reader.read(value)
             sources = value.all_input_nodes
-            fresh = isinstance(op, (Linear, Concat)) or (isinstance(op, (Norm, Sum, Affine)) and value not in self.moves)
+            fresh = isinstance(op, (Linear, Concat)) or (
+                isinstance(op, (Norm, Sum, Affine)) and value not in self.moves
+            )
             if fresh or not sources or value.op == "get_attr":
                 return value
             value = sources[0]
@@ -385,12 +392,15 @@ class _Matcher:
             raise _Stop(Code.OPAQUE_PRODUCER, f"{name} is empty or of several dtypes")
         moves_along = isinstance(source, Affine) and not source.shape
         if tensor is not None and not moves_along and any(w.device != tensor.device for w in weights):
-            raise _Stop(Code.OPAQUE_PRODUCER, f"{name} is on another device ({weights[0].device}, {tensor.device})")
+            devices = f"{weights[0].device}, {tensor.device}"
+            raise _Stop(Code.OPAQUE_PRODUCER, f"{name} is on another device ({devices})")
         if isinstance(source, Affine):
             dtype = source.dtype or (torch.float32 if tensor is None else tensor.dtype)
             promoted = torch.promote_types(weights[0].dtype, dtype) if source.dtype else weights[0].dtype
             if promoted != weights[0].dtype or dtype.is_complex:
-                raise _Stop(Code.OPERATOR_COMPUTED, f"{source.constant} is {dtype}, {name} {weights[0].dtype}")
+                raise _Stop(
+                    Code.OPERATOR_COMPUTED, f"{source.constant} is {dtype}, {name} {weights[0].dtype}"
+                )
 
     def _numbers(self, source: Norm | Affine) -> torch.Tensor | None:
         if isinstance(source, Norm):

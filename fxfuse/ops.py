@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxfuse.arithmetic import read_arithmetic
 from fxfuse.calls import (
     arguments,
     attribute_name,
@@ -22,7 +22,6 @@ from fxfuse.calls import (
     origins,
     written_inputs,
 )
-from fxfuse.channels import Shape
 from fxfuse.constants import Constants
 from fxfuse.layers import (
     INSTANCE_NORMS,
@@ -35,133 +34,11 @@ from fxfuse.layers import (
     is_norm,
     is_replaced,
 )
+from fxfuse.nodes import LeftNorm, Linear, Norm, Op, Opaque, Query, Split, Tensors
 from fxfuse.refusals import Code
 from fxfuse.replica import is_plain
 from fxfuse.table import LAYERS, LAYERS_LIKE_INPUT, LIKE_BOTH, LIKE_INPUT, SPLITS, TRANSPARENT, Call, part
-from fxfuse.transparent import Concat, Rearranged, Slice, Sum, Within
 from fxfuse.tree import NORM_RANKS, attribute, has_hooks
-
-Tensors = str | fx.Node
-"""A parameter or buffer by its qualified name, or a node that computes it from such alone."""
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A convolution, transposed convolution or linear layer.
-
-    Attributes:
-        input: the node whose value it maps.
-        weight: (out, in/groups, *kernel), transposed (in, out/groups, *kernel).
-        bias: (out,); None without bias.
-        channels: how many channels come out.
-        inputs: how many channels go in.
-        dims: number of spatial axes; 0 for a linear layer.
-        transposed: whether the weight's axes are those of a transposed convolution.
-        groups: number of groups.
-        bordered: whether its borders see something else than its input: zeros, or less than the kernel.
-    """
-
-    input: fx.Node
-    weight: Tensors
-    bias: Tensors | None
-    channels: int
-    in_channels: int
-    dims: int
-    transposed: bool = False
-    groups: int = 1
-    bordered: bool = False
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm that, by its running statistics, is an affine map per channel.
-
-    Attributes:
-        input: the node whose value it normalises.
-        name: qualified name of the norm.
-        mean, var: qualified names of the running statistics, (channels,).
-        weight, bias: qualified names of γ and β, (channels,); None without.
-        eps: ε.
-        channels: number of channels.
-        ranks: the numbers of axes that its input may have; None if it does not check.
-        unbatched: whether the batch axis may be missing, so that channels are counted from the end.
-    """
-
-    input: fx.Node
-    name: str
-    mean: str
-    var: str
-    weight: str | None
-    bias: str | None
-    eps: float
-    channels: int
-    ranks: frozenset[int] | None = None
-    unbatched: bool = False
-
-
-@dataclass(frozen=True)
-class Affine:
-    """A constant multiplied or added: x·c, x/c, x + k·c, c − x, −x.
-
-    Attributes:
-        input: x.
-        constant: c, a number or a constant node.
-        role: what c does to x.
-        shape: of c; () for a number.
-        dtype: of c if it takes part in type promotion, which numbers and tensors without axes do not.
-        negative: whether x is negated before c is added.
-        factor: k.
-        norm: the name of the norm that it is a part of: one that computes γ/√(σ² + ε) in its forward, as
-            torchvision's FrozenBatchNorm2d does.
-    """
-
-    input: fx.Node
-    constant: float | fx.Node
-    role: Literal["times", "over", "plus"]
-    shape: Shape = ()
-    dtype: torch.dtype | None = None
-    negative: bool = False
-    factor: float = 1.0
-    norm: str | None = None
-
-
-@dataclass(frozen=True)
-class Split:
-    """Several parts of its input, in a tuple."""
-
-    input: fx.Node
-
-
-@dataclass(frozen=True)
-class Query:
-    """Asks for shape, dtype or device, never for values."""
-
-
-@dataclass(frozen=True)
-class Opaque:
-    """Anything else.
-
-    Attributes:
-        code, detail: why a known operator was not taken for one.
-        like: the nodes to whose shapes, broadcast, its own is equal; empty if that is not known.
-    """
-
-    code: Code = Code.OPAQUE_PRODUCER
-    detail: str = ""
-    like: tuple[fx.Node, ...] = ()
-
-
-@dataclass(frozen=True)
-class LeftNorm:
-    """A norm that is not an affine map, or not safely one: it stays, and `code` says why."""
-
-    name: str
-    code: Code
-    detail: str = ""
-
-
-Passed = Within | Rearranged | Slice | Concat | Sum
-Op = Linear | Norm | Affine | Passed | Split | Query | Opaque | LeftNorm
 
 _QUERY_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout"}
 _QUERIES = {
@@ -170,10 +47,6 @@ _QUERIES = {
 }
 # Methods whose second argument gives its shape or dtype only.
 _BY_EXAMPLE = {"reshape_as", "view_as", "expand_as", "type_as"}
-_ARITHMETIC = {
-    **{"add": "plus", "sub": "plus", "subtract": "plus", "rsub": "plus", "mul": "times", "multiply": "times"},
-    **{"div": "over", "divide": "over", "true_divide": "over", "truediv": "over", "neg": "times"},
-}
 
 
 class Reader:
@@ -300,13 +173,13 @@ class Reader:
             return Opaque(Code.OPERATOR_TRAINING, name)
         names = (f"{name}.weight", None if module.bias is None else f"{name}.bias")
         settings = {part: getattr(module, part, None) for part in ("padding", "padding_mode")}
-        return self._linear(node, layer_input(node), names, LINEAR_LAYERS[kind], module.__dict__ | settings)
+        return self._linear(layer_input(node), names, LINEAR_LAYERS[kind], module.__dict__ | settings)
 
-    def _linear_function(self, node: fx.Node, bound: Mapping[str, Any], name: str) -> Op:
+    def _linear_function(self, bound: Mapping[str, Any], name: str) -> Op:
         names = [self._source(bound[part]) for part in ("weight", "bias")]
         if names[0] is None or (names[1] is None and bound["bias"] is not None):
             return Opaque(Code.OPERATOR_COMPUTED, str(bound["weight"] if names[0] is None else bound["bias"]))
-        return self._linear(node, bound["input"], (names[0], names[1]), LINEAR_FUNCTIONS[name], bound)
+        return self._linear(bound["input"], (names[0], names[1]), LINEAR_FUNCTIONS[name], bound)
 
     def _source(self, value: Any) -> Tensors | None:
         """A constant as a name, if it is a parameter or buffer, or as a node, if it is computed."""
@@ -315,7 +188,6 @@ class Reader:
 
     def _linear(
         self,
-        node: fx.Node,
         source: Any,
         names: tuple[Tensors, Tensors | None],
         kind: tuple[int, bool],
@@ -349,7 +221,9 @@ class Reader:
             return LeftNorm(name, Code.NORM_COMPUTED)
         channels = self.tensor(mean).numel()
         return self._if_constant(
-            Norm(bound["input"], name, mean, var, names["weight"], names["bias"], float(bound["eps"]), channels)
+            Norm(
+                bound["input"], name, mean, var, names["weight"], names["bias"], float(bound["eps"]), channels
+            )
         )
 
     def _if_constant(self, norm: Norm) -> Op:
@@ -375,33 +249,27 @@ class Reader:
 
     def _call(self, node: fx.Node) -> Op:
         name = operator_name(node)
-        if node in self.constants:
-            return Opaque(detail=node.name)
-        if name == "getitem":
-            return self._getitem(node)
-        if name in _ARITHMETIC:
-            affine = self._affine(node, name)
-            if affine is not None:
-                return affine
-        if node.target is getattr and node.args[1] in _QUERY_ATTRIBUTES:
-            return Query()
-        if node.target in (torch.is_tensor, torch.ops.aten._assert_tensor_metadata.default):
-            return Query()
-        described = name if node.op == "call_function" and name else f".{node.target}()"
-        if not name:
-            return Opaque(detail=getattr(node.target, "__name__", str(node.target)))
+        if node in self.constants or not name:
+            asks = node.target is getattr and node.args[1] in _QUERY_ATTRIBUTES
+            asks |= node.target in (torch.is_tensor, torch.ops.aten._assert_tensor_metadata.default)
+            return Query() if asks else Opaque(detail=getattr(node.target, "__name__", str(node.target)))
         if name in _QUERIES:
             return Query()
-        try:
-            bound = _operands(node) if getattr(node.target, "__module__", "") == "_operator" else arguments(node)
-        except TypeError:
+        return read_arithmetic(node, name, self.constants) or self._operator(node, name)
+
+    def _operator(self, node: fx.Node, name: str) -> Op:
+        described = name if node.op == "call_function" else f".{node.target}()"
+        bound = _bound(node)
+        if bound is None:
             return Opaque(detail=described)
         if node.op == "call_function" and name in LINEAR_FUNCTIONS:
-            return self._linear_function(node, bound, name)
+            return self._linear_function(bound, name)
         if name in TUPLE_NORMS:
             return LeftNorm(_norm_name(node, bound), Code.TUPLE_OUTPUT)
         if node.op == "call_function" and name in NORM_FUNCTIONS:
             return self._norm_function(node, bound, name)
+        if name == "getitem" and isinstance(self.read(node.all_input_nodes[0]), Split):
+            return self._part(node.all_input_nodes[0], bound["index"]) or Opaque(detail=node.name)
         return self._passed(name, bound) or Opaque(detail=described, like=self._like(name, bound))
 
     def _passed(self, name: str, bound: Mapping[str, Any]) -> Op | None:
@@ -414,17 +282,11 @@ class Reader:
         fits = found is not None and all(isinstance(source, fx.Node) for source in sources)
         return found if fits else None  # type: ignore[return-value]
 
-    def _getitem(self, node: fx.Node) -> Op:
-        source, index = node.args
-        if not isinstance(source, fx.Node):
-            return Opaque(detail=node.name)
-        if isinstance(self.read(source), Split):
-            found = part(Call(None, arguments(source).get), index)
-            taken_of = self.read(source)
-            assert isinstance(taken_of, Split)
-            return Slice(taken_of.input, found.axis, found.part) if isinstance(found, Slice) else Opaque()
-        found = TRANSPARENT["getitem"](Call(source, {"index": index}.get))
-        return found or Opaque(detail=node.name)  # type: ignore[return-value]
+    def _part(self, split: fx.Node, index: Any) -> Op | None:
+        """One of the parts that `split` gives."""
+        op = self.read(split)
+        assert isinstance(op, Split)
+        return part(Call(op.input, arguments(split).get), index)
 
     def _like(self, name: str, bound: Mapping[str, Any]) -> tuple[fx.Node, ...]:
         operands = [value for value in [*bound.values()][:2] if isinstance(value, fx.Node)]
@@ -432,43 +294,16 @@ class Reader:
             return tuple(operands)
         return tuple(operands[:1]) if name in LIKE_INPUT else ()
 
-    def _affine(self, node: fx.Node, name: str) -> Affine | None:
-        """The node as arithmetic with a constant; None if it is with another value."""
-        operands = [*node.args, *(node.kwargs[key] for key in ("other",) if key in node.kwargs)]
-        operands = [*operands, -1.0] if name == "neg" else operands
-        factor = node.kwargs.get("alpha", 1)
-        if len(operands) != 2 or not {"other", "alpha"}.issuperset(node.kwargs) or type(factor) not in (int, float):
-            return None
-        reverse = not isinstance(operands[0], fx.Node) or operands[0] in self.constants
-        value, constant = reversed(operands) if reverse else operands
-        if not isinstance(value, fx.Node) or value in self.constants or not self._is_number(constant):
-            return None
-        role, subtracts = _ARITHMETIC[name], name in ("sub", "subtract")
-        # a − b with the constant first is c − x; rsub(x, c) is c − α·x.
-        negative = (subtracts and reverse) or (name == "rsub" and not reverse)
-        if (role == "over" and reverse) or (name == "rsub" and reverse) or (negative and factor != 1):
-            return None
-        if reverse and factor != 1:
-            return None  # c + α·x
-        shape: Shape = ()
-        dtype = None
-        if isinstance(constant, fx.Node):
-            tensor = self.tensor(constant)
-            shape, dtype = tuple(tensor.shape), tensor.dtype if tensor.dim() else None
-        norm = self.constants.statistics_of(constant) if isinstance(constant, fx.Node) else None
-        sign = -1.0 if subtracts and not reverse else 1.0
-        return Affine(value, constant, role, shape, dtype, negative, sign * factor, norm)  # type: ignore[arg-type]
 
-    def _is_number(self, value: Any) -> bool:
-        if isinstance(value, fx.Node):
-            tensor = self.constants.value(value) if value in self.constants else None
-            return isinstance(tensor, Tensor) and is_plain(tensor) and not tensor.is_complex()
-        return type(value) in (int, float)
-
-
-def _operands(node: fx.Node) -> dict[str, Any]:
-    """The arguments of one of Python's operators."""
-    return dict(zip(("input", "other"), node.args, strict=False))
+def _bound(node: fx.Node) -> dict[str, Any] | None:
+    """The arguments of a call by name; None if it fits no signature that is known."""
+    if getattr(node.target, "__module__", "") == "_operator":
+        second = "index" if operator_name(node) == "getitem" else "other"
+        return dict(zip(("input", second), node.args, strict=False))
+    try:
+        return arguments(node)
+    except TypeError:
+        return None
 
 
 def _pads_with_zeros(settings: Mapping[str, Any], kernel: Sequence[int]) -> bool:

@@ -19,8 +19,7 @@ class Explanation:
 
 
 class Code(Enum):
-    """The refusal codes. 1xx: where the norm stands; 2xx: the norm; 3xx: the operator; 4xx: numbers;
-    5xx: modules that are kept."""
+    """The refusal codes. 1xx: place; 2xx: the norm; 3xx: the operator; 4xx: numbers; 5xx: kept modules."""
 
     OTHER_USERS = Explanation(
         "FXF101",
@@ -60,7 +59,7 @@ class Code(Enum):
     MIXED = Explanation(
         "FXF108",
         "an operator between it and the linear operator mixes the channels, or may",
-        "normalise before that operator; or pass fixed sizes to reshapes, so that the channel axis is certain",
+        "normalise before it; or give a reshape fixed sizes, so that the channel axis is certain",
     )
     OPAQUE_CONSUMER = Explanation(
         "FXF109",

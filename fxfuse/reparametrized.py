@@ -32,10 +32,13 @@ def evaluate_weights(root: nn.Module) -> None:
 
 def _evaluate_parametrizations(module: Any) -> None:
     names = [*module.parametrizations]
-    values = {name: _constant(module, name) for name in names}
-    if any(value is None for value in values.values()):
+    computed = {name: _constant(module, name) for name in names}
+    values = {name: value for name, value in computed.items() if value is not None}
+    if len(values) < len(names):
         return
-    trains = {name: any(p.requires_grad for p in module.parametrizations[name].parameters()) for name in names}
+    trains = {
+        name: any(p.requires_grad for p in module.parametrizations[name].parameters()) for name in names
+    }
     # torch makes a class with a property for each such tensor; without it the original class is left.
     module.__class__ = parametrize.type_before_parametrizations(module)
     for name, value in values.items():

@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from fxfuse.calls import given_arguments
 from fxfuse.capture import Capture
 from fxfuse.match import Plan
-from fxfuse.ops import Linear, Norm, Reader
+from fxfuse.nodes import Linear, Norm
+from fxfuse.ops import Reader
 from fxfuse.records import Fold
 from fxfuse.shapes import GraphShapes
 from fxfuse.solve import Solution

@@ -12,7 +12,7 @@ last two are assumed, not known: whoever uses them asks `assumed` for what the g
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from fxfuse.channels import Shape, Size
-from fxfuse.ops import Affine, Linear, Norm, Opaque, Query, Reader
-from fxfuse.transparent import Concat, Within, broadcast
+from fxfuse.nodes import Affine, Linear, Norm, Op, Opaque
+from fxfuse.ops import Reader
+from fxfuse.transparent import Concat, Rearranged, Slice, Sum, Within, broadcast
 
 _ARITHMETIC: Mapping[Any, Callable[[Any, Any], Any]] = {
     each: each for each in (operator.add, operator.sub, operator.mul, operator.floordiv)
@@ -45,12 +46,15 @@ class GraphShapes:
         self._shapes: dict[fx.Node, Shape | None] = {}
         self._assumed: dict[fx.Node, frozenset[fx.Node]] = {}
         self._dtypes: dict[fx.Node, torch.dtype | None] = {}
+        self._swept = False
         self.consulted: set[fx.Node] = set()
 
     def of(self, node: fx.Node) -> Shape | None:
         """The shape of a node's value; None if not even its number of axes is known."""
-        if not self._shapes:
+        if not self._swept:
+            self._swept = True
             self._sweep()
+            self.consulted.clear()
         self.consulted.add(node)
         return self._shapes.get(node)
 
@@ -73,54 +77,51 @@ class GraphShapes:
             known = isinstance(left, int) and isinstance(right, int)
             return _ARITHMETIC[value.target](left, right) if known else None
         source, axis = _asked(value)
-        shape = None if source is None else self._shapes.get(source)
+        shape = None if source is None else self.of(source)
         return shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
 
     def _sweep(self) -> None:
         for node in self._graph.nodes:
-            shape, dtype = self._read(node)
-            assumed = [self._assumed.get(source, frozenset()) for source in node.all_input_nodes]
-            self._assumed[node] = frozenset().union(*assumed)
-            if shape is None and node in self._checked:
-                shape, self._assumed[node] = (None,) * self._checked[node], frozenset()
             op = self._reader.read(node)
-            if shape is None and (node in self._observed or (isinstance(op, Linear) and op.dims)):
-                seen = self._observed.get(node)
-                rank = op.dims + 2 if seen is None and isinstance(op, Linear) else seen.dim() if seen is not None else 0
-                shape, self._assumed[node] = (None,) * rank, frozenset({node})
-            if shape is not None and isinstance(op, Linear):
-                shape = _with(shape, -1 - op.dims, op.channels)
-            if shape is not None and isinstance(op, Norm) and not op.unbatched and len(shape) > 1:
-                shape = _with(shape, 1 - len(shape), op.channels)
-            if shape is not None:
-                shape = tuple((node, place) if size is None else size for place, size in enumerate(shape))
-            self._shapes[node] = shape
+            shape, dtype = self._follow(node, op)
+            assumed = frozenset[fx.Node]().union(*(self._assumed[each] for each in node.all_input_nodes))
             seen = self._observed.get(node)
-            self._dtypes[node] = dtype if dtype is not None or seen is None else seen.dtype
+            if node in self._checked and (shape is None or len(shape) == self._checked[node]):
+                shape, assumed = shape or (None,) * self._checked[node], frozenset()
+            elif shape is None and seen is not None:
+                shape, assumed = (None,) * seen.dim(), frozenset({node})
+            elif shape is None and isinstance(op, Linear) and op.dims:
+                shape, assumed = (None,) * (op.dims + 2), frozenset({node})
+            if shape is not None:
+                shape = _with_channels(shape, op)
+                shape = tuple((node, place) if size is None else size for place, size in enumerate(shape))
+            self._shapes[node], self._assumed[node] = shape, assumed
+            self._dtypes[node] = seen.dtype if dtype is None and seen is not None else dtype
 
-    def _read(self, node: fx.Node) -> tuple[Shape | None, torch.dtype | None]:
+    def _follow(self, node: fx.Node, op: Op) -> tuple[Shape | None, torch.dtype | None]:
         """Shape and dtype, as far as they follow from those of the inputs."""
-        op = self._reader.read(node)
         if node.op == "get_attr":
             value = self._reader.attribute(str(node.target))
             return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (None, None)
         if isinstance(op, Linear):
-            shape = self._shapes.get(op.input)
-            changed = None if shape is None else tuple(
-                None if -1 - op.dims < place - len(shape) < 0 and op.dims else size
-                for place, size in enumerate(shape)
-            )
-            return changed, self._reader.tensor(op.weight).dtype
-        if isinstance(op, (Norm, Affine)):
-            return self._shapes.get(op.input), self._dtypes.get(op.input)
+            shape = self._shapes[op.input]
+            kept = None if shape is None else (*shape[: len(shape) - op.dims], *(None,) * op.dims)
+            return kept, self._reader.tensor(op.weight).dtype
+        if isinstance(op, Affine):
+            return broadcast([self._shapes[op.input], op.shape]), self._dtypes[op.input]
+        if isinstance(op, Norm):
+            return self._shapes[op.input], self._dtypes[op.input]
         if isinstance(op, Opaque) and op.like:
-            dtypes = {self._dtypes.get(source) for source in op.like}
-            shape = broadcast([self._shapes.get(source) for source in op.like])
-            return shape, dtypes.pop() if len(dtypes) == 1 else None
-        if isinstance(op, (Opaque, Query)) or not hasattr(op, "inputs"):
-            return None, None
-        dtypes = {self._dtypes.get(source) for source in op.inputs}
-        return op.shape(self), dtypes.pop() if len(dtypes) == 1 else None
+            return broadcast([self._shapes[source] for source in op.like]), self._common_dtype(op.like)
+        if isinstance(op, (Within, Rearranged, Slice, Concat, Sum)):
+            return op.shape(self), self._common_dtype(op.inputs)
+        return None, None
+
+    def _common_dtype(self, sources: Sequence[fx.Node]) -> torch.dtype | None:
+        """The floating dtype of all of these; None if they differ, or are not known."""
+        dtypes = {self._dtypes[source] for source in sources}
+        found = dtypes.pop() if len(dtypes) == 1 else None
+        return found if found is not None and found.is_floating_point else None
 
     @cached_property
     def _checked(self) -> dict[fx.Node, int]:
@@ -143,11 +144,15 @@ class GraphShapes:
         return found
 
 
-def _with(shape: Shape, place: int, size: int) -> Shape:
-    """`shape` with `size` at `place`, if it has such an axis."""
-    if -place > len(shape):
+def _with_channels(shape: Shape, op: Op) -> Shape:
+    """`shape` with the number of channels that an operator or a norm has, where these lie."""
+    if isinstance(op, Linear) and len(shape) > op.dims:
+        place = len(shape) - 1 - op.dims
+    elif isinstance(op, Norm) and not op.unbatched and len(shape) > 1:
+        place = 1
+    else:
         return shape
-    return (*shape[:place], size, *shape[len(shape) + place + 1 :])
+    return (*shape[:place], op.channels, *shape[place + 1 :])
 
 
 def _asked(node: fx.Node) -> tuple[fx.Node | None, int]:
@@ -158,7 +163,8 @@ def _asked(node: fx.Node) -> tuple[fx.Node | None, int]:
         return None, 0
     sizes = node.args[0]
     is_shape = isinstance(sizes, fx.Node) and (
-        (sizes.target is getattr and sizes.args[1] == "shape") or (sizes.target == "size" and len(sizes.args) == 1)
+        (sizes.target is getattr and sizes.args[1] == "shape")
+        or (sizes.target == "size" and len(sizes.args) == 1)
     )
     return (sizes.args[0], node.args[1]) if is_shape else (None, 0)  # type: ignore[return-value, union-attr]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +18,8 @@ from torch import Tensor, fx, nn
 from fxfuse.affine import AffineMap, exact
 from fxfuse.fold import absorb
 from fxfuse.match import Direction, Move, Plan, Site, match
-from fxfuse.ops import Affine, Linear, Norm, Reader
+from fxfuse.nodes import Affine, Linear, Norm
+from fxfuse.ops import Reader
 from fxfuse.refusals import Code
 from fxfuse.replica import alias
 from fxfuse.shapes import GraphShapes
@@ -64,7 +66,7 @@ def planned(
         assumes: whether moves may assume what the graph then has to assert.
     """
     barred: dict[tuple[fx.Node, Direction], Code] = {}
-    solved: dict[tuple[fx.Node, ...], Tensors | Code] = {}
+    solved: dict[tuple[Any, ...], Tensors | Code] = {}
     while True:
         plan = match(graph, reader, shapes, barred)
         failed = {} if assumes else {move: Code.RANK_UNKNOWN for move in plan.moves if move.assumed}
@@ -75,7 +77,7 @@ def planned(
         barred |= {(move.node, move.direction): code for move, code in failed.items()}
 
 
-def solve(plan: Plan, reader: Reader, solved: dict[tuple[fx.Node, ...], Tensors | Code]) -> Solution:
+def solve(plan: Plan, reader: Reader, solved: dict[tuple[Any, ...], Tensors | Code]) -> Solution:
     """Computes the folded tensors of `plan`.
 
     Args:
@@ -101,7 +103,7 @@ def solve(plan: Plan, reader: Reader, solved: dict[tuple[fx.Node, ...], Tensors 
     if solution.failed:
         return solution
     for operator, parts in taken.items():
-        key = (operator, *(move.node for move in parts.moves))
+        key = (operator, *((move.node, move.direction) for move in parts.moves))
         if key not in solved:
             solved[key] = _folded(operator, parts, reader)
         tensors = solved[key]
@@ -165,7 +167,9 @@ def _folded(operator: fx.Node, taken: _Taken, reader: Reader) -> Tensors | Code:
     shifted = any(_shifts(move, operator) for move in taken.moves)
     if bias is None and not shifted:
         return alias(weight, folded[0]), None
-    return alias(weight, folded[0]), nn.Parameter(folded[1], _needs_gradient(weight, bias, taken.moves, reader))
+    return alias(weight, folded[0]), nn.Parameter(
+        folded[1], _needs_gradient(weight, bias, taken.moves, reader)
+    )
 
 
 def _shifts(move: Move, operator: fx.Node) -> bool:

@@ -239,7 +239,9 @@ def _moved(call: Call, rank: int) -> Sequence[int] | None:
 
 def _unsqueeze(call: Call) -> Transparent | None:
     axis = call.given("dim")
-    return None if type(axis) is not int else Rearranged(call.input, lambda shape, _: _with_ones(shape, [axis]))
+    return (
+        None if type(axis) is not int else Rearranged(call.input, lambda shape, _: _with_ones(shape, [axis]))
+    )
 
 
 def _with_ones(shape: Shape, places: Sequence[int]) -> Pattern:
@@ -318,7 +320,7 @@ def _channel_shuffle(call: Call) -> Transparent | None:
 
 
 def _indexed(call: Call) -> Transparent | None:
-    """x[..., None], x[:, a:b], x[:, i]: new axes, or one axis of which some or one of the elements are taken."""
+    """x[..., None], x[:, a:b], x[:, i]: new axes, or some or one of the elements along one axis."""
     items = call.given("index")
     items = items if isinstance(items, tuple) else (items,)
     if any(not (item is None or item is Ellipsis or type(item) in (int, slice)) for item in items):
@@ -331,7 +333,9 @@ def _indexed(call: Call) -> Transparent | None:
         if item is not Ellipsis and item != slice(None)
     }
     if all(item is None for item in places.values()):
-        return Rearranged(call.input, lambda shape, _: _with_ones(shape, [*places])) if places else _same(call)
+        return (
+            Rearranged(call.input, lambda shape, _: _with_ones(shape, [*places])) if places else _same(call)
+        )
     if len(places) != 1:
         return None
     ((axis, item),) = places.items()
@@ -363,7 +367,7 @@ def _selected(call: Call) -> Transparent | None:
     return None if axis is None else Within(call.input, lambda _: axis, removes=True)
 
 
-def part(call: Call, number: Any) -> Transparent | None:
+def part(call: Call, number: Any) -> Slice | None:
     """One part of what `SPLITS` gives: ``x.chunk(n, dim)[number]``."""
     axis, chunks = call.given("dim"), call.given("chunks")
     sizes = next((s for s in map(call.given, _SECTIONS) if s is not None), None)

@@ -15,11 +15,8 @@ A module that carries hooks is a leaf too, so that its hooks go on running.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import linecache
-import operator
-import random
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,14 +27,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy, TraceError
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse.calls import origins, written_inputs
 from fxfuse.errors import CaptureError
+from fxfuse.guards import (
+    SourceIsReadOnly,
+    contents,
+    flat,
+    no_attributes_set,
+    no_random_numbers,
+    no_swapped_parameters,
+    traceable_checks,
+)
 from fxfuse.proxies import ParameterProxy, TensorProxy, TypedProxy, gives_tensor
 from fxfuse.reparametrized import evaluate_weights
 from fxfuse.replica import replicate
-from fxfuse.tree import NORM_RANKS, has_hooks, named_tensors
+from fxfuse.tree import has_hooks, named_tensors
 
 # What a model's forward may raise when it meets a proxy, beyond fx's own TraceError (a ValueError).
 _TRACE_FAILURES = (
@@ -61,6 +66,7 @@ class ModuleTracer(fx.Tracer):
         super().__init__()
         self.source: nn.Module | None = None
         self.kept: set[str] = set()
+        self.asked = ""
         self._autocast = _autocast_state()
         self._tensors: set[fx.Node] = set()
         self._names: dict[int, str] = {}
@@ -75,7 +81,7 @@ class ModuleTracer(fx.Tracer):
         return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Leaves are torch.nn's modules, subclasses that inherit their forward, hooked modules, those `kept`."""
+        """Leaves are torch.nn's modules, heirs of their forward, hooked modules, and those `kept`."""
         if module_qualified_name in self.kept:
             return True
         if type(m).__call__ is not nn.Module.__call__:
@@ -84,6 +90,18 @@ class ModuleTracer(fx.Tracer):
             return True
         forward = inspect.unwrap(type(m).forward)
         return forward.__module__.startswith("torch.nn.modules") and not isinstance(m, nn.Sequential)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """Raises, as fx does, and remembers it: forward may catch the error and go on."""
+        self.asked = f"forward asks for the value of {obj.node.name}"
+        return super().to_bool(obj)
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        """As fx does, and remembers if it is an error."""
+        asked, self.asked = self.asked, f"forward iterates over {obj.node.name}"
+        found = super().iter(obj)
+        self.asked = asked
+        return found
 
     def path_of_module(self, mod: nn.Module) -> str:
         """The qualified name, also where the model reaches a module by a way that replicas do not follow."""
@@ -152,19 +170,26 @@ def trace(model: nn.Module, fixed: Mapping[str, Any] | None = None) -> tuple[nn.
         tracer = ModuleTracer()
         tracer.source, tracer.kept = model, kept
         try:
+            before = {name: contents(module) for name, module in root.named_modules()}
             with contextlib.ExitStack() as stack:
                 for leaf in leaves:
                     stack.enter_context(leaf.patched(tracer))
                 for guard in (
-                    _no_random_numbers(),
-                    _no_changes_to_layers(),
-                    _no_swapped_parameters(),
-                    _SourceIsReadOnly(model),
-                    _traceable_checks(),
+                    no_random_numbers(),
+                    no_attributes_set({id(module) for each in (root, model) for module in each.modules()}),
+                    no_swapped_parameters(),
+                    SourceIsReadOnly(model),
+                    traceable_checks(),
                     torch.no_grad(),
                 ):
                     stack.enter_context(guard)
                 graph = tracer.trace(root, dict(options(model) if fixed is None else fixed))
+            changed = {name for name, module in root.named_modules() if contents(module) != before[name]}
+            if tracer.asked or "" in changed:
+                raise TraceError(tracer.asked or "forward changes a list, dict or set of the model")
+            if changed:
+                kept |= changed
+                continue
             _no_writes_to_constants(graph, model)
             return root, graph
         except _TRACE_FAILURES as error:
@@ -175,108 +200,6 @@ def trace(model: nn.Module, fixed: Mapping[str, Any] | None = None) -> tuple[nn.
                 kept.add(failed)
             else:
                 leaves.append(failed)
-
-
-@contextlib.contextmanager
-def _no_random_numbers() -> Iterator[None]:
-    """Random numbers that do not depend on the input would be drawn once and fixed for ever."""
-    python = random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        generator = torch.get_rng_state()
-        try:
-            yield
-        finally:
-            drawn = not torch.equal(generator, torch.get_rng_state()) or random.getstate() != python
-            random.setstate(python)
-    if drawn:
-        raise TraceError("the model draws random numbers that a trace would fix for ever")
-
-
-@contextlib.contextmanager
-def _no_changes_to_layers() -> Iterator[None]:
-    """A layer whose attributes forward sets is called by the graph with those that it had before."""
-    original = nn.Module.__setattr__
-
-    def refuse(module: nn.Module, name: str, value: Any) -> None:
-        known = name in module.__dict__ or name in module._parameters or name in module._buffers
-        if known and type(module).__module__.startswith("torch.nn.modules"):
-            raise TraceError(
-                f"forward sets {name} of a {type(module).__name__}, which a graph does not record"
-            )
-        original(module, name, value)
-
-    with _patched(nn.Module, "__setattr__", refuse):
-        yield
-
-
-@contextlib.contextmanager
-def _no_swapped_parameters() -> Iterator[None]:
-    """functional_call puts other tensors into a layer for one call; the call in a graph would not."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise TraceError("forward uses functional_call, which a graph does not record")
-
-    with _patched(torch.nn.utils.stateless, "_functional_call", refuse):
-        yield
-
-
-class _SourceIsReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While the model is traced, nothing may write to the memory that its replica shares with it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        tensors = [tensor for _, tensor in named_tensors(model)]
-        tensors += [
-            each for module in model.modules() for each in vars(module).values() if isinstance(each, Tensor)
-        ]
-        self.memory = {_memory(tensor) for tensor in tensors}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable and any(
-            _memory(each) in self.memory for each in _flat((args, kwargs or {}))
-        ):
-            raise TraceError(
-                "forward writes to a parameter, buffer or tensor of the model while it is traced"
-            )
-        return func(*args, **(kwargs or {}))
-
-
-def _memory(value: Any) -> int:
-    """The address of a tensor's storage; something unique for anything else."""
-    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
-    return value.untyped_storage().data_ptr() if plain else id(value)
-
-
-@contextlib.contextmanager
-def _traceable_checks() -> Iterator[None]:
-    """The input checks of batch norms branch on the number of axes; in a trace they become assertions."""
-    with contextlib.ExitStack() as stack:
-        for kind, ranks in NORM_RANKS.items():
-            if ranks is not None and "_check_input_dim" in vars(kind):
-                original = vars(kind)["_check_input_dim"]
-                check = functools.partialmethod(_check_rank, ranks, original)
-                stack.enter_context(_patched(kind, "_check_input_dim", check))
-        yield
-
-
-def _check_rank(_module: nn.Module, ranks: frozenset[int], check: Any, value: Any) -> None:
-    if not isinstance(value, Proxy):
-        check(_module, value)
-        return
-    number: Any = value.ndim
-    tests = [number == rank for rank in sorted(ranks)]
-    message = f"expected an input with {' or '.join(map(str, sorted(ranks)))} axes"
-    torch._assert(functools.reduce(operator.or_, tests), message)  # type: ignore[no-untyped-call]
-
-
-@contextlib.contextmanager
-def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = vars(owner)[name]
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 def _no_writes_to_constants(graph: fx.Graph, model: nn.Module) -> None:
@@ -291,7 +214,7 @@ def _no_writes_to_constants(graph: fx.Graph, model: nn.Module) -> None:
 
 
 def options(model: nn.Module) -> dict[str, Any]:
-    """The arguments of forward that default to something by which code chooses branches, and their defaults."""
+    """The arguments of forward with defaults of the kinds by which code chooses branches."""
     parameters = inspect.signature(type(model).forward).parameters.values()
     fixed = (bool, str, type(None), torch.dtype, torch.device)
     return {p.name: p.default for p in parameters if isinstance(p.default, fixed)}
@@ -312,7 +235,7 @@ class _LeafFunction:
         """While the context lasts, a call with proxies becomes a node of the graph."""
 
         def leaf(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(argument, Proxy) for argument in _flat((args, kwargs))):
+            if any(isinstance(argument, Proxy) for argument in flat((args, kwargs))):
                 return tracer.create_proxy("call_function", self.function, args, kwargs)
             return self.function(*args, **kwargs)
 
@@ -323,20 +246,10 @@ class _LeafFunction:
             self.namespace[self.function.__name__] = self.function
 
 
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        yield value
-        return
-    for item in value:
-        yield from _flat(item)
-
-
 def _what_failed(
     error: BaseException, known: list[_LeafFunction], tracer: ModuleTracer
 ) -> _LeafFunction | str | None:
-    """What the trace could not enter, the innermost: a plain function called by name, or a submodule's path."""
+    """What the trace could not enter, innermost first: a plain function, or a submodule by its path."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     for caller, callee in reversed([*pairwise(frames)]):
         if not _is_own_code(callee):
@@ -355,7 +268,7 @@ def _what_failed(
 
 def _submodule_of(frame: FrameType, tracer: ModuleTracer) -> str | None:
     """The path of the module whose forward runs in `frame`; None for any other code, empty for the root."""
-    module = frame.f_locals.get("self")
+    module = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
     if not isinstance(module, nn.Module):
         return None
     forward = inspect.unwrap(type(module).forward)

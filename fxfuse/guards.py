@@ -1,0 +1,149 @@
+"""What a forward may not do while it is traced, because the graph would lose it without a word."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+import random
+import sys
+from collections import deque
+from collections.abc import Container, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.proxy import Proxy, TraceError
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxfuse.tree import NORM_RANKS, named_tensors
+
+
+@contextlib.contextmanager
+def no_random_numbers() -> Iterator[None]:
+    """Random numbers that do not depend on the input would be drawn once and fixed for ever."""
+    python, numpy = random.getstate(), _numpy_state()
+    with torch.random.fork_rng(devices=[]):
+        generator = torch.get_rng_state()
+        try:
+            yield
+        finally:
+            drawn = not torch.equal(generator, torch.get_rng_state()) or random.getstate() != python
+            drawn |= _numpy_state() != numpy
+            random.setstate(python)
+    if drawn:
+        raise TraceError("the model draws random numbers that a trace would fix for ever")
+
+
+@contextlib.contextmanager
+def no_attributes_set(modules: Container[int]) -> Iterator[None]:
+    """What forward stores in a module, a graph does not, and a layer is called with what it had before."""
+    original = nn.Module.__setattr__
+
+    def refuse(module: nn.Module, name: str, value: Any) -> None:
+        if id(module) in modules and getattr(module, name, refuse) is not value:
+            kind = type(module).__name__
+            raise TraceError(f"forward sets {name} of a {kind}, which a graph does not record")
+        original(module, name, value)
+
+    with patched(nn.Module, "__setattr__", refuse):
+        yield
+
+
+def contents(module: nn.Module) -> list[tuple[str, list[int]]]:
+    """What lies in the Python containers of a module, for telling whether forward has changed them."""
+    kinds = (list, dict, set, deque)
+    found = [(name, value) for name, value in vars(module).items() if isinstance(value, kinds)]
+    return [(name, [*map(id, value), *map(id, _values(value))]) for name, value in found if name[0] != "_"]
+
+
+def _values(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else ()
+
+
+@contextlib.contextmanager
+def no_swapped_parameters() -> Iterator[None]:
+    """functional_call puts other tensors into a layer for one call; the call in a graph would not."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise TraceError("forward uses functional_call, which a graph does not record")
+
+    with patched(torch.nn.utils.stateless, "_functional_call", refuse):
+        yield
+
+
+class SourceIsReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While the model is traced, nothing may write to the memory that its replica shares with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        tensors = [tensor for _, tensor in named_tensors(model)]
+        tensors += [
+            each for module in model.modules() for each in vars(module).values() if isinstance(each, Tensor)
+        ]
+        self.memory = {_memory(tensor) for tensor in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable and any(
+            _memory(each) in self.memory for each in flat((args, kwargs or {}))
+        ):
+            raise TraceError(
+                "forward writes to a parameter, buffer or tensor of the model while it is traced"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _memory(value: Any) -> int:
+    """The address of a tensor's storage; something unique for anything else."""
+    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+    return value.untyped_storage().data_ptr() if plain else id(value)
+
+
+@contextlib.contextmanager
+def traceable_checks() -> Iterator[None]:
+    """The input checks of batch norms branch on the number of axes; in a trace they become assertions."""
+    with contextlib.ExitStack() as stack:
+        for kind, ranks in NORM_RANKS.items():
+            if ranks is not None and "_check_input_dim" in vars(kind):
+                original = vars(kind)["_check_input_dim"]
+                check = functools.partialmethod(_check_rank, ranks, original)
+                stack.enter_context(patched(kind, "_check_input_dim", check))
+        yield
+
+
+def _check_rank(_module: nn.Module, ranks: frozenset[int], check: Any, value: Any) -> None:
+    if not isinstance(value, Proxy):
+        check(_module, value)
+        return
+    number: Any = value.ndim
+    tests = [number == rank for rank in sorted(ranks)]
+    message = f"expected an input with {' or '.join(map(str, sorted(ranks)))} axes"
+    torch._assert(functools.reduce(operator.or_, tests), message)  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """While the context lasts, `owner` has another attribute of that name."""
+    original = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _numpy_state() -> str:
+    """The state of numpy's random numbers; empty if nobody has imported it."""
+    numpy = sys.modules.get("numpy")
+    return "" if numpy is None else str(numpy.random.get_state()[1:3])
+
+
+def flat(value: Any) -> Iterator[Any]:
+    """The leaves of nested lists, tuples and dicts."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        yield value
+        return
+    for item in value:
+        yield from flat(item)
