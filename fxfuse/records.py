@@ -28,6 +28,10 @@ class Fold:
     into: tuple[str, ...]
     direction: Literal["backward", "forward"]
 
+    def __str__(self) -> str:
+        where = " (forward)" if self.direction == "forward" else ""
+        return f"{self.norm} -> {', '.join(self.into)}{where}"
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -186,8 +190,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.folded)} of {self.norms} norms folded"]
-        lines += [f"  folded  {fold.norm} -> {', '.join(fold.into)}" for fold in self.folded]
-        lines += [f"  also    {fold.norm} -> {', '.join(fold.into)}" for fold in self.constants]
+        lines += [f"  folded  {fold}" for fold in self.folded]
+        lines += [f"  also    {fold}" for fold in self.constants]
         lines += [f"  left    {left.norm}  {left.code}: {left.reason} ({left.hint})" for left in self.refused]
         if self.verification is not None:
             lines.append(f"  verified: {self.verification}")

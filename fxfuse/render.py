@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from fxfuse.demo import Demonstration
-from fxfuse.records import Comparison, Report
+from fxfuse.records import Comparison, Refusal, Report
 
 
 def headline(model: str, weights: str) -> RenderableType:
@@ -23,15 +25,29 @@ def report_view(report: Report) -> RenderableType:
         table = Table(
             "norm", "outcome", "where, or why not", title=escape(report.model), title_justify="left"
         )
-        for left in report.refused:
-            why = f"{escape(left.reason)}\n[dim]{escape(left.hint)}[/dim]"
-            table.add_row(escape(left.norm), f"[yellow]left {left.code}[/yellow]", why)
+        for code, group in groupby(sorted(report.refused, key=_code), key=_code):
+            table.add_section()
+            for number, left in enumerate(group):
+                why = (
+                    escape(left.reason)
+                    if number
+                    else f"{escape(left.reason)}\n[dim]{escape(left.hint)}[/dim]"
+                )
+                table.add_row(escape(left.norm), f"[yellow]left {code}[/yellow]", why)
+        table.add_section()
         for fold in report.folded:
-            table.add_row(escape(fold.norm), "[green]folded[/green]", f"into {escape(', '.join(fold.into))}")
+            where = f"into {escape(', '.join(fold.into))}{' [dim](after it)[/dim]' * (fold.direction == 'forward')}"
+            table.add_row(escape(fold.norm), "[green]folded[/green]", where)
         parts.append(table)
     parts.append(Text(f"{len(report.folded)} of {report.norms} norms folded", style="bold"))
+    if report.constants:
+        parts.append(Text(f"{len(report.constants)} multiplications and additions of constants folded too"))
     parts += [Text(f"note: {note}") for note in report.notes]
     return Group(*parts)
+
+
+def _code(refusal: Refusal) -> str:
+    return refusal.code
 
 
 def comparison_view(comparison: Comparison) -> RenderableType:
