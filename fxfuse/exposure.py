@@ -27,14 +27,14 @@ from dataclasses import dataclass
 from enum import IntEnum
 from itertools import chain, permutations
 from types import CodeType, FunctionType, ModuleType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
 from fxfuse.tree import has_hooks
 
-Value: TypeAlias = frozenset[str]
+Value = frozenset[str]
 _NOTHING: Value = frozenset()
 _SELF: Value = frozenset({""})
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -137,7 +137,9 @@ class _Reader:
                 if path.startswith(f"{other}."):
                     self._mark(path, use.kind if use.kind is Kind.EXPOSED else Kind.CALLED, use.where)
                 elif use.kind and staying & parts[path] and not other.startswith(f"{path}."):
-                    self._mark(path, use.kind if same else Kind.EXPOSED, f"shares parts: {use.where}")
+                    self._mark(
+                        path, use.kind if same else Kind.EXPOSED, f"shares parts with {other}: {use.where}"
+                    )
 
     def _elements(self, path: str) -> Value:
         """The modules in the one at `path`. From now on they have uses of their own."""
@@ -169,10 +171,11 @@ class _Reader:
                     self._mark(path, Kind.EXPOSED, where)
 
     def _follow(self, function: Any) -> None:
-        while hasattr(function, "__wrapped__") and _is_torch(
-            getattr(function, "__globals__", {}).get("__name__")
-        ):
-            function = function.__wrapped__  # torch's decorators only call it
+        """Adds a method to what is read. Decorators by torch only call it, those by others are read."""
+        while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
+            if not _is_torch(function.__globals__.get("__name__")):
+                break
+            function = function.__wrapped__
         if not isinstance(function, FunctionType):
             raise _EverythingError(f"{function} is no Python function")
         if function not in self._functions:
@@ -186,9 +189,8 @@ class _Reader:
             raise _EverythingError(f"{function.__qualname__} has no source, or no parameter self")
         codes = _nested(function.__code__)
         self._function = function
-        self._local = {
-            each for code in codes for each in code.co_varnames + code.co_cellvars + code.co_freevars
-        }
+        self._local = {name for code in codes for name in code.co_varnames + code.co_cellvars}
+        self._local |= {*function.__code__.co_freevars}
         self._variables = {parameters[0].arg: _SELF}
         before: dict[str, Value] = {}
         while before != self._variables:
@@ -331,9 +333,7 @@ class _Reader:
 
     def _call(self, node: ast.Call) -> Value:
         match self._called(node):
-            case "super", []:
-                return _SELF
-            case "super", [_, instance] if self._value(instance) == _SELF:
+            case "super", arguments if all(self._value(each) <= _SELF for each in arguments):
                 return _SELF
             case "len", [item]:
                 self._inside(self._value(item), node)
@@ -452,7 +452,7 @@ def _definition(code: CodeType) -> ast.FunctionDef | None:
     """The definition that `code` was compiled from; None if its file is missing, or is another by now."""
     try:
         tree, codes = _compiled("".join(inspect.findsource(code)[0]))
-    except (OSError, SyntaxError):
+    except (OSError, SyntaxError, ValueError):
         return None
     for node in ast.walk(tree) if code in codes else ():
         if isinstance(node, ast.FunctionDef) and node.name == code.co_name:

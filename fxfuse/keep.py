@@ -40,6 +40,7 @@ from fxfuse.tracer import options
 from fxfuse.tree import attribute, has_hooks
 
 _MOST_VARIANTS = 16
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # The classes that hold the forward of torch.nn's norms.
 _TORCH_NORMS = (_BatchNorm, nn.SyncBatchNorm, _InstanceNorm)
 
@@ -79,6 +80,7 @@ class _Folder:
         self.target = target
         self.account = Account()
         self._done: set[int] = set()
+        self._refused: set[int] = set()
         self._paths: dict[int, list[str]] = {}
         for name, module in source.named_modules(remove_duplicate=False):
             self._paths.setdefault(id(module), []).append(name)
@@ -128,9 +130,10 @@ class _Folder:
             self._refuse(path, Code.UNTRACED, place)
         for name, use in uses.items():
             child = _join(path, name)
+            container = isinstance(attribute(self.source, child), _CONTAINERS)
             if use.kind is Kind.EXPOSED:
                 self._refuse_all(child, Code.EXPOSED, use.where)
-            elif not isinstance(attribute(self.source, child), (nn.ModuleList, nn.ModuleDict)):
+            elif use.kind is Kind.CALLED or not container:  # what walks through a container does not call it
                 self.fold(child)
 
     def _refuse(self, norm: str, code: Code, detail: str) -> None:
@@ -138,11 +141,13 @@ class _Folder:
 
     def _refuse_all(self, path: str, code: Code, detail: str) -> None:
         module = attribute(self.source, path)
-        if id(module) not in self._done or is_norm(module):
-            self._done.update(id(each) for each in module.modules())
-            names = [path] if is_norm(module) else [_join(path, name) for name in norms_inside(module)]
-            for name in names:
-                self._refuse(name, code, detail)
+        if id(module) in self._refused:
+            return
+        inside = {id(each) for each in module.modules()}
+        self._done |= inside
+        self._refused |= inside
+        for name in [path] if is_norm(module) else [_join(path, name) for name in norms_inside(module)]:
+            self._refuse(name, code, detail)
 
     def _shared_below(self, path: str) -> Iterator[str]:
         """The modules below `path`, by names relative to it, that the model also has elsewhere."""
@@ -158,6 +163,7 @@ class _Unit:
     """A module that can be traced for every choice of its options, and what can be folded in all of them."""
 
     def __init__(self, module: nn.Module, shared: Iterable[str]) -> None:
+        self.module = module
         self.captures = [capture(module, fixed) for fixed in _variants(module)]
         for captured in self.captures:
             if any(node.target is torch.is_tensor for node in captured.graph.nodes):
@@ -169,7 +175,7 @@ class _Unit:
         """Finds the folds that hold in every variant."""
         while True:
             self.plans = [self._plan(captured) for captured in self.captures]
-            disputed = self._disputed()
+            disputed = self._disputed() or self._unproved()
             if not disputed:
                 return
             self.left |= disputed
@@ -193,6 +199,18 @@ class _Unit:
             if any(version != versions[0] for version in versions):
                 found |= {norm: Code.OPTIONS for version in versions for norm, *_ in version}
         return found
+
+    def _unproved(self) -> dict[str, Code]:
+        """All norms that would go, if without them the module can no longer be traced."""
+        moved = {norm for reader, plan, _ in self.plans for norm in reader.sources(plan)}
+        twin = replicate(self.module)
+        self.apply(twin)
+        try:
+            for fixed in _variants(self.module) if moved else ():
+                capture(twin, fixed)
+        except CaptureError:
+            return dict.fromkeys(moved, Code.NO_MODULE)
+        return {}
 
     def apply(self, target: nn.Module) -> None:
         """Makes the folds in `target`, a replica of the module."""
@@ -291,17 +309,19 @@ class _KeepingReader(Reader):
         """Why the module `name`, of whose forward `node` is a part, cannot be exchanged."""
         if name in self._left:
             return self._left[name]
-        if _caller(node) != name or not name:
-            return Code.NO_MODULE
-        users, module = self._users(name), attribute(self.root, name)
+        users = self._users(name)
         if node.op == "call_module":
             return None if users <= {node} else Code.SHARED
+        if _caller(node) != name or not name:
+            return Code.NO_MODULE
+        module = attribute(self.root, name)
         inside = {each for each in self.graph.nodes if _caller(each) == name}
         if not users <= inside or any(self._is_another(each, node) for each in inside):
             return Code.SHARED
         op = super().read(node)
         if isinstance(op, Linear):
             named = op.weight == f"{name}.weight" and op.bias in (None, f"{name}.bias")
+            named = named and "weight" in module._parameters
             return None if named and _takes_bias(module) else Code.NO_MODULE
         own = isinstance(getattr(module, "running_var", None), Tensor)
         return None if own and _without_norm(module) is not None else Code.NO_MODULE
@@ -425,10 +445,8 @@ def _caller(node: fx.Node) -> str:
 
 
 def _is_torch_layer(module: nn.Module) -> bool:
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return type(module).__module__.startswith("torch.") and not isinstance(
-        module, (*containers, fx.GraphModule)
-    )
+    own = type(module).__module__.startswith("torch.")
+    return own and not isinstance(module, (*_CONTAINERS, fx.GraphModule))
 
 
 def _functions(module: nn.Module) -> list[Any]:

@@ -36,8 +36,9 @@ def report_view(report: Report) -> RenderableType:
                 table.add_row(escape(left.norm), f"[yellow]left {code}[/yellow]", why)
         table.add_section()
         for fold in report.folded:
-            where = f"into {escape(', '.join(fold.into))}{' [dim](after it)[/dim]' * (fold.direction == 'forward')}"
-            table.add_row(escape(fold.norm), "[green]folded[/green]", where)
+            after = " [dim](after it)[/dim]" if fold.direction == "forward" else ""
+            into = f"into {escape(', '.join(fold.into))}{after}"
+            table.add_row(escape(fold.norm), "[green]folded[/green]", into)
         parts.append(table)
     parts.append(Text(f"{len(report.folded)} of {report.norms} norms folded", style="bold"))
     if report.constants:
