@@ -16,13 +16,18 @@ _ROLES: dict[str, Literal["times", "over", "plus"]] = {
     **dict.fromkeys(("div", "divide", "true_divide", "truediv"), "over"),
 }
 
+_KNOWN = {"input", "self", "other", "alpha", "rounding_mode"}
+
 
 def read_arithmetic(node: fx.Node, name: str, constants: Constants) -> Affine | None:
     """The node, which computes the operator `name`, as an affine map; None if it is none."""
-    operands: list[Any] = [*node.args, *(node.kwargs[key] for key in ("other",) if key in node.kwargs)]
+    named = [node.kwargs[key] for key in ("input", "self", "other") if key in node.kwargs]
+    operands: list[Any] = [*node.args, *named]
     operands += [-1.0] if name == "neg" else []
     factor: Any = node.kwargs.get("alpha", 1)
-    if name not in _ROLES or len(operands) != 2 or not {"other", "alpha"}.issuperset(node.kwargs):
+    if name not in _ROLES or len(operands) != 2 or not _KNOWN.issuperset(node.kwargs):
+        return None
+    if node.kwargs.get("rounding_mode") is not None:
         return None
     if name == "rsub":  # rsub(a, b) is b − a
         operands, name = operands[::-1], "sub"

@@ -7,7 +7,7 @@ part of the channels, repeating, reordering and putting them together is the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,15 +22,16 @@ class Channels:
     """How a map acts on a value.
 
     Attributes:
-        axis: the axis along which it acts, counted from the end (-1 is the last); None: alike everywhere.
-        index: the entry of the map for each channel, `KEPT` for none; a single one if `axis` is None.
+        axes: the axis along which it acts, counted from the end (-1 is the last). After a channel axis has
+            been split there are several, whose row-major product are the channels; none: alike everywhere.
+        index: the entry of the map for each channel, `KEPT` for none; a single one without axes.
         shift: whether the shift acts, or the scale only.
         spread: how the index covers an axis of a size that is not known yet: every entry for as many
             channels in a row as it takes ("each"), or all of them again and again ("whole").
         needs: what has to be true of the map's numbers; `NEEDS` says what each code means.
     """
 
-    axis: int | None
+    axes: tuple[int, ...]
     index: tuple[int, ...]
     shift: bool = True
     spread: Literal["each", "whole"] | None = None
@@ -47,7 +48,7 @@ class Channels:
     def over(self, size: int) -> tuple[int, ...] | None:
         """The index for an axis of `size` channels; None if it does not fit."""
         times, rest = divmod(size, len(self.index)) if self.index else (0, 1)
-        if rest or (times != 1 and self.axis is not None and self.spread is None):
+        if rest or (times != 1 and self.axes and self.spread is None):
             return None
         if self.spread == "each":
             return tuple(entry for entry in self.index for _ in range(times))
@@ -73,15 +74,17 @@ Pattern = tuple[Axes, Axes]
 
 def through(pattern: Pattern, channels: Channels, *, backward: bool) -> Channels | Code:
     """`channels` of the axes after the rearrangement as those of the axes before, or the other way round."""
-    if channels.axis is None:
+    if not channels.axes:
         return channels
     here, there = reversed(pattern) if backward else pattern
-    acted = [atom for atom in here[channels.axis] if atom.size != 1] if -channels.axis <= len(here) else []
+    if -min(channels.axes) > len(here):
+        return Code.MIXED
+    acted = _atoms(here[axis] for axis in channels.axes)
     holding = [place for place, atoms in enumerate(there) if not set(acted).isdisjoint(atoms)]
-    if len(holding) != 1 or not set(acted) <= set(there[holding[0]]):
-        return Code.MIXED  # the channels are gone, or lie on several axes
-    found = [atom for atom in there[holding[0]] if atom.size != 1]
-    moved = replace(channels, axis=holding[0] - len(there))
+    found = _atoms(there[place] for place in holding)
+    if not acted or not set(acted) <= set(found):
+        return Code.MIXED  # the channels are gone
+    moved = replace(channels, axes=tuple(place - len(there) for place in holding))
     return moved if found == acted else _repeated(moved, acted, found, backward=backward)
 
 
@@ -95,11 +98,16 @@ def _repeated(
     index = _reordered(channels.index, acted, found, sizes)
     if index is not None:
         return replace(channels, index=index)
-    if not backward and found[: len(acted)] == acted:
+    if backward or len(channels.axes) > 1:
+        return Code.MIXED
+    if found[: len(acted)] == acted:
         return replace(channels, spread="each")
-    if not backward and found[-len(acted) :] == acted:
-        return replace(channels, spread="whole")
-    return Code.MIXED
+    return replace(channels, spread="whole") if found[-len(acted) :] == acted else Code.MIXED
+
+
+def _atoms(axes: Iterable[tuple[Atom, ...]]) -> list[Atom]:
+    """The atoms of these axes in row-major order, but for those of size 1, which do not matter."""
+    return [atom for atoms in axes for atom in atoms if atom.size != 1]
 
 
 def _sizes(atoms: Sequence[Atom], total: int) -> dict[Atom, int] | None:

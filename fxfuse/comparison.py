@@ -172,7 +172,7 @@ def _doubts(reference: nn.Module, expected: Outputs) -> Iterator[str]:
         if isinstance(value, Tensor) and value.is_floating_point():
             if not bool(value.isfinite().all()):
                 yield f"inconclusive: output{place} holds infinities or NaN"
-            elif value.numel() and float(value.abs().amax()) < 100 * _ZERO:
+            elif value.numel() and float(value.detach().abs().amax()) < 100 * _ZERO:
                 yield f"inconclusive: output{place} is zero everywhere"
 
 

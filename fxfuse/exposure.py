@@ -83,7 +83,7 @@ class _EverythingError(Exception):
 def uses_of_submodules(module: nn.Module) -> dict[str, Use]:
     """For each submodule that the code of `module` reaches by itself, what that code does with it.
 
-    Listed are the children and, of torch's containers that are not only called, the elements ("blocks.0").
+    Listed are the children and, of each of torch's containers that is looked at, the elements ("blocks.0").
     What lies below a listed submodule is the affair of that submodule's own code, unless it is exposed.
     """
     reader = _Reader(module)
@@ -159,6 +159,8 @@ class _Reader:
         for path in value:
             text = textwrap.shorten(ast.unparse(node), 80)
             self._mark(path, kind, f"{self._function.__qualname__} (line {node.lineno}: {text})")
+            if kind is Kind.LOOKED_AT and _is_container(self.modules[path], own=not path):
+                self._elements(path)
         return _NOTHING
 
     def _refer(self, value: Any, holder: str, where: str) -> None:

@@ -41,7 +41,7 @@ def no_attributes_set(modules: Container[int]) -> Iterator[None]:
     original = nn.Module.__setattr__
 
     def refuse(module: nn.Module, name: str, value: Any) -> None:
-        if id(module) in modules and getattr(module, name, refuse) is not value:
+        if id(module) in modules and getattr(module, name, refuse) is not value and not _is_constant(value):
             kind = type(module).__name__
             raise TraceError(f"forward sets {name} of a {kind}, which a graph does not record")
         original(module, name, value)
@@ -54,11 +54,29 @@ def contents(module: nn.Module) -> list[tuple[str, list[int]]]:
     """What lies in the Python containers of a module, for telling whether forward has changed them."""
     kinds = (list, dict, set, deque)
     found = [(name, value) for name, value in vars(module).items() if isinstance(value, kinds)]
-    return [(name, [*map(id, value), *map(id, _values(value))]) for name, value in found if name[0] != "_"]
+    return [(name, [*map(id, _entries(value))]) for name, value in found if name[0] != "_"]
+
+
+def _entries(container: Any) -> Iterable[Any]:
+    return (each for each in flat(list(_values(container))) if not _is_constant(each))
 
 
 def _values(container: Any) -> Iterable[Any]:
-    return container.values() if isinstance(container, dict) else ()
+    return container.values() if isinstance(container, dict) else container
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether `value` is computed from parameters alone: then keeping it is a cache, and changes nothing."""
+    if not issubclass(type(value), Proxy):
+        return False
+    seen, waiting = set(), [value.node]
+    while waiting:
+        node = waiting.pop()
+        if node.op == "placeholder":
+            return False
+        waiting += [each for each in node.all_input_nodes if each not in seen]
+        seen |= {*node.all_input_nodes}
+    return True
 
 
 @contextlib.contextmanager

@@ -56,14 +56,14 @@ class Move:
         source: what it reads as.
         direction: where its map goes.
         sites: who absorbs it.
-        assumed: nodes whose number of axes is assumed: the graph has to assert it.
+        assumed: the numbers of axes that are assumed of nodes: the graph has to assert them.
     """
 
     node: fx.Node
     source: Norm | Affine
     direction: Direction
     sites: tuple[Site, ...]
-    assumed: frozenset[fx.Node]
+    assumed: frozenset[tuple[fx.Node, int]]
 
 
 @dataclass(frozen=True)
@@ -137,18 +137,24 @@ class _Matcher:
         source = self.reader.read(node)
         assert isinstance(source, (Norm, Affine))
         self.shapes.consulted.clear()
+        assumed: set[tuple[fx.Node, int]] = set()
         try:
-            channels = self._channels(source)
-            sites = self._sites(node, source, channels, direction)
+            try:
+                channels = self._channels(source)
+                sites = self._sites(node, source, channels, direction)
+            except _Stop as stop:
+                if stop.code is not Code.RANK_UNKNOWN or not isinstance(source, Norm):
+                    raise
+                rank, sites = self._for_any_rank(node, source, direction)
+                assumed.add((source.input, rank))
             if (node, direction) in self.barred:
                 raise _Stop(self.barred[node, direction], ", ".join(site.operator.name for site in sites))
         except _Stop as stop:
             self.stopped[node, direction] = stop
-            if stop.code is Code.RANK_UNKNOWN and isinstance(source, Norm):
-                self.stopped[node, direction] = self._for_any_rank(node, source, direction) or stop
         else:
-            assumed = (self.shapes.assumed(each) for each in self.shapes.consulted)
-            self.moves[node] = Move(node, source, direction, sites, frozenset().union(*assumed))
+            for each in self.shapes.consulted:
+                assumed |= self.shapes.assumed(each)
+            self.moves[node] = Move(node, source, direction, sites, frozenset(assumed))
 
     def _sites(
         self, node: fx.Node, source: Norm | Affine, channels: Channels, direction: Direction
@@ -160,19 +166,30 @@ class _Matcher:
             sites = tuple(self._forward(node, channels))
             self._check_writes(node, source.input, sites)
         self._check_tensors(source, sites)
+        if direction == "forward" and isinstance(source, Affine):
+            self._check_dtype(source, sites)
         return sites
 
-    def _for_any_rank(self, node: fx.Node, norm: Norm, direction: Direction) -> _Stop | None:
-        """Why the map of `norm` gets nowhere, however many axes its input has; None if it might."""
-        found = None
+    def _for_any_rank(self, node: fx.Node, norm: Norm, direction: Direction) -> tuple[int, tuple[Site, ...]]:
+        """The one number of axes for which the map of `norm` gets into convolutions, and these.
+
+        A convolution tells the number, but for the batch axis, which is assumed. A linear layer does not.
+        """
+        found: dict[int, tuple[Site, ...]] = {}
+        stops: list[_Stop] = []
         for rank in sorted(norm.ranks or {2, 3, 4, 5}):
             try:
-                self._sites(node, norm, Channels(1 - rank, tuple(range(norm.channels))), direction)
+                channels = Channels((1 - rank,), tuple(range(norm.channels)))
+                found[rank] = self._sites(node, norm, channels, direction)
             except _Stop as stop:
-                found = found or stop
-            else:
-                return None
-        return found
+                stops.append(stop)
+        if not found:
+            raise stops[0]
+        rank, sites = next(iter(found.items()))
+        operators = [self.reader.read(site.operator) for site in sites]
+        if len(found) > 1 or not all(isinstance(op, Linear) and op.dims for op in operators):
+            raise _Stop(Code.RANK_UNKNOWN, norm.input.name)
+        return rank, sites
 
     def refused(self, node: fx.Node) -> Iterator[Refusal]:
         """Why `node`, if it is a norm, is left; and the norms inside of what is called as a whole."""
@@ -213,13 +230,13 @@ class _Matcher:
         if isinstance(source, Norm):
             index = tuple(range(source.channels))
             if source.unbatched:
-                return Channels(1 - max(source.ranks or {2}), index)
+                return Channels((1 - max(source.ranks or {2}),), index)
             if source.ranks is not None and len(source.ranks) == 1:
-                return Channels(1 - max(source.ranks), index)
+                return Channels((1 - max(source.ranks),), index)
             shape = self.shapes.of(source.input)
             if shape is None or (source.ranks is not None and len(shape) not in source.ranks):
                 raise _Stop(Code.RANK_UNKNOWN if shape is None else Code.AXIS, source.input.name)
-            return Channels(1 - len(shape), index)
+            return Channels((1 - len(shape),), index)
         acted = [place - len(source.shape) for place, size in enumerate(source.shape) if size != 1]
         if len(acted) > 1:
             raise _Stop(Code.AXIS, source.input.name)
@@ -228,10 +245,10 @@ class _Matcher:
             raise _Stop(Code.RANK_UNKNOWN if shape is None else Code.AXIS, source.input.name)
         shift = source.role == "plus"
         if not acted:
-            return Channels(None, (0,), shift)
+            return Channels((), (0,), shift)
         size = source.shape[acted[0]]
         assert isinstance(size, int)
-        return Channels(acted[0], tuple(range(size)), shift)
+        return Channels((acted[0],), tuple(range(size)), shift)
 
     # ---- backward ----
 
@@ -271,9 +288,10 @@ class _Matcher:
         """The channels that `reader` takes of `value`; None if it is no slice along their axis."""
         op = self.reader.read(reader)
         shape = self.shapes.of(value) if isinstance(op, Slice) else None
-        if not isinstance(op, Slice) or shape is None or op.place(shape) != channels.axis:
+        axis = op.place(shape) if isinstance(op, Slice) and shape is not None else None
+        if not isinstance(op, Slice) or shape is None or axis is None or channels.axes != (axis,):
             return None
-        taken = None if channels.axis is None else op.taken(shape[channels.axis])
+        taken = op.taken(shape[axis])
         return None if taken is None else set(taken)
 
     def _overlaps(self, other: fx.Node, value: fx.Node, channels: Channels, taken: set[int]) -> bool:
@@ -286,9 +304,12 @@ class _Matcher:
         for user in value.users:
             if isinstance(self.reader.read(user), Split):
                 found += self._readers(user) or [user]
-            elif not self.reader.is_query(user, value):
+            elif not self.reader.is_query(user, value) and not self._is_unused(user):
                 found.append(user)
         return found
+
+    def _is_unused(self, node: fx.Node) -> bool:
+        return not node.users and isinstance(self.reader.read(node), _PASSED) and not self.reader.writes(node)
 
     def _opaque(self, value: fx.Node, op: object) -> _Stop:
         if isinstance(op, (Norm, LeftNorm)):
@@ -333,12 +354,13 @@ class _Matcher:
             raise _Stop(Code.OPAQUE_CONSUMER, f"{node.name} writes to its input")
         if isinstance(source, Norm):
             return
-        shape, dtype = self.shapes.of(source.input), self.shapes.dtype(source.input)
+        shape = self.shapes.of(source.input)
+        seen = self.shapes.seen(source.input) or shape or ()
         for axis in range(-len(source.shape), 0):
-            if shape is None or (source.shape[axis] != 1 and shape[axis] != source.shape[axis]):
+            # Where the constant is broadcast to the value, and the value is not broadcast to the constant.
+            fits = shape is not None and source.shape[axis] in (1, shape[axis], seen[axis])
+            if not fits:
                 raise _Stop(Code.AXIS, source.input.name)
-        if dtype is None:
-            raise _Stop(Code.OPAQUE_CONSUMER, source.input.name)
 
     def _check_writes(self, node: fx.Node, value: fx.Node, sites: tuple[Site, ...]) -> None:
         """Nobody may write to `value` after `node` has read it and before the operators read it instead."""
@@ -373,7 +395,7 @@ class _Matcher:
     def _site(self, node: fx.Node, side: Literal["output", "input"], op: Linear, channels: Channels) -> Site:
         size = op.channels if side == "output" else op.in_channels
         owner = str(op.weight).rpartition(".")[0] or node.name
-        if channels.axis not in (None, -1 - op.dims):
+        if channels.axes not in ((), (-1 - op.dims,)):
             raise _Stop(Code.AXIS, owner)
         if channels.over(size) is None:
             raise _Stop(Code.CHANNELS, f"{len(channels.index)} and {size} of {owner}")
@@ -401,6 +423,15 @@ class _Matcher:
                 raise _Stop(
                     Code.OPERATOR_COMPUTED, f"{source.constant} is {dtype}, {name} {weights[0].dtype}"
                 )
+
+    def _check_dtype(self, source: Affine, sites: tuple[Site, ...]) -> None:
+        """The value must have the weights' dtype also without what the constant makes of it."""
+        op = self.reader.read(sites[0].operator)
+        assert isinstance(op, Linear)
+        if self.shapes.dtype(source.input) != self.reader.tensor(op.weight).dtype:
+            raise _Stop(
+                Code.OPAQUE_CONSUMER, f"{source.input.name}, whose dtype is not known to be the weight's"
+            )
 
     def _numbers(self, source: Norm | Affine) -> torch.Tensor | None:
         if isinstance(source, Norm):

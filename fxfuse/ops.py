@@ -55,13 +55,19 @@ class Reader:
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         self.root = root
         self._read: dict[fx.Node, Op] = {}
+        self._tensors: dict[str, Tensor] = {}
         self._origins = origins(graph)
         self._written = {_storage(tensor) for node in graph.nodes for tensor in self._may_write_to(node)}
         self.constants = Constants(graph, self._unwritten)
 
     def tensor(self, source: Tensors) -> Tensor:
         """A parameter or buffer by its qualified name, or the value of a constant node."""
-        value = attribute(self.root, source) if isinstance(source, str) else self.constants.value(source)
+        if not isinstance(source, str):
+            value = self.constants.value(source)
+        elif source in self._tensors:
+            return self._tensors[source]
+        else:
+            value = self._tensors[source] = attribute(self.root, source)
         assert isinstance(value, Tensor)
         return value
 

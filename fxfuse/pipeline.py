@@ -124,7 +124,7 @@ def _graph(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[nn.M
     observed = {} if example_inputs is None else _observed(captured, example_inputs)
     shapes = GraphShapes(captured.graph, reader, observed)
     plan, solution = planned(captured.graph, reader, shapes)
-    folds, constants = rewrite(captured, plan, solution, reader, shapes)
+    folds, constants = rewrite(captured, plan, solution, reader)
     inside = fold_called(model, captured, plan.called)
     folded, refused = (*folds, *inside.folded), (*plan.refusals, *inside.refused)
     name = type(model).__name__

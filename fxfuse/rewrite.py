@@ -20,13 +20,12 @@ from fxfuse.match import Plan
 from fxfuse.nodes import Linear, Norm
 from fxfuse.ops import Reader
 from fxfuse.records import Fold
-from fxfuse.shapes import GraphShapes
 from fxfuse.solve import Solution
 from fxfuse.tree import attribute
 
 
 def rewrite(
-    capture: Capture, plan: Plan, solution: Solution, reader: Reader, shapes: GraphShapes
+    capture: Capture, plan: Plan, solution: Solution, reader: Reader
 ) -> tuple[list[Fold], list[Fold]]:
     """Carries out all of `plan` on `capture`, in place.
 
@@ -40,10 +39,8 @@ def rewrite(
         assert isinstance(linear, Linear)
         editor.set_operator(node, linear, *tensors)
         into[node] = editor.operator_name(node)
-    for node in frozenset[fx.Node]().union(*(move.assumed for move in plan.moves)):
-        shape = shapes.of(node)
-        assert shape is not None
-        _assert_rank(node, len(shape))
+    for node, rank in dict.fromkeys(each for move in plan.moves for each in sorted(move.assumed, key=str)):
+        _assert_rank(node, rank)
     editor.erase({move.node: move.source.input for move in plan.moves})
     editor.drop_unused(reader)
     moved = {move.node for move in plan.moves}

@@ -44,7 +44,7 @@ class GraphShapes:
         self._reader = reader
         self._observed = observed
         self._shapes: dict[fx.Node, Shape | None] = {}
-        self._assumed: dict[fx.Node, frozenset[fx.Node]] = {}
+        self._assumed: dict[fx.Node, frozenset[tuple[fx.Node, int]]] = {}
         self._dtypes: dict[fx.Node, torch.dtype | None] = {}
         self._swept = False
         self.consulted: set[fx.Node] = set()
@@ -63,8 +63,12 @@ class GraphShapes:
         self.of(node)
         return self._dtypes.get(node)
 
-    def assumed(self, node: fx.Node) -> frozenset[fx.Node]:
-        """The nodes whose number of axes is assumed where the shape of `node` is known."""
+    def seen(self, node: fx.Node) -> torch.Size | None:
+        """The shape that `node` had on the run with example inputs."""
+        return self._observed[node].shape if node in self._observed else None
+
+    def assumed(self, node: fx.Node) -> frozenset[tuple[fx.Node, int]]:
+        """The numbers of axes that are assumed, of some nodes, where the shape of `node` is known."""
         self.of(node)
         return self._assumed.get(node, frozenset())
 
@@ -84,16 +88,21 @@ class GraphShapes:
         for node in self._graph.nodes:
             op = self._reader.read(node)
             shape, dtype = self._follow(node, op)
-            assumed = frozenset[fx.Node]().union(*(self._assumed[each] for each in node.all_input_nodes))
+            assumed = frozenset[tuple[fx.Node, int]]().union(
+                *(self._assumed[each] for each in node.all_input_nodes)
+            )
             seen = self._observed.get(node)
             if node in self._checked and (shape is None or len(shape) == self._checked[node]):
                 shape, assumed = shape or (None,) * self._checked[node], frozenset()
             elif shape is None and seen is not None:
-                shape, assumed = (None,) * seen.dim(), frozenset({node})
+                shape, assumed = (None,) * seen.dim(), frozenset({(node, seen.dim())})
             elif shape is None and isinstance(op, Linear) and op.dims:
-                shape, assumed = (None,) * (op.dims + 2), frozenset({node})
+                shape, assumed = (None,) * (op.dims + 2), frozenset({(node, op.dims + 2)})
             if shape is not None:
                 shape = _with_channels(shape, op)
+                channels = [each for each in self._channels.get(node, ()) if -each[0] <= len(shape)]
+                for axis, size in channels:
+                    shape = (*shape[: len(shape) + axis], size, *shape[len(shape) + axis + 1 :])
                 shape = tuple((node, place) if size is None else size for place, size in enumerate(shape))
             self._shapes[node], self._assumed[node] = shape, assumed
             self._dtypes[node] = seen.dtype if dtype is None and seen is not None else dtype
@@ -132,6 +141,8 @@ class GraphShapes:
             if isinstance(op, Norm) and op.ranks is not None and len(op.ranks) == 1:
                 found.setdefault(op.input, *op.ranks)
                 found.setdefault(node, *op.ranks)
+            if isinstance(op, Rearranged) and op.takes is not None:
+                found.setdefault(op.input, op.takes)
             rank = found.get(node) or _asserted(node)
             if rank is None:
                 continue
@@ -141,6 +152,18 @@ class GraphShapes:
             elif isinstance(op, Concat):
                 for source in op.inputs:
                     found.setdefault(source, rank)
+        return found
+
+    @cached_property
+    def _channels(self) -> dict[fx.Node, list[tuple[int, int]]]:
+        """Sizes, by axis counted from the end, that norms and operators demand of their inputs."""
+        found: dict[fx.Node, list[tuple[int, int]]] = {}
+        for node in self._graph.nodes:
+            op = self._reader.read(node)
+            if isinstance(op, Linear):
+                found.setdefault(op.input, []).append((-1 - op.dims, op.in_channels))
+            elif isinstance(op, Norm) and op.ranks is not None and len(op.ranks) == 1:
+                found.setdefault(op.input, []).append((1 - max(op.ranks), op.channels))
         return found
 
 

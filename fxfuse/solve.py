@@ -123,7 +123,11 @@ def affine_of(source: Norm | Affine, reader: Reader, device: torch.device) -> Af
             reader.tensor(source.mean), reader.tensor(source.var), weight, bias, source.eps
         )
     constant = source.constant
-    tensor = reader.tensor(constant) if isinstance(constant, fx.Node) else torch.tensor(constant)
+    tensor = (
+        reader.tensor(constant)
+        if isinstance(constant, fx.Node)
+        else torch.tensor(constant, dtype=torch.float64)
+    )
     value = exact(tensor.to(device)).flatten()
     if source.role == "plus":
         return AffineMap(torch.full_like(value, -1.0 if source.negative else 1.0), source.factor * value)

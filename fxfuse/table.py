@@ -70,7 +70,11 @@ def _average_pool(dims: int) -> Builder:
 
 
 def _adaptive_average_pool(dims: int) -> Builder:
-    return lambda call: Within(call.input, _last(dims))
+    def build(call: Call) -> Transparent:
+        sizes = set(call.integers("output_size") or {None})
+        return Within(call.input, _last(dims), size=sizes.pop() if len(sizes) == 1 else None)
+
+    return build
 
 
 def _max_pool(dims: int) -> Builder:
@@ -85,7 +89,8 @@ def _reduced(*, stops_shift: Code | None = None, monotone: bool = False) -> Buil
         dims = call.integers("dim")
         if not dims or call.given("dtype") is not None:
             return None
-        return Within(call.input, lambda _: dims, not call.given("keepdim"), stops_shift, monotone)
+        removes = not call.given("keepdim")
+        return Within(call.input, lambda _: dims, removes, stops_shift, monotone, size=1)
 
     return build
 
@@ -214,7 +219,8 @@ def _permuted(order: Callable[[Call, int], Sequence[int] | None]) -> Builder:
                 return None
             return axes, tuple(axes[place] for place in places)
 
-        return Rearranged(call.input, pattern)
+        count = None if call.integers("dims") is None else len(call.integers("dims") or ())
+        return Rearranged(call.input, pattern, rank=count, takes=count)
 
     return build
 
@@ -336,12 +342,13 @@ def _indexed(call: Call) -> Transparent | None:
         return (
             Rearranged(call.input, lambda shape, _: _with_ones(shape, [*places])) if places else _same(call)
         )
+    if all(type(item) is int for item in places.values()):
+        return Within(call.input, lambda _: tuple(places), removes=True)
     if len(places) != 1:
         return None
     ((axis, item),) = places.items()
-    if isinstance(item, slice):
-        return _taken(call, axis, item.start, item.stop, item.step)
-    return Within(call.input, lambda _: (axis,), removes=True)
+    assert isinstance(item, slice)
+    return _taken(call, axis, item.start, item.stop, item.step)
 
 
 def _taken(call: Call, axis: int, start: Any, stop: Any, step: Any) -> Transparent:

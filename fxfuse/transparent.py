@@ -56,6 +56,7 @@ class Within:
             None if they cannot be told.
         removes: whether the axes are gone afterwards.
         stops_shift: the reason why only a scale passes, if it does not map constants to themselves.
+        size: how many elements there are afterwards along each of the axes, if that is known.
         monotone: it is not linear, but passes any map that keeps the order, as a maximum does.
     """
 
@@ -64,6 +65,7 @@ class Within:
     removes: bool = False
     stops_shift: Code | None = None
     monotone: bool = False
+    size: int | None = None
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
@@ -79,27 +81,30 @@ class Within:
         places = range(-len(shape), 0)
         if self.removes:
             return tuple(shape[place] for place in places if place not in touched)
-        return tuple(None if place in touched else shape[place] for place in places)
+        return tuple(self.size if place in touched else shape[place] for place in places)
 
     def backward(self, channels: Channels, shapes: Shapes) -> list[Channels] | Code:
         """The same channels."""
         touched = self._touched(shapes.of(self.input))
         if touched is None:
             return Code.MIXED
-        axis = channels.axis
-        if self.removes and axis is not None:
-            untouched = (place for place in range(-1, axis - len(touched) - 1, -1) if place not in touched)
-            axis = [*untouched][-axis - 1]
-        passed = self._passed(replace(channels, axis=axis), touched)
+        axes = channels.axes
+        if self.removes and axes:
+            far = range(-1, min(axes) - len(touched) - 1, -1)
+            untouched = [place for place in far if place not in touched]
+            axes = tuple(untouched[-axis - 1] for axis in axes)
+        passed = self._passed(replace(channels, axes=axes), touched)
         return passed if isinstance(passed, Code) else [passed]
 
     def forward(self, source: fx.Node, channels: Channels, shapes: Shapes) -> Channels | Code:
         """The same channels."""
         touched = self._touched(shapes.of(self.input))
         passed = Code.MIXED if touched is None else self._passed(channels, touched)
-        if isinstance(passed, Code) or passed.axis is None or not self.removes or touched is None:
+        if isinstance(passed, Code) or not self.removes or touched is None:
             return passed
-        return replace(passed, axis=passed.axis + sum(place > passed.axis for place in touched))
+        return replace(
+            passed, axes=tuple(axis + sum(place > axis for place in touched) for axis in passed.axes)
+        )
 
     def _touched(self, shape: Shape | None) -> set[int] | None:
         """The axes within which it works, counted from the end."""
@@ -110,7 +115,7 @@ class Within:
         return {axis - (rank or 0) if axis >= 0 else axis for axis in axes}
 
     def _passed(self, channels: Channels, touched: set[int]) -> Channels | Code:
-        if channels.axis in touched:
+        if not touched.isdisjoint(channels.axes):
             return Code.MIXED
         if self.stops_shift is not None:
             channels = channels.linearly(self.stops_shift)
@@ -125,11 +130,13 @@ class Rearranged:
         input: the node whose value it reads.
         pattern: the axes before and after, given the input's shape; None if they cannot be told.
         rank: how many axes there are afterwards, where that does not depend on the input.
+        takes: how many axes the input must have, where only one number is possible.
     """
 
     input: fx.Node
     pattern: Callable[[Shape, Shapes], Pattern | None]
     rank: int | None = None
+    takes: int | None = None
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
@@ -145,7 +152,7 @@ class Rearranged:
 
     def backward(self, channels: Channels, shapes: Shapes) -> list[Channels] | Code:
         """The channels where they were before."""
-        if channels.axis is None:
+        if not channels.axes:
             return [channels]
         pattern = self._pattern(shapes)
         found = Code.MIXED if pattern is None else through(pattern, channels, backward=True)
@@ -153,7 +160,7 @@ class Rearranged:
 
     def forward(self, source: fx.Node, channels: Channels, shapes: Shapes) -> Channels | Code:
         """The channels where they are afterwards."""
-        if channels.axis is None:
+        if not channels.axes:
             return channels
         pattern = self._pattern(shapes)
         return Code.MIXED if pattern is None else through(pattern, channels, backward=False)
@@ -198,26 +205,28 @@ class Slice:
         """The channels among all those of the input; the others are kept. On other axes only if `alone`."""
         shape = shapes.of(self.input)
         axis = self.place(shape)
-        if axis is None or (channels.axis is not None and channels.axis != axis):
+        if axis is None or (channels.axes and axis not in channels.axes):
             return [channels]
+        if len(channels.axes) > 1:
+            return Code.MIXED
         total = None if shape is None else shape[axis]
         taken = self.taken(total)
         if taken is None or not isinstance(total, int):
-            return [channels] if channels.axis is None else Code.MIXED
+            return Code.MIXED if channels.axes else [channels]
         index = channels.over(len(taken))
         if index is None:
             return Code.CHANNELS
         among = [KEPT] * total
         for place, entry in zip(taken, index, strict=True):
             among[place] = entry
-        return [replace(channels, axis=axis, index=tuple(among), spread=None)]
+        return [replace(channels, axes=(axis,), index=tuple(among), spread=None)]
 
     def forward(self, source: fx.Node, channels: Channels, shapes: Shapes) -> Channels | Code:
         """Those of the channels that are taken."""
         axis = self.place(shapes.of(self.input))
-        if channels.axis is None or (axis is not None and channels.axis != axis):
+        if not channels.axes or (axis is not None and axis not in channels.axes):
             return channels
-        taken = None if axis is None or channels.spread else self.taken(len(channels.index))
+        taken = None if channels.axes != (axis,) or channels.spread else self.taken(len(channels.index))
         if not taken:
             return Code.MIXED
         return replace(channels, index=tuple(channels.index[place] for place in taken))
@@ -256,11 +265,11 @@ class Concat:
         axis = self._place(shapes)
         if axis is None:
             return Code.MIXED
-        if channels.axis != axis:
+        if axis not in channels.axes:
             return [channels] * len(self.inputs)
         sizes = self._sizes(shapes, axis)
         index = None if sizes is None else channels.over(sum(sizes))
-        if sizes is None or index is None:
+        if sizes is None or index is None or channels.axes != (axis,):
             return Code.MIXED
         ends = [sum(sizes[: number + 1]) for number in range(len(sizes))]
         return [
@@ -274,10 +283,13 @@ class Concat:
         if axis is None or channels.spread:
             return Code.MIXED
         if set(self.inputs) == {source}:
-            same = channels.axis != axis
-            return channels if same else replace(channels, index=channels.index * len(self.inputs))
+            return (
+                channels
+                if axis not in channels.axes
+                else replace(channels, index=channels.index * len(self.inputs))
+            )
         sizes = self._sizes(shapes, axis)
-        if sizes is None or channels.axis not in (None, axis):
+        if sizes is None or channels.axes not in ((), (axis,)):
             return Code.MIXED
         index: list[int] = []
         for node, size in zip(self.inputs, sizes, strict=True):
@@ -285,7 +297,7 @@ class Concat:
             if part is None:
                 return Code.MIXED
             index += part
-        return replace(channels, axis=axis, index=tuple(index))
+        return replace(channels, axes=(axis,), index=tuple(index))
 
     def _place(self, shapes: Shapes) -> int | None:
         if self.axis < 0:
