@@ -153,7 +153,11 @@ def _may_write(node: fx.Node) -> bool:
         return bound.get("training", bound.get("use_input_stats", updates)) is not False
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
-    if "out" in node.kwargs or node.kwargs.get("inplace") is True or node.kwargs.get("max_norm") is not None:
+    if (
+        node.kwargs.get("out") is not None
+        or node.kwargs.get("inplace") is True
+        or node.kwargs.get("max_norm") is not None
+    ):
         return True
     package = str(getattr(target, "__module__", None)).partition(".")[0]
     if node.op == "call_function" and package not in _HARMLESS:

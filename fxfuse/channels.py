@@ -25,7 +25,7 @@ class Channels:
         axes: the axis along which it acts, counted from the end (-1 is the last). After a channel axis has
             been split there are several, whose row-major product are the channels; none: alike everywhere.
         index: the entry of the map for each channel, `KEPT` for none; a single one without axes.
-        shift: whether the shift acts, or the scale only.
+        scale, shift: whether the map's scale acts, and its shift.
         spread: how the index covers an axis of a size that is not known yet: every entry for as many
             channels in a row as it takes ("each"), or all of them again and again ("whole").
         needs: what has to be true of the map's numbers; `NEEDS` says what each code means.
@@ -33,6 +33,7 @@ class Channels:
 
     axes: tuple[int, ...]
     index: tuple[int, ...]
+    scale: bool = True
     shift: bool = True
     spread: Literal["each", "whole"] | None = None
     needs: frozenset[Code] = frozenset()

@@ -244,7 +244,13 @@ def _export(fused: nn.Module, inputs: tuple[Any, ...], output: Path) -> None:
     # A batch of one would be taken for a constant.
     batches = tuple(torch.cat([value, value]) if value.shape[0] == 1 else value for value in inputs)
     any_batch = tuple({0: torch.export.Dim.AUTO} for _ in batches)
-    program = torch.export.export(fused, batches, dynamic_shapes=any_batch)
+    try:
+        program = torch.export.export(fused, batches, dynamic_shapes=any_batch)
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"{type(fused).__name__} is folded but torch.export cannot write it: {reason}"
+        ) from error
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         part = Path(folder, "part.pt2")
         torch.export.save(program, part)

@@ -43,6 +43,12 @@ class Constants:
             self._values[node] = self._evaluated(node)
         return self._values[node]
 
+    def trains(self, node: fx.Node) -> bool:
+        """Whether a parameter from which `node`, one of the constants, is computed needs gradients."""
+        if node.op == "get_attr":
+            return bool(self._attribute(str(node.target)).requires_grad)
+        return any(map(self.trains, node.all_input_nodes))
+
     def statistics_of(self, node: fx.Node) -> str | None:
         """The owner of the running variance from which `node`, one of the constants, is computed."""
         if node.op == "get_attr":

@@ -214,13 +214,15 @@ class _Unit:
 
     def apply(self, target: nn.Module) -> None:
         """Makes the folds in `target`, a replica of the module."""
+        moved: dict[str, None] = {}
         for reader, plan, solution in self.plans:
             for node, (weight, bias) in solution.tensors.items():
                 operator = attribute(target, reader.operator(node))
                 evaluate_weights(operator)
                 operator._parameters |= {"weight": weight, "bias": bias}
-            for name in reader.sources(plan):
-                _erase(attribute(target, name))
+            moved |= reader.sources(plan)
+        for name in moved:
+            _erase(attribute(target, name))
 
     def folds(self) -> list[Fold]:
         """A record for each norm that is gone."""

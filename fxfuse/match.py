@@ -184,7 +184,7 @@ class _Matcher:
             except _Stop as stop:
                 stops.append(stop)
         if not found:
-            raise stops[0]
+            raise next((stop for stop in stops if stop.code is Code.AXIS), stops[0])
         rank, sites = next(iter(found.items()))
         operators = [self.reader.read(site.operator) for site in sites]
         if len(found) > 1 or not all(isinstance(op, Linear) and op.dims for op in operators):
@@ -223,7 +223,7 @@ class _Matcher:
         """That of the direction in which there is an operator that could have absorbed the map."""
         before, after = self.stopped[node, "backward"], self.stopped[node, "forward"]
         nothing_before = before.code in (Code.OPAQUE_PRODUCER, Code.NOTHING_BEFORE)
-        return after if nothing_before and after.code is not Code.OPAQUE_CONSUMER else before
+        return after if nothing_before and after.code is not Code.OPAQUE_PRODUCER else before
 
     def _channels(self, source: Norm | Affine) -> Channels:
         """Along which axis the map of `source` acts."""
@@ -244,11 +244,12 @@ class _Matcher:
         if len(source.shape) > 1 and (shape is None or len(shape) < len(source.shape)):
             raise _Stop(Code.RANK_UNKNOWN if shape is None else Code.AXIS, source.input.name)
         shift = source.role == "plus"
+        scale = source.role != "plus" or source.negative
         if not acted:
-            return Channels((), (0,), shift)
+            return Channels((), (0,), scale, shift)
         size = source.shape[acted[0]]
         assert isinstance(size, int)
-        return Channels((acted[0],), tuple(range(size)), shift)
+        return Channels((acted[0],), tuple(range(size)), scale, shift)
 
     # ---- backward ----
 
@@ -326,7 +327,7 @@ class _Matcher:
         """The operators that absorb `channels` if these act on `value` before anybody reads it."""
         readers = self._readers(value)
         if not readers:
-            raise _Stop(Code.OPAQUE_CONSUMER, f"{value.name} -> nothing")
+            raise _Stop(Code.OPAQUE_PRODUCER, f"{value.name} -> nothing")
         for reader in readers:
             op = self.reader.read(reader)
             if reader in self.moves:
@@ -344,14 +345,13 @@ class _Matcher:
                 raise self._opaque_reader(reader, op)
 
     def _opaque_reader(self, reader: fx.Node, op: object) -> _Stop:
-        named = isinstance(op, Opaque) and op.code is not Code.OPAQUE_PRODUCER
-        code = op.code if isinstance(op, Opaque) and named else Code.OPAQUE_CONSUMER
-        return _Stop(code, (op.detail if isinstance(op, Opaque) else "") or reader.name)
+        code, detail = (op.code, op.detail) if isinstance(op, Opaque) else (Code.OPAQUE_PRODUCER, "")
+        return _Stop(code, detail or reader.name)
 
     def _check_forward(self, node: fx.Node, source: Norm | Affine) -> None:
         """The value must be one that the operators after it take as it is, without what `node` made of it."""
         if self.reader.writes(node):
-            raise _Stop(Code.OPAQUE_CONSUMER, f"{node.name} writes to its input")
+            raise _Stop(Code.OPAQUE_PRODUCER, f"{node.name} writes to its input")
         if isinstance(source, Norm):
             return
         shape = self.shapes.of(source.input)
@@ -430,7 +430,7 @@ class _Matcher:
         assert isinstance(op, Linear)
         if self.shapes.dtype(source.input) != self.reader.tensor(op.weight).dtype:
             raise _Stop(
-                Code.OPAQUE_CONSUMER, f"{source.input.name}, whose dtype is not known to be the weight's"
+                Code.OPAQUE_PRODUCER, f"{source.input.name}, whose dtype is not known to be the weight's"
             )
 
     def _numbers(self, source: Norm | Affine) -> torch.Tensor | None:

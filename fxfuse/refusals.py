@@ -61,11 +61,6 @@ class Code(Enum):
         "an operator between it and the linear operator mixes the channels, or may",
         "normalise before it; or give a reshape fixed sizes, so that the channel axis is certain",
     )
-    OPAQUE_CONSUMER = Explanation(
-        "FXF109",
-        "no linear operator comes before it, and what uses its value is not linear",
-        "nothing to do: no operator beside it could absorb its map",
-    )
     BATCH_STATISTICS = Explanation(
         "FXF201",
         "it has no running statistics and normalises by those of the batch",

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.proxy import TraceError
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from fxfuse.guards import SourceIsReadOnly
 
 _HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
@@ -59,9 +62,10 @@ def _evaluate_hooks(module: Any) -> None:
 
 def _constant(module: nn.Module, name: str) -> Tensor | None:
     """The computed tensor, if computing it twice gives the same and writes to nothing."""
-    tensors = [each for each in (*module.parameters(), *module.buffers()) if not each.is_inference()]
-    versions = [tensor._version for tensor in tensors]
-    first, second = getattr(module, name).detach(), getattr(module, name).detach()
-    written = versions != [tensor._version for tensor in tensors]
+    try:
+        with SourceIsReadOnly(module):
+            first, second = getattr(module, name).detach(), getattr(module, name).detach()
+    except TraceError:
+        return None
     same = first.is_meta or torch.equal(first, second)
-    return first if same and not written and first.is_floating_point() else None
+    return first if same and first.is_floating_point() else None

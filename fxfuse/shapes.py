@@ -36,7 +36,7 @@ class GraphShapes:
         graph: the graph, which must not change.
         reader: reads its nodes.
         observed: the values' shapes and dtypes on a run with example inputs, of which only the number of
-            axes and the dtype are used.
+            axes and the dtype are used. Those on the run of torch.export are in the graph itself.
     """
 
     def __init__(self, graph: fx.Graph, reader: Reader, observed: Mapping[fx.Node, Tensor]) -> None:
@@ -91,7 +91,8 @@ class GraphShapes:
             assumed = frozenset[tuple[fx.Node, int]]().union(
                 *(self._assumed[each] for each in node.all_input_nodes)
             )
-            seen = self._observed.get(node)
+            seen = self._observed.get(node, node.meta.get("val"))
+            seen = seen if isinstance(seen, Tensor) else None
             if node in self._checked and (shape is None or len(shape) == self._checked[node]):
                 shape, assumed = shape or (None,) * self._checked[node], frozenset()
             elif shape is None and seen is not None:

@@ -168,12 +168,13 @@ def _folded(operator: fx.Node, taken: _Taken, reader: Reader) -> Tensors | Code:
     )
     if isinstance(folded, Code):
         return folded
-    shifted = any(_shifts(move, operator) for move in taken.moves)
-    if bias is None and not shifted:
-        return alias(weight, folded[0]), None
-    return alias(weight, folded[0]), nn.Parameter(
-        folded[1], _needs_gradient(weight, bias, taken.moves, reader)
-    )
+    if isinstance(linear.weight, str):
+        new = alias(weight, folded[0])
+    else:
+        new = nn.Parameter(folded[0], reader.constants.trains(linear.weight))
+    if bias is None and not any(_shifts(move, operator) for move in taken.moves):
+        return new, None
+    return new, nn.Parameter(folded[1], _needs_gradient(new, bias, taken.moves, reader))
 
 
 def _shifts(move: Move, operator: fx.Node) -> bool:

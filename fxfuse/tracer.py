@@ -195,7 +195,7 @@ def trace(model: nn.Module, fixed: Mapping[str, Any] | None = None) -> tuple[nn.
         except _TRACE_FAILURES as error:
             failed = _what_failed(error, leaves, tracer)
             if failed is None:
-                raise CaptureError(_explanation(model, error)) from error
+                raise CaptureError(_explanation(model, error, by_value=bool(tracer.asked))) from error
             if isinstance(failed, str):
                 kept.add(failed)
             else:
@@ -252,11 +252,11 @@ def _what_failed(
     """What the trace could not enter, innermost first: a plain function, or a submodule by its path."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     for caller, callee in reversed([*pairwise(frames)]):
-        if not _is_own_code(callee):
-            continue
         path = _submodule_of(callee, tracer)
         if path and path not in tracer.kept:
             return path
+        if not _is_own_code(callee):
+            continue
         function = caller.f_globals.get(callee.f_code.co_name)
         if not isinstance(function, FunctionType) or function.__code__ is not callee.f_code:
             continue
@@ -279,11 +279,12 @@ def _is_own_code(frame: FrameType) -> bool:
     return frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "fxfuse")
 
 
-def _explanation(model: nn.Module, error: BaseException) -> str:
+def _explanation(model: nn.Module, error: BaseException, *, by_value: bool) -> str:
     own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_own_code(frame)]
     message = f"{type(model).__name__} cannot be traced: {error}"
     if own:
         frame, line = own[-1]
         source = linecache.getline(frame.f_code.co_filename, line).strip()
         message += f"\n  at {frame.f_code.co_filename}:{line} in {frame.f_code.co_name}: {source}"
-    return message + "\n  A graph cannot hold control flow that depends on the values of tensors."
+    reason = "\n  A graph cannot hold control flow that depends on the values of tensors."
+    return message + reason if by_value else message

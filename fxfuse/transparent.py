@@ -87,7 +87,7 @@ class Within:
         """The same channels."""
         touched = self._touched(shapes.of(self.input))
         if touched is None:
-            return Code.MIXED
+            return Code.RANK_UNKNOWN
         axes = channels.axes
         if self.removes and axes:
             far = range(-1, min(axes) - len(touched) - 1, -1)
@@ -99,7 +99,7 @@ class Within:
     def forward(self, source: fx.Node, channels: Channels, shapes: Shapes) -> Channels | Code:
         """The same channels."""
         touched = self._touched(shapes.of(self.input))
-        passed = Code.MIXED if touched is None else self._passed(channels, touched)
+        passed = Code.RANK_UNKNOWN if touched is None else self._passed(channels, touched)
         if isinstance(passed, Code) or not self.removes or touched is None:
             return passed
         return replace(
@@ -154,16 +154,20 @@ class Rearranged:
         """The channels where they were before."""
         if not channels.axes:
             return [channels]
-        pattern = self._pattern(shapes)
-        found = Code.MIXED if pattern is None else through(pattern, channels, backward=True)
+        found = self._through(channels, shapes, backward=True)
         return found if isinstance(found, Code) else [found]
 
     def forward(self, source: fx.Node, channels: Channels, shapes: Shapes) -> Channels | Code:
         """The channels where they are afterwards."""
         if not channels.axes:
             return channels
+        return self._through(channels, shapes, backward=False)
+
+    def _through(self, channels: Channels, shapes: Shapes, *, backward: bool) -> Channels | Code:
         pattern = self._pattern(shapes)
-        return Code.MIXED if pattern is None else through(pattern, channels, backward=False)
+        if pattern is None:
+            return Code.RANK_UNKNOWN if shapes.of(self.input) is None else Code.MIXED
+        return through(pattern, channels, backward=backward)
 
     def _pattern(self, shapes: Shapes) -> Pattern | None:
         shape = shapes.of(self.input)
@@ -325,11 +329,13 @@ class Sum:
 
     def backward(self, channels: Channels, shapes: Shapes) -> list[Channels] | Code:
         """The scale to both, the shift to the first."""
-        return [channels, *[replace(channels, shift=False)] * (len(self.inputs) - 1)]
+        kept = replace(channels, index=(KEPT,) * len(channels.index))
+        others = replace(channels, shift=False) if channels.scale else kept
+        return [channels, *[others] * (len(self.inputs) - 1)]
 
     def forward(self, source: fx.Node, channels: Channels, shapes: Shapes) -> Channels | Code:
         """A map of one summand alone is none of the sum."""
-        return Code.OPAQUE_CONSUMER
+        return Code.OPAQUE_PRODUCER
 
 
 def broadcast(shapes: Sequence[Shape | None]) -> Shape | None:

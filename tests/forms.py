@@ -114,8 +114,10 @@ def check(
     return fused
 
 
-def norm_calls(graph: fx.GraphModule) -> int:
-    """How many norms with running statistics a run of `graph` executes."""
+def norm_calls(graph: nn.Module) -> int:
+    """How many norms with running statistics a run of `graph` executes; of modules, how many there are."""
+    if not isinstance(graph, fx.GraphModule):
+        return sum(_is_norm(module) for module in graph.modules())
     return sum(_norms_of(graph, node) for node in graph.graph.nodes)
 
 

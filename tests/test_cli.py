@@ -93,6 +93,13 @@ def test_verification_that_fails_ends_with_1(run):
     assert result.exit_code == 1 and "NOT equal" in result.stdout
 
 
+def test_fuse_of_a_model_that_cannot_be_traced_says_why_and_verifies(run):
+    result = run("fuse", "made_here:untraceable", "--input", "1,3,8,8")
+    assert result.exit_code == 0, result.output
+    assert "the modules were kept" in result.stdout and "return x if x.sum() > 0 else -x" in result.stdout
+    assert "equal but for rounding" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -102,7 +109,7 @@ def test_verification_that_fails_ends_with_1(run):
         (("fuse", "no_such_module:x"), "cannot load no_such_module:x"),
         (("fuse", "made_here:missing"), "no attribute 'missing'"),
         (("fuse", "made_here:text"), "gave a str, not a torch.nn.Module"),
-        (("fuse", "made_here:untraceable"), "control flow"),
+        (("fuse", "made_here:untraceable", "--input", "1,3,8,8", "-o", "folded.pt2"), "control flow"),
         (("fuse", "absent.pt2"), "there is no file absent.pt2"),
         (("fuse", "damaged.pt2"), "not a zip archive"),
         (("fuse", "made_here:network", "--input", "1,3,x"), "'1,3,x' is no shape"),

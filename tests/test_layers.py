@@ -7,13 +7,16 @@ PACKAGE = Path(__file__).parents[1] / "fxfuse"
 
 # Each module may import from those on the lines above it only.
 LAYERS = [
-    ["_version", "errors", "refusals", "tree", "replica", "calls", "affine"],
-    ["proxies", "fold", "records"],
-    ["tracer", "ops", "comparison"],
-    ["capture"],
-    ["rank"],
+    ["_version", "errors", "refusals", "tree", "replica", "calls", "affine", "reparametrized"],
+    ["proxies", "guards", "exposure", "fold", "records", "layers", "channels", "constants"],
+    ["tracer", "transparent", "comparison"],
+    ["capture", "table", "nodes"],
+    ["arithmetic"],
+    ["ops"],
+    ["shapes"],
     ["match"],
-    ["rewrite"],
+    ["solve"],
+    ["rewrite", "keep"],
     ["pipeline"],
     ["__init__"],
     ["zoo"],
@@ -25,11 +28,18 @@ LAYERS = [
 
 # What a stage of the design knows nothing of.
 IGNORANT = {
-    "fold": {"capture", "ops", "match", "rewrite"},
-    "comparison": {"fold", "match", "rewrite", "affine"},
-    "records": {"capture", "ops", "match", "rewrite", "fold"},
-    "ops": {"capture", "match", "rewrite", "fold", "affine"},
-    "match": {"capture", "fold", "affine", "rewrite"},
+    "fold": {"capture", "ops", "match", "rewrite", "nodes", "shapes", "solve", "keep"},
+    "comparison": {"fold", "match", "rewrite", "affine", "solve", "keep"},
+    "records": {"capture", "ops", "match", "rewrite", "fold", "solve", "keep"},
+    "ops": {"capture", "match", "rewrite", "fold", "affine", "shapes", "solve", "keep"},
+    "table": {"ops", "nodes", "shapes", "match", "fold", "affine", "capture"},
+    "transparent": {"ops", "nodes", "shapes", "match", "fold", "affine", "capture"},
+    "shapes": {"capture", "match", "fold", "affine", "rewrite"},
+    "match": {"capture", "fold", "affine", "rewrite", "solve", "keep"},
+    "solve": {"capture", "rewrite", "keep"},
+    "rewrite": {"fold", "affine", "keep"},
+    "keep": {"fold", "affine", "rewrite"},
+    "exposure": {"capture", "ops", "match", "fold", "affine"},
 }
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
 
 import fxfuse
+from fxfuse.capture import capture
 from fxfuse.refusals import Code
 from tests.forms import Forward, noise
 from tests.support import assert_untouched, randomise, snapshot
@@ -62,6 +62,44 @@ def hooked(module):
     module.register_forward_hook(lambda _module, _inputs, output: output + 1)
 
 
+def untraceable(forward):
+    """The pair in a module of which only the class's forward can be read."""
+    model = type("Untraceable", (nn.Module,), {"forward": forward})()
+    model.conv, model.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    return randomise(model)
+
+
+def branching(self, x):
+    y = self.conv(x)
+    return self.norm(y) if y.sum() > 1e9 else self.norm(-y)
+
+
+def handing_on(self, x):
+    return apply(self.norm, self.conv(x)) if x.sum() > -1e9 else x
+
+
+def apply(module, x):
+    return module(x)
+
+
+def called_twice(m, x):
+    return m.norm(m.conv(x)) * m.conv(x + 1)
+
+
+def called_as_a_function(m, x):
+    return m.norm(F.conv2d(x, m.conv.weight))
+
+
+class WithOption(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x, rectify=False):
+        y = self.conv(x)
+        return self.norm(y.relu() if rectify else y).relu()
+
+
 def small(factor):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
     return changed(model.eval().half(), lambda m: (m[1].weight.fill_(factor), m[1].running_var.fill_(1.0)))
@@ -75,6 +113,7 @@ MODELS = {
     Code.AXIS: (lambda: pair(nn.Linear(6, 3), nn.BatchNorm2d(3)), X),
     Code.RANK_UNKNOWN: (lambda: pair(nn.Linear(4, 3), nn.BatchNorm1d(3)), noise(2, 3, 4)),
     Code.CHANNELS: (lambda: pair(norm=nn.BatchNorm2d(5)), None),
+    Code.MIXED: (lambda: pair(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), nn.BatchNorm1d(64)), X),
     Code.BATCH_STATISTICS: (lambda: pair(norm=nn.BatchNorm2d(4, track_running_stats=False)), X),
     Code.NORM_TRAINING: (lambda: changed(pair(), lambda m: m[1].train()), X),
     Code.NORM_HOOKS: (lambda: changed(pair(), lambda m: hooked(m[1])), X),
@@ -83,10 +122,17 @@ MODELS = {
     Code.STATE_MUTATED: (lambda: written(written_to), X),
     Code.TUPLE_OUTPUT: (lambda: written(native), X),
     Code.INSIDE_OPAQUE: (lambda: changed(nn.Sequential(pair()).eval(), lambda m: hooked(m[0])), X),
+    Code.UNTRACED: (lambda: untraceable(branching), X),
+    Code.EXPOSED: (lambda: untraceable(handing_on), X),
     Code.OPERATOR_HOOKS: (lambda: changed(pair(), lambda m: hooked(m[0])), X),
     Code.OPERATOR_OWN_FORWARD: (lambda: pair(OwnConv(3, 4, 3)), X),
-    Code.OPERATOR_COMPUTED: (lambda: pair(parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), X),
+    Code.OPERATOR_COMPUTED: (
+        lambda: written(lambda m, x: m.norm(F.conv2d(x, m.conv.weight * x.mean()))),
+        X,
+    ),
     Code.OPERATOR_TRAINING: (lambda: changed(pair(), lambda m: m[0].train()), X),
+    Code.PADDING: (lambda: randomise(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1))), X),
+    Code.NEGATIVE_SCALE: (lambda: pair(nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2))), X),
     Code.OVERFLOW: (lambda: changed(pair(), lambda m: m[1].running_mean.fill_(torch.inf)), X),
     Code.UNDERFLOW: (lambda: small(1e-7), X.half()),
 }
@@ -94,19 +140,25 @@ MODELS = {
 BEHIND_ANOTHER = {
     Code.NORM_BEFORE_LEFT: (lambda: pair(pair(nn.ReLU(), nn.BatchNorm2d(3)), nn.BatchNorm2d(3)), X)
 }
+# These take keep_modules=True; a graph folds the norm.
+KEPT = {
+    Code.SHARED: (lambda: written(called_twice), X),
+    Code.NO_MODULE: (lambda: written(called_as_a_function), X),
+    Code.OPTIONS: (lambda: randomise(WithOption()), X),
+}
 
 
 def test_every_code_is_provoked():
-    assert {*MODELS, *BEHIND_ANOTHER} == set(Code)
+    assert {*MODELS, *BEHIND_ANOTHER, *KEPT} == set(Code)
 
 
-def refusals_of(make, x):
+def refusals_of(make, x, *, keep_modules=False):
     model = make()
     before = snapshot(model)
-    fused = fxfuse.fuse(model)
+    fused = fxfuse.fuse(model, keep_modules=keep_modules)
     assert_untouched(before, model)
     report = fxfuse.report(fused)
-    assert not report.folded and report == fxfuse.explain(model)
+    assert not report.folded and report == fxfuse.explain(model, keep_modules=keep_modules)
     if x is not None:
         torch.testing.assert_close(fused(x), model(x), rtol=0, atol=0, equal_nan=True)
     return report.refused
@@ -119,6 +171,21 @@ def test_code_is_the_only_one_and_the_output_is_bit_identical(code):
     assert refusal.reason.startswith(code.value.reason) and refusal.hint == code.value.hint
 
 
+@pytest.mark.parametrize("code", KEPT, ids=lambda code: code.name)
+def test_code_of_a_norm_whose_modules_are_kept_is_the_only_one(code):
+    make, x = KEPT[code]
+    (refusal,) = refusals_of(make, x, keep_modules=True)
+    assert (refusal.norm, refusal.code) == ("norm", code.value.code)
+    assert refusal.reason.startswith(code.value.reason) and refusal.hint == code.value.hint
+
+
+@pytest.mark.parametrize("code", KEPT, ids=lambda code: code.name)
+def test_norm_that_is_left_where_modules_are_kept_is_folded_in_a_graph_of_one_choice(code):
+    model = KEPT[code][0]()
+    graph = capture(model).module().eval()
+    assert len(fxfuse.explain(graph).folded) == 1
+
+
 @pytest.mark.parametrize("code", BEHIND_ANOTHER, ids=lambda code: code.name)
 def test_code_of_a_norm_behind_another_norm_comes_with_that_of_the_other(code):
     other, refusal = refusals_of(*BEHIND_ANOTHER[code])
@@ -129,15 +196,25 @@ def test_code_of_a_norm_behind_another_norm_comes_with_that_of_the_other(code):
 @pytest.mark.parametrize("code", MODELS, ids=lambda code: code.name)
 def test_refusal_names_the_norm(code):
     (refusal,) = refusals_of(*MODELS[code])
-    assert refusal.norm in {"1", "norm", "0.1"}
+    assert refusal.norm in {"1", "norm", "0.1"} or (code is Code.PADDING and refusal.norm == "0")
 
 
 @pytest.mark.parametrize(
-    "code", [Code.OTHER_USERS, Code.OPERATOR_HOOKS, Code.OPERATOR_COMPUTED, Code.CHANNELS]
+    ("code", "offender"),
+    [
+        *(
+            (Code.OTHER_USERS, "conv -> output"),
+            (Code.OPERATOR_HOOKS, ": 0"),
+            (Code.OPERATOR_COMPUTED, ": mul"),
+        ),
+        *((Code.CHANNELS, "5 and 4 of 0"), (Code.MIXED, ": _0_1"), (Code.INSIDE_OPAQUE, ": 0 (Sequential)")),
+        *((Code.UNTRACED, "norm (BatchNorm2d)"), (Code.EXPOSED, "apply(self.norm, ")),
+        *((Code.PADDING, ": _1"), (Code.NEGATIVE_SCALE, ": _0_0")),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
 )
-def test_refusal_names_what_stands_in_the_way(code):
+def test_refusal_names_what_stands_in_the_way(code, offender):
     (refusal,) = refusals_of(*MODELS[code])
-    offender = {Code.OTHER_USERS: "conv -> output", Code.CHANNELS: "5 after 4 of 0"}.get(code, ": 0")
     assert offender in refusal.reason
 
 
@@ -156,8 +233,11 @@ def test_example_inputs_settle_an_unknown_rank():
 
 def test_refusal_in_a_larger_model_keeps_no_other_norm_from_folding():
     model = randomise(
-        nn.Sequential(nn.BatchNorm2d(3), pair(), nn.ReLU(), nn.BatchNorm2d(4), pair(nn.Conv2d(4, 4, 1)))
+        nn.Sequential(
+            *(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1, padding=1), pair(), nn.ReLU()),
+            *(nn.BatchNorm2d(4), nn.ReLU(), pair(nn.Conv2d(4, 4, 1))),
+        )
     )
     report = fxfuse.explain(model)
-    assert [fold.norm for fold in report.folded] == ["1.1", "4.1"]
-    assert {refusal.norm: refusal.code for refusal in report.refused} == {"0": "FXF103", "3": "FXF102"}
+    assert [fold.norm for fold in report.folded] == ["2.1", "6.1"]
+    assert {refusal.norm: refusal.code for refusal in report.refused} == {"0": "FXF305", "4": "FXF102"}

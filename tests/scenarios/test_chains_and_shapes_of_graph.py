@@ -79,12 +79,24 @@ def test_norm_behind_a_norm_that_is_left_is_left_too(form):
     [
         *(nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(-1.0), nn.Hardswish(), nn.Softmax(1), nn.PReLU()),
         *(F.relu, torch.relu, torch.relu_, lambda y: F.relu(y, inplace=True), lambda y: y.relu()),
-        *(lambda y: y.relu_(), lambda y: y.clamp(min=0), lambda y: -y, lambda y: y.mul(2), lambda y: y * 2),
-        *(lambda y: y.square(), lambda y: y.abs(), lambda y: y.data, lambda y: y.clone()),
+        *(lambda y: y.relu_(), lambda y: y.clamp(min=0), lambda y: y.square(), lambda y: y.abs()),
+        *(lambda y: y * y, lambda y: y.mul(y.mean()), lambda y: y % 2, lambda y: y.data),
     ],
 )
 def test_nothing_folds_across_an_operator_that_changes_values(middle):
     check(between(middle), noise(*IMAGE), left=["FXF102"])
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize(
+    "middle",
+    [
+        *(lambda y: -y, lambda y: y.mul(2), lambda y: y * 2, lambda y: 3 * y / 2 - 1, lambda y: 1 - y),
+        *(lambda y: y.clone(), torch.clone, lambda y: y * 0.1 + 0.3),
+    ],
+)
+def test_norm_folds_across_constants_and_copies(middle, form):
+    check(form(between(middle)), noise(*IMAGE), folded=1)
 
 
 @pytest.mark.parametrize(
@@ -129,12 +141,34 @@ def test_output_of_the_norm_and_input_of_the_conv_may_be_written_to(write):
 @pytest.mark.parametrize(
     "middle",
     [
-        *(nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.LPPool2d(2, 2)),
-        *(lambda y: F.max_pool2d(y, 2), lambda y: F.avg_pool2d(y, 2), lambda y: y.mean((2, 3), keepdim=True)),
+        *(nn.AvgPool2d(2), nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.AdaptiveAvgPool2d(1)),
+        *(lambda y: F.avg_pool2d(y, 2), lambda y: y.mean((2, 3), keepdim=True)),
     ],
 )
-def test_norm_after_pooling_is_left(middle, form):
-    check(form(between(middle)), noise(*IMAGE), left=["FXF102"])
+def test_norm_after_average_pooling_is_folded(middle, form):
+    check(form(between(middle)), noise(*IMAGE), folded=1)
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize("middle", [nn.MaxPool2d(2), lambda y: F.max_pool2d(y, 2), nn.AdaptiveMaxPool2d(1)])
+def test_norm_after_a_maximum_is_left_unless_it_keeps_the_order(middle, form):
+    model = between(middle)
+    check(form(model), noise(*IMAGE), left=["FXF306"])
+    with torch.no_grad():
+        model.norm.weight.abs_()  # a scale of zero stays
+    check(form(model), noise(*IMAGE), folded=1)
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize(
+    ("middle", "code"),
+    [
+        *((nn.LPPool2d(2, 2), "FXF102"), (nn.AvgPool2d(3, 1, 1), "FXF305")),
+        (nn.AvgPool2d(2, divisor_override=3), "FXF305"),
+    ],
+)
+def test_norm_after_pooling_that_is_no_average_is_left(middle, code, form):
+    check(form(between(middle)), noise(*IMAGE), left=[code])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -178,12 +212,17 @@ def test_dropout_in_train_mode_stops_a_norm(middle):
     check(model, noise(*IMAGE), left=["FXF102"])
 
 
-def test_subclass_of_identity_that_is_none_stops_a_norm():
+def test_subclass_of_identity_is_taken_for_what_it_computes():
     class Doubled(nn.Identity):
         def forward(self, x):
             return 2 * x
 
-    check(between(Doubled()), noise(*IMAGE), left=["FXF102"])
+    class Squared(nn.Identity):
+        def forward(self, x):
+            return x.square()
+
+    check(between(Doubled()), noise(*IMAGE), folded=1)
+    check(between(Squared()), noise(*IMAGE), left=["FXF102"])
 
 
 # 15
@@ -198,13 +237,7 @@ def test_subclass_of_identity_that_is_none_stops_a_norm():
             lambda y: (y > 0).sum(),
             lambda y: [y, {"y": y}],
         ),
-        *(
-            lambda y: y[:0],
-            torch.zeros_like,
-            lambda y: y.detach(),
-            lambda y: y.T,
-            lambda y: y.data,
-        ),
+        *(lambda y: y[:0], lambda y: y.detach(), lambda y: y.T, lambda y: y.data),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The use of `x.T` on tensors of dimension other than 2")
@@ -223,7 +256,7 @@ def test_norm_is_left_where_the_output_of_the_conv_is_used_elsewhere(other, form
     [
         *(lambda y: y.shape[0], lambda y: y.size(), lambda y: y.size(1), lambda y: y.dim(), lambda y: y.ndim),
         *(lambda y: y.numel(), torch.numel, lambda y: y.dtype, lambda y: y.device),
-        *(lambda y: y.is_floating_point(), torch.is_floating_point, lambda y: y.is_cuda),
+        *(lambda y: y.is_floating_point(), torch.is_floating_point, lambda y: y.is_cuda, torch.zeros_like),
     ],
 )
 def test_queries_of_shape_and_kind_are_no_users(query, form):
@@ -299,27 +332,58 @@ def test_residual_block_with_an_identity_branch_is_folded(form):
 
 # 18
 @pytest.mark.parametrize("form", FORMS)
-def test_norm_after_a_sum_of_two_convs_is_left(form):
+@pytest.mark.parametrize(
+    "add", [operator.add, operator.sub, torch.add, lambda a, b: torch.sub(a, b, alpha=3)]
+)
+def test_norm_after_a_sum_of_two_convs_goes_into_both(add, form):
     layers = {"a": nn.Conv2d(3, 4, 3), "b": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4)}
     x = noise(*IMAGE)
-    model = randomise(Forward(lambda m, x: m.norm(m.a(x) + m.b(x)), **layers))
-    check(form(model, x), x, left=["FXF102"])
+    model = randomise(Forward(lambda m, x: m.norm(add(m.a(x), m.b(x))), **layers))
+    fused = check(form(model, x), x, folded=1)
+    (fold,) = fxfuse.report(fused).folded
+    assert [name.removesuffix(".layer") for name in fold.into] == ["a", "b"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("add", "code"),
+    [
+        *(
+            (lambda a, b: a + b.relu(), "FXF102"),
+            (lambda a, b: a * b, "FXF102"),
+            (lambda a, b: a + a, "FXF101"),
+        ),
+        (lambda a, b: a + b + a.mean(), "FXF101"),
+    ],
+)
+def test_norm_after_a_sum_of_which_not_all_can_absorb_is_left(add, code, form):
+    layers = {"a": nn.Conv2d(3, 4, 3), "b": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4)}
+    x = noise(*IMAGE)
+    model = randomise(Forward(lambda m, x: m.norm(add(m.a(x), m.b(x))), **layers))
+    check(form(model, x), x, left=[code])
 
 
 # 19
 @pytest.mark.parametrize("form", WRITTEN)
 @pytest.mark.parametrize("eps", [1e-5, 0.1])
 @pytest.mark.parametrize(
-    ("order", "dim"), [("ab", 1), ("ba", 1), ("aba", 1), ("bab", -3), ("aa", 2), ("ab", 0)]
+    ("order", "dim", "left"),
+    [
+        *(("ab", 1, []), ("ba", 1, []), ("ba", -3, []), ("abc", 1, []), ("cab", 1, []), ("ab", 0, [])),
+        *(("ba", 2, []), ("abc", -1, [])),
+        *(("aba", 1, ["FXF101"]), ("bab", -3, ["FXF101"]), ("aa", 2, ["FXF101"])),
+    ],
 )
-def test_norm_after_a_concat_is_left_with_its_eps(order, dim, eps, form):
+def test_norm_after_a_concat_is_divided_with_its_eps_or_left(order, dim, left, eps, form):
     def forward(m, x):
-        parts = {"a": m.a(x), "b": m.b(x)}
+        parts = {key: getattr(m, key)(x) for key in sorted(order)}
         return m.norm(torch.cat([parts[key] for key in order], dim))
 
-    layers = {"a": nn.Conv2d(3, 4, 3), "b": nn.Conv2d(3, 4, 3)}
+    layers = {"a": nn.Conv2d(3, 4, 3), "b": nn.Conv2d(3, 4, 3, bias=False)}
+    layers |= {"c": nn.ConvTranspose2d(3, 4, 3, padding=2)}
     norm = nn.BatchNorm2d(4 * len(order) if dim in (1, -3) else 4, eps=eps)
-    check(form(randomise(Forward(forward, **layers, norm=norm))), noise(*IMAGE), left=["FXF102"])
+    model = form(randomise(Forward(forward, **layers, norm=norm)))
+    check(model, noise(*IMAGE), folded=1 - len(left), left=left)
 
 
 @pytest.mark.parametrize("form", WRITTEN)
@@ -329,56 +393,74 @@ def test_norms_before_a_concat_are_folded_and_the_one_after_it_is_left(form):
         return m.norm(torch.cat((part, m.b(x), x[:, :, 1:-1, 1:-1]), 1)), part
 
     model = randomise(Forward(forward, a=block(), b=block(), norm=nn.BatchNorm2d(11)))
-    check(form(model), noise(*IMAGE), folded=2, left=["FXF102"])
+    check(form(model), noise(*IMAGE), folded=2, left=["FXF108"])
 
 
 # 20
 @pytest.mark.parametrize("form", WRITTEN)
 @pytest.mark.parametrize(
+    "middle",
+    [
+        *(nn.Flatten(2), lambda y: y.flatten(2), lambda y: torch.flatten(y, 2), lambda y: y.flatten(-2)),
+        *(lambda y: y.view(y.shape[0], 4, -1), lambda y: y.reshape(y.size(0), y.size(1), -1)),
+    ],
+)
+def test_norm_after_a_reshape_that_keeps_the_channels_is_folded(middle, form):
+    check(form(between(middle, nn.BatchNorm1d(4))), noise(*IMAGE), folded=1)
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize(
     ("middle", "channels"),
     [
-        *((nn.Flatten(2), 4), (lambda y: y.flatten(2), 4), (lambda y: torch.flatten(y, 2), 4)),
         *(
-            (lambda y: y.view(2, 4, -1), 4),
+            (lambda y: y.view(2, 4, -1), 4),  # on two images it keeps the channels, on one it does not
+            (lambda y: y.view(-1, 4, 16), 4),
             (lambda y: y.reshape(2, 8, -1), 8),
             (lambda y: y.view(2, 16, 4), 16),
         ),
         *((lambda y: y.reshape(2, 4, 4, 4).transpose(1, 2).flatten(2), 4), (lambda y: y.flatten(1), 64)),
     ],
 )
-def test_norm_after_a_reshape_of_an_image_is_left(middle, channels, form):
-    check(form(between(middle, nn.BatchNorm1d(channels))), noise(*IMAGE), left=["FXF102"])
+def test_norm_after_a_reshape_that_may_mix_the_channels_is_left(middle, channels, form):
+    check(form(between(middle, nn.BatchNorm1d(channels))), noise(*IMAGE), left=["FXF108"])
 
 
 # 21
 @pytest.mark.parametrize("form", WRITTEN)
 @pytest.mark.parametrize(
-    "middle",
+    ("middle", "code", "known"),
     [
         *(
-            lambda y: y.reshape(3, 3, 3),
-            lambda y: y.view(3, 3, 3),
-            lambda y: y.transpose(1, 2),
-            lambda y: y.mT,
+            (lambda y: y.reshape(3, 3, 3), "FXF108", "FXF108"),
+            (lambda y: y.view(3, 3, 3), "FXF108", "FXF108"),
         ),
-        *(
-            lambda y: y.permute(0, 2, 1),
-            lambda y: y.transpose(0, 1),
-            lambda y: y.swapaxes(1, 2).contiguous(),
-        ),
-        *(
-            lambda y: torch.transpose(y, 1, 2),
-            lambda y: y.flip(1),
-            lambda y: y.squeeze(),
-            lambda y: y.flatten(0, 1),
-        ),
+        *((lambda y: y.mT, "FXF102", "FXF102"), (lambda y: y.transpose(0, 1), "FXF108", "FXF104")),
+        *((lambda y: y.flip(1), "FXF102", "FXF102"), (lambda y: y.squeeze(), "FXF102", "FXF102")),
     ],
 )
-def test_reshape_of_square_sizes_is_never_taken_for_the_channel_axis(middle, form):
+def test_reshape_of_square_sizes_is_never_taken_for_the_channel_axis(middle, code, known, form):
     x = noise(3, 3, 3)
     model = form(between(middle, nn.BatchNorm1d(3), nn.Linear(3, 3)))
-    check(model, x, left=["FXF102"])
-    check(model, x, left=["FXF102"], example_inputs=(x,))
+    check(model, x, left=[code])
+    check(model, x, left=[known], example_inputs=(x,))
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize(
+    "middle",
+    [
+        *(lambda y: y.transpose(1, 2), lambda y: y.permute(0, 2, 1), lambda y: torch.transpose(y, 1, 2)),
+        *(lambda y: y.swapaxes(1, 2).contiguous(), lambda y: y.flatten(0, 1)),
+    ],
+)
+def test_features_that_are_moved_to_the_norms_axis_are_folded_where_the_axes_are_known(middle, form):
+    x = noise(3, 3, 3)
+    model = form(between(middle, nn.BatchNorm1d(3), nn.Linear(3, 3)))
+    check(model, x, left=["FXF108"])
+    fused = check(model, x, folded=1, example_inputs=(x,))
+    with pytest.raises((AssertionError, IndexError)):
+        fused(noise(3, 3))
 
 
 @pytest.mark.parametrize("form", WRITTEN)
@@ -392,27 +474,42 @@ def test_square_linear_and_norm_over_the_other_axis_are_never_wrong(form):
 # 22
 @pytest.mark.parametrize("form", WRITTEN)
 @pytest.mark.parametrize("size", [4, 5])
-def test_norm_after_linear_and_unsqueeze_is_left(size, form):
-    model = form(between(lambda y: y.unsqueeze(-1), nn.BatchNorm1d(4), nn.Linear(size, 4)))
-    check(model, noise(3, size), left=["FXF102"])
+def test_norm_after_linear_and_unsqueeze_is_folded_where_the_axes_are_known(size, form):
+    model, x = form(between(lambda y: y.unsqueeze(-1), nn.BatchNorm1d(4), nn.Linear(size, 4))), noise(3, size)
+    check(model, x, left=["FXF108"])
+    fused = check(model, x, folded=1, example_inputs=(x,))
+    with pytest.raises(AssertionError, match="2 axes"):
+        fused(noise(3, 4, size))
 
 
 # 23
 @pytest.mark.parametrize("form", WRITTEN)
 @pytest.mark.parametrize(
-    ("middle", "channels"),
+    ("middle", "outs", "channels"),
     [
-        *(
-            (lambda y: F.interpolate(y, scale_factor=2.0), 4),
-            (nn.Upsample(scale_factor=2, mode="bilinear"), 4),
-        ),
-        *((nn.PixelShuffle(2), 1), (lambda y: F.pixel_unshuffle(y, 2), 16), (nn.ChannelShuffle(2), 4)),
-        *((nn.ZeroPad2d(1), 4), (lambda y: F.pad(y, (1, 1)), 4), (lambda y: y[:, [1, 0, 3, 2]], 4)),
-        *((lambda y: y.roll(1, 1), 4), (lambda y: y.chunk(2, 1)[1], 2), (lambda y: y[:, :2], 2)),
+        (lambda y: F.interpolate(y, scale_factor=2.0), 4, 4),
+        (nn.Upsample(scale_factor=2, mode="bilinear"), 4, 4),
+        *((nn.PixelShuffle(2), 8, 2), (lambda y: F.pixel_shuffle(y, 2), 8, 2), (nn.ChannelShuffle(2), 6, 6)),
+        *((nn.ReflectionPad2d(1), 4, 4), (lambda y: F.pad(y, (1, 1, 0, 1), mode="circular"), 4, 4)),
+        *((lambda y: y.chunk(2, 1)[1], 4, 2), (lambda y: y[:, :2], 4, 2), (lambda y: y[:, 1::2], 5, 2)),
     ],
 )
-def test_norm_after_resampling_padding_or_shuffling_is_left(middle, channels, form):
-    check(form(between(middle, nn.BatchNorm2d(channels))), noise(*IMAGE), left=["FXF102"])
+def test_norm_after_resampling_shuffling_or_slicing_is_folded(middle, outs, channels, form):
+    model = between(middle, nn.BatchNorm2d(channels), nn.Conv2d(3, outs, 3))
+    check(form(model), noise(*IMAGE), folded=1)
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize(
+    ("middle", "channels", "code"),
+    [
+        *((nn.ZeroPad2d(1), 4, "FXF305"), (lambda y: F.pad(y, (1, 1)), 4, "FXF305")),
+        *((lambda y: F.pixel_unshuffle(y, 2), 16, "FXF108"), (nn.PixelUnshuffle(2), 16, "FXF108")),
+        *((lambda y: y[:, [1, 0, 3, 2]], 4, "FXF102"), (lambda y: y.roll(1, 1), 4, "FXF102")),
+    ],
+)
+def test_norm_after_zero_padding_or_another_order_is_left(middle, channels, code, form):
+    check(form(between(middle, nn.BatchNorm2d(channels))), noise(*IMAGE), left=[code])
 
 
 def test_every_norm_of_a_small_network_is_accounted_for():

@@ -4,6 +4,7 @@ import copy
 import io
 import operator
 import pickle
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 import fxfuse
+from fxfuse.capture import capture
 from tests.forms import EXPORT_WARNING, FORMS, Forward, check, exported, functions, modules, noise
 from tests.support import assert_exact, assert_untouched, folds, randomise, snapshot
 
@@ -26,8 +28,8 @@ def pair(ins=3, outs=4, **options):
 
 def small_net():
     """Two norms to fold, one to leave."""
-    layers = [*pair(), nn.ReLU(), nn.BatchNorm2d(4), *pair(4, 4, bias=False), nn.Flatten(), nn.Linear(16, 2)]
-    return randomise(nn.Sequential(*layers))
+    layers = [*pair(), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU(), *pair(4, 4, bias=False)]
+    return randomise(nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 2)))
 
 
 def folded_of(model):
@@ -148,9 +150,9 @@ def scaling(*factors):
         ((1e3, 1e-3), 2, []),
         ((1e-3, 1e3), 2, []),
         ((6e4, 6e4, 1e-5, 1e-4), 4, []),
-        ((100.0, 6e4, 6e4), 1, ["FXF401", "FXF401"]),
+        ((100.0, 6e4, 6e4), 1, ["FXF401", "FXF107"]),
         ((6e4, 6e4), 1, ["FXF401"]),
-        ((1e-3, 1e-4, 1e-4), 1, ["FXF402", "FXF402"]),
+        ((1e-3, 1e-4, 1e-4), 1, ["FXF402", "FXF107"]),
     ],
 )
 def test_as_much_of_a_chain_is_folded_as_the_dtype_holds(factors, folded, left):
@@ -221,7 +223,7 @@ def test_tensors_that_are_not_folded_share_their_memory_with_the_source(form):
 def test_tensors_that_are_not_folded_stay_where_they_are_in_memory_twice_over():
     model = small_net()
     twice = fxfuse.fuse(fxfuse.fuse(model))
-    assert twice.get_parameter("7.weight").data_ptr() == model[7].weight.data_ptr()
+    assert twice.get_parameter("8.weight").data_ptr() == model[8].weight.data_ptr()
 
 
 # 63
@@ -254,13 +256,13 @@ class Marked(nn.Parameter):
 @pytest.mark.parametrize("kind", [nn.Parameter, Marked])
 def test_parameters_stay_parameters(kind):
     model = randomise(
-        Forward(lambda m, x: m.net(x) * m.scale, net=small_net(), scale=nn.Parameter(torch.ones(1)))
+        Forward(lambda m, x: m.net(x).relu() * m.scale, net=small_net(), scale=nn.Parameter(torch.ones(1)))
     )
-    for module in (model.net[0], model.net[7]):
+    for module in (model.net[0], model.net[8]):
         module.weight = kind(module.weight.data)
     model.scale = kind(model.scale.data)
     found = dict(check(model, X, folded=2, left=["FXF102"]).named_parameters())
-    assert found.keys() >= {"net.0.weight", "net.7.weight", "scale"}
+    assert found.keys() >= {"net.0.weight", "net.8.weight", "scale"}
     assert all(isinstance(tensor, nn.Parameter) and tensor.requires_grad for tensor in found.values())
 
 
@@ -382,7 +384,7 @@ def test_folded_state_dict_does_not_load_into_the_source_and_the_error_names_the
 
 @pytest.mark.parametrize("persistent", [True, False])
 def test_buffer_is_in_the_folded_state_dict_if_it_was_in_that_of_the_source(persistent):
-    model = randomise(Forward(lambda m, x: m.net(x) * m.mask, net=nn.Sequential(*pair())))
+    model = randomise(Forward(lambda m, x: m.net(x).relu() * m.mask, net=nn.Sequential(*pair())))
     model.register_buffer("mask", noise(4, 1, 1), persistent=persistent)
     state = check(model, X, folded=1).state_dict()
     assert sorted(state) == ["mask"] * persistent + ["net.0.bias", "net.0.weight"]
@@ -443,12 +445,29 @@ def measuring(m, x):
 
 
 @pytest.mark.parametrize("forward", [branching, looping, measuring])
-def test_model_that_cannot_be_traced_is_a_capture_error_that_names_the_line(forward):
-    model = randomise(Forward(forward, net=nn.Sequential(*pair())))
+def test_model_that_cannot_be_traced_is_folded_inside_and_a_note_names_the_line(forward):
+    model = randomise(type("Model", (nn.Module,), {"forward": forward})())
+    model.net = randomise(nn.Sequential(*pair()))
     before = snapshot(model)
-    with pytest.raises(fxfuse.CaptureError, match=rf"Forward cannot be traced[\s\S]*in {forward.__name__}: "):
-        fxfuse.fuse(model)
+    message = rf"Model cannot be traced[\s\S]*in {forward.__name__}: "
+    with pytest.raises(fxfuse.CaptureError, match=message):
+        capture(model)
+    fused = fxfuse.fuse(model)
     assert_untouched(before, model)
+    assert type(fused) is type(model) and type(fused.net[1]) is nn.Identity
+    assert folded_of(fused) == (1, [])
+    assert re.search(message, "\n".join(fxfuse.report(fused).notes))
+    for x in (X, -X, noise(1, 3, 7, 4)) if forward is not looping else (X[:1], noise(1, 3, 5, 9)):
+        assert_exact(model(x).detach(), fused(x).detach())
+
+
+@pytest.mark.parametrize("forward", [branching, looping, measuring])
+def test_forward_that_hands_its_module_on_leaves_the_norms_as_they_are(forward):
+    model = randomise(Forward(forward, net=nn.Sequential(*pair())))
+    fused = fxfuse.fuse(model)
+    assert folded_of(fused) == (0, ["FXF210"])
+    for x in (X[:1], -X[:1]):
+        assert torch.equal(model(x), fused(x))
 
 
 # 68
@@ -535,7 +554,8 @@ def test_folded_model_is_cast_as_a_whole_and_the_source_is_not(dtype):
         (nn.Sequential(nn.Identity(), nn.BatchNorm2d(3)), X, ["FXF103"]),
         (nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3)), X, ["FXF102", "FXF103"]),
         (nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)), X, ["FXF103", "FXF107"]),
-        (nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(3)), X, ["FXF102"]),
+        (nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(3)), X, ["FXF103"]),
+        (nn.Sequential(nn.Softmax(1), nn.BatchNorm2d(3)), X, ["FXF102"]),
         (nn.Conv2d(3, 4, 1), X, []),
         (nn.Linear(6, 2), X, []),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), X, []),
@@ -625,7 +645,7 @@ def test_rounding_of_a_millionth_is_none_to_the_verifier_and_a_border_pixel_is()
 
 def test_norm_before_a_padded_conv_is_left_and_its_border_is_exact():
     model = randomise(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1, padding=1)))
-    fused = check(model, X, left=["FXF103"])
+    fused = check(model, X, left=["FXF305"])
     assert fxfuse.verify(model, fused, (X,)).ok
 
 

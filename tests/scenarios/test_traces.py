@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.testing import assert_close
 
 import fxfuse
+from fxfuse.capture import capture
 from tests.forms import EXPORT_WARNING, Forward, check, exported, noise, traced
 from tests.support import assert_exact, assert_untouched, randomise, snapshot
 
@@ -84,7 +85,7 @@ def by_python_chance(m, x):
         *(by_python_chance, doubled_when_called),
     ],
 )
-def test_trace_is_right_on_each_run_or_refused(forward):
+def test_result_is_right_on_each_run(forward):
     layers = {
         "conv": nn.Conv2d(3, 4, 3),
         "norm": nn.BatchNorm2d(4),
@@ -95,11 +96,9 @@ def test_trace_is_right_on_each_run_or_refused(forward):
     if forward is in_autocast:
         model.float()
     before = snapshot(model)
-    try:
-        fused = fxfuse.fuse(copy.deepcopy(model))
-    except fxfuse.CaptureError:
-        assert_untouched(before, model)
-        return
+    fused = copy.deepcopy(fxfuse.fuse(model))
+    assert_untouched(before, model)
+    assert fxfuse.report(fused).norms == 1
     for run in range(3):
         random.seed(run)
         expected = model(X)
@@ -156,11 +155,12 @@ def test_norm_in_a_branch_of_an_exported_condition_is_accounted_for():
     assert fxfuse.report(fused).norms == 1
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, Statistics])
-def test_graph_module_that_calls_a_graph_module_accounts_for_its_norms(norm):
+@pytest.mark.parametrize(("norm", "left"), [(nn.BatchNorm2d, []), (Statistics, ["FXF502"])])
+def test_graph_module_that_calls_a_graph_module_accounts_for_its_norms(norm, left):
     graph = fx.Graph()
     graph.output(graph.call_module("inner", (graph.placeholder("x"),)))
-    check(fx.GraphModule({"inner": traced(conv_norm(norm(4)))}, graph).eval(), X, left=["FXF208"])
+    model = fx.GraphModule({"inner": traced(conv_norm(norm(4)))}, graph).eval()
+    check(model, X, folded=1 - len(left), left=left)
 
 
 def test_exported_module_is_fused_as_torch_gives_it():
@@ -192,21 +192,28 @@ def test_replaced_forward_of_a_submodule_does_not_reach_the_source():
     model = nn.Sequential(conv_norm(nn.BatchNorm2d(4))).eval()
     model[0].forward = types.MethodType(forward, model[0])
     before = snapshot(model)
-    assert len(fxfuse.report(fxfuse.fuse(model)).folded) == 1
+    fused = fxfuse.fuse(model)
     assert_untouched(before, model)
+    expected = fused(X)
+    assert not hasattr(model[0], "last")
+    assert_exact(model(X), expected)
+    assert fused[0].last is model[0].last is X and fxfuse.report(fused).norms == 1
 
 
 @pytest.mark.parametrize("name", ["meta", "graph", "code", "module", "x"])
 def test_submodules_with_names_that_graph_modules_use_are_right_or_refused(name):
     forward = lambda m, x: m.norm(getattr(m, name)(x))  # noqa: E731
     model = randomise(Forward(forward, **{name: nn.Conv2d(3, 4, 3)}, norm=nn.BatchNorm2d(4)))
-    try:
-        fused = fxfuse.fuse(model)
-    except fxfuse.CaptureError as error:
-        assert name in str(error)
-        return
-    assert len(fxfuse.report(fused).folded) == 1
+    fused = fxfuse.fuse(model)
+    report = fxfuse.report(fused)
     assert_exact(model(X), fused(X))
+    assert report.norms == 1
+    if name in ("meta", "graph", "code"):
+        with pytest.raises(fxfuse.CaptureError, match=name):
+            capture(model)
+        assert report.refused and name in " ".join(report.notes)
+    else:
+        assert report.folded
 
 
 @pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])

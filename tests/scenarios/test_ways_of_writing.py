@@ -1,5 +1,6 @@
 """Scenarios 33-40: the same operators and norms, written in other ways."""
 
+import copy
 import types
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 import fxfuse
+from fxfuse.capture import capture
 from tests.forms import (
     EXPORT_WARNING,
     Forward,
@@ -220,7 +222,7 @@ def test_transposed_conv_called_as_a_function_is_folded(call):
             lambda x, w, b: torch.einsum("nc,oc->no", x, w),
             lambda x, w, b: F.bilinear(x, x, w[:, :, None] + w[:, None]),
         ),
-        lambda x, w, b: F.linear(x, 2 * w, b),
+        lambda x, w, b: F.linear(x, w * x.mean(), b),
     ],
 )
 def test_linear_map_that_is_no_linear_layer_is_left(call):
@@ -395,8 +397,17 @@ class Frozen(nn.Module):
         return x * scale + (bias - self.running_mean.view(1, -1, 1, 1) * scale)
 
 
-def test_frozen_norm_is_left_as_the_arithmetic_that_it_is():
-    check(conv_norm(Frozen(4)), X)
+@pytest.mark.parametrize("form", [modules, exported])
+def test_frozen_norm_is_folded_as_the_arithmetic_that_it_is(form):
+    check(form(conv_norm(Frozen(4)), X), X, folded=1)
+
+
+@pytest.mark.parametrize("form", [modules, exported])
+def test_frozen_norm_between_two_activations_is_accounted_for(form):
+    model = form(randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Frozen(4), nn.ReLU())), X)
+    fused = fxfuse.fuse(model)
+    assert [refusal.code for refusal in fxfuse.report(fused).refused] == ["FXF102"]
+    assert torch.equal(model(X), fused(X))
 
 
 class WithActivation(nn.BatchNorm2d):
@@ -464,12 +475,17 @@ def test_quantised_norm_is_left():
 
 
 @pytest.mark.parametrize("observer", [MinMaxObserver, FakeQuantize])
-def test_observer_between_conv_and_norm_is_a_capture_error(observer):
+def test_observer_between_conv_and_norm_keeps_it_from_folding_and_goes_on_observing(observer):
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), observer(), nn.BatchNorm2d(4)))
-    before = snapshot(model)
     with pytest.raises(fxfuse.CaptureError, match="cannot be traced"):
-        fxfuse.fuse(model)
+        capture(model[1])
+    before = snapshot(model)
+    fused = copy.deepcopy(fxfuse.fuse(model))
     assert_untouched(before, model)
+    assert [refusal.code for refusal in fxfuse.report(fused).refused] == ["FXF102"]
+    for x in (X, 100 * X):
+        assert_exact(model(x), fused(x))
+    assert_exact(dict(model[1].state_dict()), dict(fused.get_submodule("1").state_dict()))
 
 
 def test_observer_as_a_hook_keeps_a_norm_from_folding_and_goes_on_observing():

@@ -44,31 +44,64 @@ def test_conv_without_a_batch_then_norm_on_axes_of_coincident_size(dims):
         assert_exact(model(x), unaware(x))
 
 
+MULTIPLICATIONS = [lambda m, x: x @ m.linear.weight, lambda m, x: m.linear(x)]
+
+
+def multiplied(multiply, between):
+    layers = {"linear": nn.Linear(3, 3, bias=False), "norm": nn.BatchNorm1d(3)}
+    return randomise(Forward(lambda m, x: m.norm(between(multiply(m, x))), **layers))
+
+
 @pytest.mark.parametrize("form", [modules, traced, exported])
 @pytest.mark.parametrize(
-    "between",
+    ("between", "codes"),
     [
-        *(lambda y: y.reshape(3, 3, 3), lambda y: y.transpose(1, 2), lambda y: y.permute(2, 1, 0)),
-        *(lambda y: y.transpose(1, 2).transpose(1, 2), lambda y: y.view(9, 3).view(3, 3, 3), lambda y: y.mT),
+        *(
+            (lambda y: y.reshape(3, 3, 3), ["FXF108"] * 2),
+            (lambda y: y.view(9, 3).view(3, 3, 3), ["FXF108"] * 2),
+        ),
+        *(
+            (lambda y: y.permute(2, 1, 0), ["FXF102", "FXF104"]),
+            (lambda y: y.transpose(1, 2).transpose(1, 2), ["FXF102", "FXF104"]),
+        ),
     ],
 )
-@pytest.mark.parametrize("multiply", [lambda m, x: x @ m.linear.weight, lambda m, x: m.linear(x)])
-def test_matmul_then_reshape_or_transpose_then_norm_of_coincident_size(multiply, between, form):
+@pytest.mark.parametrize("place", [0, 1])
+def test_matmul_then_reshape_or_transpose_then_norm_of_coincident_size(place, between, codes, form):
     """ONNX Runtime's MatMul + BatchNormalization fusion."""
     x = noise(3, 3, 3)
-    layers = {"linear": nn.Linear(3, 3, bias=False), "norm": nn.BatchNorm1d(3)}
-    model = form(randomise(Forward(lambda m, x: m.norm(between(multiply(m, x))), **layers)), x)
-    check(model, x, left=["FXF102"], example_inputs=(x,))
+    model = form(multiplied(MULTIPLICATIONS[place], between), x)
+    check(model, x, left=[codes[place]], example_inputs=(x,))
+
+
+@pytest.mark.parametrize("form", [modules, traced, exported])
+@pytest.mark.parametrize("between", [lambda y: y.transpose(1, 2), lambda y: y.permute(0, 2, 1)])
+@pytest.mark.parametrize(("place", "left"), [(0, ["FXF102"]), (1, [])])
+def test_transpose_that_moves_the_features_to_the_norms_axis(place, left, between, form):
+    """The same fusion; here the axes agree, and on another number of axes the model is an error."""
+    x = noise(3, 3, 3)
+    model = form(multiplied(MULTIPLICATIONS[place], between), x)
+    check(model, x, folded=1 - len(left), left=left, example_inputs=(x,))
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+@pytest.mark.parametrize(
+    ("mode", "left"), [("zeros", ["FXF305"]), ("reflect", []), ("replicate", []), ("circular", [])]
+)
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_norm_then_conv_with_padding_keeps_the_border(kernel, mode, form):
+def test_norm_then_conv_with_padding_keeps_the_border(kernel, mode, left, form):
     """Sony's Model Compression Toolkit: the padding was of normalised zeros."""
     x = noise(2, 3, 5, 4)
     model = randomise(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, kernel, padding=1, padding_mode=mode)))
-    check(form(model, x), x, left=["FXF103"])
+    check(form(model, x), x, folded=1 - len(left), left=left, example_inputs=(x,))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_norm_without_a_shift_then_conv_with_padding_is_folded(form):
+    x = noise(2, 3, 5, 4)
+    model = randomise(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)))
+    model[0].bias, model[0].running_mean = None, torch.zeros_like(model[0].running_mean)
+    check(form(model, x), x, folded=1, example_inputs=(x,))
 
 
 @pytest.mark.parametrize("form", [modules, functions])
@@ -78,8 +111,14 @@ def test_norm_between_two_convs_goes_into_the_one_before_it(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("parts", ["conv, conv", "conv, input", "input, conv", "conv, conv again"])
-def test_norm_after_a_concat_keeps_its_eps(parts, form):
+@pytest.mark.parametrize(
+    ("parts", "left"),
+    [
+        *(("conv, conv", []), ("conv, conv again", [])),
+        *(("conv, input", ["FXF108"]), ("input, conv", ["FXF108"])),
+    ],
+)
+def test_norm_after_a_concat_keeps_its_eps(parts, left, form):
     """Brevitas: the norm was split over the branches, and rebuilt with the default eps."""
 
     def forward(m, x):
@@ -93,7 +132,7 @@ def test_norm_after_a_concat_keeps_its_eps(parts, form):
 
     x = noise(2, 3, 5, 4)
     layers = {"a": nn.Conv2d(3, 3, 1), "b": nn.Conv2d(3, 3, 1), "norm": nn.BatchNorm2d(6, eps=0.5)}
-    check(form(randomise(Forward(forward, **layers)), x), x, left=["FXF102"])
+    check(form(randomise(Forward(forward, **layers)), x), x, folded=1 - len(left), left=left)
 
 
 @pytest.mark.parametrize("form", [modules, functions])
@@ -116,6 +155,7 @@ def test_norm_is_paired_by_data_flow_and_not_by_order_of_registration(form):
             norm2=nn.BatchNorm2d(3),
         )
     )
-    fused = check(form(model), noise(2, 3, 5, 4), folded=1, left=["FXF102"])
-    (fold,) = fxfuse.report(fused).folded
-    assert "norm2" in fold.norm and "conv1" in fold.into[0]
+    x = noise(2, 3, 5, 4)
+    fused = check(form(model), x, folded=2, example_inputs=(x,))
+    found = {fold.norm[:5]: (fold.into[0][:5], fold.direction) for fold in fxfuse.report(fused).folded}
+    assert found == {"norm2": ("conv1", "backward"), "norm1": ("conv1", "forward")}

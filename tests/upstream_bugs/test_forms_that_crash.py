@@ -1,5 +1,7 @@
 """Models on which other tools raise, or silently fold nothing."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import fxfuse
+from fxfuse.capture import capture
 from tests.forms import EXPORT_WARNING, FORMS, Forward, check, exported, functions, modules, noise, traced
 from tests.support import assert_exact, assert_untouched, randomise, snapshot
 
@@ -40,14 +43,20 @@ def test_linear_then_norm_without_affine_parameters(bias, form):
     "wrap", [weight_norm, spectral_norm, parametrizations.weight_norm, parametrizations.spectral_norm]
 )
 @pytest.mark.parametrize(
-    ("kind", "arguments", "channels"),
-    [(nn.Conv2d, (3, 4, 3), 4), (nn.ConvTranspose2d, (3, 4, 3), 4), (nn.Linear, (6, 3), 3)],
+    ("kind", "arguments", "channels", "left"),
+    [
+        *((nn.Conv2d, (3, 4, 3), 4, []), (nn.ConvTranspose2d, (3, 4, 3), 4, [])),
+        (nn.Linear, (6, 3), 3, ["FXF104"]),
+    ],
 )
-def test_weight_norm_and_spectral_norm(kind, arguments, channels, wrap):
+def test_weight_norm_and_spectral_norm(kind, arguments, channels, left, wrap):
     """torch.fx's fuse: a fold into the stale weight, or a crash."""
     model = randomise(nn.Sequential(wrap(kind(*arguments)), nn.BatchNorm2d(channels)))
     model(X)  # a weight that a hook computes is set by a run
-    check(model, X, left=["FXF303"])
+    with torch.no_grad():
+        for parameter in model[0].parameters():
+            parameter.mul_(2)
+    check(model, X, folded=1 - len(left), left=left)
 
 
 @pytest.mark.parametrize("form", [modules, traced])
@@ -100,13 +109,24 @@ def branching(m, x):
     return m.norm(m.conv(x))
 
 
-def test_control_flow_in_forward_is_a_capture_error_that_names_the_line():
-    layers = {"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4)}
-    model = randomise(Forward(branching, **layers))
+def test_control_flow_in_forward_is_kept_and_a_note_names_the_line():
+    """The same: what the forward calls is folded inside, and both branches stay."""
+    model = type("Branching", (nn.Module,), {"forward": branching})()
+    model.conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model.norm = nn.BatchNorm2d(4)
+    randomise(model)
     before = snapshot(model)
-    with pytest.raises(fxfuse.CaptureError, match=r"in branching: if x\.shape\[-1\] % 2:"):
-        fxfuse.fuse(model)
+    line = r"in branching: if x\.shape\[-1\] % 2:"
+    with pytest.raises(fxfuse.CaptureError, match=line):
+        capture(model)
+    fused = fxfuse.fuse(model)
     assert_untouched(before, model)
+    report = fxfuse.report(fused)
+    assert [fold.norm for fold in report.folded] == ["conv.2"]
+    assert [(refusal.norm, refusal.code) for refusal in report.refused] == [("norm", "FXF209")]
+    assert re.search(line, "\n".join(report.notes))
+    for width in (5, 6):
+        assert_exact(model(noise(1, 3, 4, width)), fused(noise(1, 3, 4, width)))
 
 
 @pytest.mark.parametrize(
