@@ -28,6 +28,8 @@ IN_PLACE = [
     "rshift",
 ]
 _IN_PLACE_OPERATORS = {"setitem", "__setitem__"}.union(*({f"i{name}", f"__i{name}__"} for name in IN_PLACE))
+# numpy's names of arguments, which torch takes as well.
+_NUMPY = {"axis": "dim", "keepdims": "keepdim"}
 # Methods that take their numbers one by one or as a tuple.
 _PACKED = {"view", "reshape", "permute"}
 # Modules whose functions write to their arguments only if their name says so.
@@ -51,9 +53,10 @@ def _bound(node: fx.Node) -> inspect.BoundArguments:
     args = node.args
     if node.target in _PACKED and len(args) > 2:
         args = (args[0], args[1:])  # x.view(2, 3) is x.view((2, 3))
+    kwargs = {_NUMPY.get(name, name): value for name, value in node.kwargs.items()}
     for signature in _signatures(node.target):
         try:
-            return signature.bind(*args, **node.kwargs)
+            return signature.bind(*args, **kwargs)
         except TypeError:
             continue
     raise TypeError(f"{node.format_node()} fits no known signature")
@@ -89,6 +92,8 @@ def _from_schema(schema: torch.FunctionSchema) -> inspect.Signature:
 def operator_name(node: fx.Node) -> str:
     """What a node computes, whatever its dialect: "add" for ``x + y``, ``x += y``, torch.add, x.add_(y)."""
     target: Any = node.target
+    if target is getattr and node.args[1] == "mT":
+        return "mT"
     if node.op == "call_function" and getattr(target, "__module__", "") == "_operator":
         name = str(target.__name__)
         return name[1:] if name[1:] in IN_PLACE else name

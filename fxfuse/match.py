@@ -395,6 +395,8 @@ class _Matcher:
     def _site(self, node: fx.Node, side: Literal["output", "input"], op: Linear, channels: Channels) -> Site:
         size = op.channels if side == "output" else op.in_channels
         owner = str(op.weight).rpartition(".")[0] or node.name
+        if len(channels.axes) > 1:
+            raise _Stop(Code.MIXED, owner)
         if channels.axes not in ((), (-1 - op.dims,)):
             raise _Stop(Code.AXIS, owner)
         if channels.over(size) is None:

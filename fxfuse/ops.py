@@ -303,7 +303,7 @@ class Reader:
 
 def _bound(node: fx.Node) -> dict[str, Any] | None:
     """The arguments of a call by name; None if it fits no signature that is known."""
-    if getattr(node.target, "__module__", "") == "_operator":
+    if node.target is getattr or getattr(node.target, "__module__", "") == "_operator":
         second = "index" if operator_name(node) == "getitem" else "other"
         return dict(zip(("input", second), node.args, strict=False))
     try:

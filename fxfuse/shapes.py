@@ -92,7 +92,7 @@ class GraphShapes:
                 *(self._assumed[each] for each in node.all_input_nodes)
             )
             seen = self._observed.get(node, node.meta.get("val"))
-            seen = seen if isinstance(seen, Tensor) else None
+            seen = seen if isinstance(seen, Tensor) and node not in self._reader.constants else None
             if node in self._checked and (shape is None or len(shape) == self._checked[node]):
                 shape, assumed = shape or (None,) * self._checked[node], frozenset()
             elif shape is None and seen is not None:
@@ -101,9 +101,9 @@ class GraphShapes:
                 shape, assumed = (None,) * (op.dims + 2), frozenset({(node, op.dims + 2)})
             if shape is not None:
                 shape = _with_channels(shape, op)
-                channels = [each for each in self._channels.get(node, ()) if -each[0] <= len(shape)]
-                for axis, size in channels:
-                    shape = (*shape[: len(shape) + axis], size, *shape[len(shape) + axis + 1 :])
+                for axis, size in self._channels.get(node, ()):
+                    place = axis if axis >= 0 else len(shape) + axis
+                    shape = tuple(size if each == place else old for each, old in enumerate(shape))
                 shape = tuple((node, place) if size is None else size for place, size in enumerate(shape))
             self._shapes[node], self._assumed[node] = shape, assumed
             self._dtypes[node] = seen.dtype if dtype is None and seen is not None else dtype
@@ -157,14 +157,14 @@ class GraphShapes:
 
     @cached_property
     def _channels(self) -> dict[fx.Node, list[tuple[int, int]]]:
-        """Sizes, by axis counted from the end, that norms and operators demand of their inputs."""
+        """Sizes, by axis, that norms and operators demand of their inputs."""
         found: dict[fx.Node, list[tuple[int, int]]] = {}
         for node in self._graph.nodes:
             op = self._reader.read(node)
             if isinstance(op, Linear):
                 found.setdefault(op.input, []).append((-1 - op.dims, op.in_channels))
-            elif isinstance(op, Norm) and op.ranks is not None and len(op.ranks) == 1:
-                found.setdefault(op.input, []).append((1 - max(op.ranks), op.channels))
+            elif isinstance(op, Norm) and not op.unbatched:
+                found.setdefault(op.input, []).append((1, op.channels))
         return found
 
 

@@ -344,10 +344,11 @@ def _indexed(call: Call) -> Transparent | None:
         )
     if all(type(item) is int for item in places.values()):
         return Within(call.input, lambda _: tuple(places), removes=True)
-    if len(places) != 1:
+    if not all(isinstance(item, slice) for item in places.values()):
         return None
+    if len(places) > 1:
+        return Within(call.input, lambda _: tuple(places))
     ((axis, item),) = places.items()
-    assert isinstance(item, slice)
     return _taken(call, axis, item.start, item.stop, item.step)
 
 
@@ -433,6 +434,7 @@ TRANSPARENT: Mapping[str, Builder] = {
     "permute": _permuted(lambda call, _: call.integers("dims")),
     **_named(_permuted(_transposed), "transpose", "swapaxes", "swapdims"),
     **_named(_permuted(_moved), "movedim", "moveaxis"),
+    "mT": _permuted(lambda _, rank: (*range(rank - 2), rank - 1, rank - 2)),
     "t": _permuted(lambda _, rank: (1, 0) if rank == 2 else None),
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
