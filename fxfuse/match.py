@@ -358,7 +358,8 @@ class _Matcher:
         seen = self.shapes.seen(source.input) or shape or ()
         for axis in range(-len(source.shape), 0):
             # Where the constant is broadcast to the value, and the value is not broadcast to the constant.
-            fits = shape is not None and source.shape[axis] in (1, shape[axis], seen[axis])
+            exists = shape is not None and -axis <= min(len(shape), len(seen))
+            fits = exists and source.shape[axis] in (1, shape[axis], seen[axis])
             if not fits:
                 raise _Stop(Code.AXIS, source.input.name)
 

@@ -7,14 +7,14 @@ attributes then stand for the arguments.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from fxfuse.channels import Atom, Axes, Pattern, Shape, Size
+from fxfuse import patterns
+from fxfuse.channels import Pattern, Shape
 from fxfuse.refusals import Code
 from fxfuse.transparent import Concat, Rearranged, Shapes, Slice, Sum, Transparent, Within
 
@@ -118,22 +118,12 @@ def _mirrored(call: Call) -> Transparent | None:
 # ---- into other axes --------------------------------------------------------------------------------
 
 
-def _axes(shape: Shape) -> Axes:
-    return tuple((Atom(size),) for size in shape)
-
-
 def _flatten(call: Call) -> Transparent | None:
     start, end = call.given("start_dim"), call.given("end_dim")
     if type(start) is not int or type(end) is not int:
         return None
-
-    def pattern(shape: Shape, _: Shapes) -> Pattern:
-        axes = _axes(shape)
-        first, last = start % len(shape), end % len(shape)
-        merged = tuple(atom for atoms in axes[first : last + 1] for atom in atoms)
-        return axes, (*axes[:first], merged, *axes[last + 1 :])
-
-    return Rearranged(call.input, pattern, rank=start + 1 if start >= 0 and end == -1 else None)
+    rank = start + 1 if start >= 0 and end == -1 else None
+    return Rearranged(call.input, lambda shape, _: patterns.flattened(shape, start, end), rank=rank)
 
 
 def _unflatten(call: Call) -> Transparent | None:
@@ -144,7 +134,7 @@ def _unflatten(call: Call) -> Transparent | None:
     def pattern(shape: Shape, shapes: Shapes) -> Pattern | None:
         place = axis % len(shape)
         known = [shapes.size(size) for size in sizes]
-        return aligned(shape, (*shape[:place], *known, *shape[place + 1 :]))
+        return patterns.aligned(shape, (*shape[:place], *known, *shape[place + 1 :]))
 
     return Rearranged(call.input, pattern)
 
@@ -155,7 +145,7 @@ def _reshape(call: Call) -> Transparent | None:
         return None
     return Rearranged(
         call.input,
-        lambda shape, shapes: aligned(shape, [shapes.size(size) for size in sizes]),
+        lambda shape, shapes: patterns.aligned(shape, [shapes.size(size) for size in sizes]),
         rank=len(sizes),
     )
 
@@ -163,63 +153,19 @@ def _reshape(call: Call) -> Transparent | None:
 def _reshape_as(call: Call) -> Transparent:
     def pattern(shape: Shape, shapes: Shapes) -> Pattern | None:
         other = shapes.of(call.given("other"))
-        return None if other is None else aligned(shape, other)
+        return None if other is None else patterns.aligned(shape, other)
 
     return Rearranged(call.input, pattern)
-
-
-def aligned(before: Shape, after: Sequence[Size]) -> Pattern:
-    """The pattern of a row-major reshape; -1 stands for the one size that torch works out.
-
-    Equal sizes at the front, and at the back, are the same axes, whatever lies between them. What lies
-    between is one axis split, or several merged, or mixed: then it is new.
-    """
-    axes = _axes(before)
-    shortest = min(len(before), len(after))
-    front = _equal(zip(before, after, strict=False))
-    back = min(_equal(zip(before[::-1], after[::-1], strict=False)), shortest - front)
-    source, target = axes[front : len(axes) - back], after[front : len(after) - back]
-    if len(source) == 1:
-        between = _split(source[0][0], target)
-    elif len(target) == 1:
-        between = (tuple(atom for atoms in source for atom in atoms),)
-    else:
-        between = tuple((Atom(None if size == -1 else size),) for size in target)
-    split = tuple(atom for atoms in between for atom in atoms)
-    whole = (split,) if len(source) == 1 else source
-    pattern_before = (*axes[:front], *whole, *axes[len(axes) - back :])
-    return pattern_before, (*axes[:front], *between, *axes[len(axes) - back :])
-
-
-def _equal(pairs: Any) -> int:
-    """How many pairs of sizes are equal for certain, from the first one on."""
-    count = 0
-    for one, other in pairs:
-        if one is None or one != other:
-            break
-        count += 1
-    return count
-
-
-def _split(atom: Atom, sizes: Sequence[Size]) -> Axes:
-    """The atoms of one axis of that size; a single size that is not given follows from the others."""
-    fixed = [size for size in sizes if isinstance(size, int) and size != -1]
-    rest = atom.size
-    if math.prod(fixed) != 1:
-        rest = atom.size // math.prod(fixed) if isinstance(atom.size, int) and all(fixed) else None
-    single = len(fixed) == len(sizes) - 1
-    return tuple((Atom(size if size in fixed else rest if single else None),) for size in sizes)
 
 
 def _permuted(order: Callable[[Call, int], Sequence[int] | None]) -> Builder:
     def build(call: Call) -> Transparent:
         def pattern(shape: Shape, _: Shapes) -> Pattern | None:
-            axes, places = _axes(shape), order(call, len(shape))
-            if places is None or sorted(place % len(shape) for place in places) != [*range(len(shape))]:
-                return None
-            return axes, tuple(axes[place] for place in places)
+            places = order(call, len(shape))
+            return None if places is None else patterns.permuted(shape, places)
 
-        count = None if call.integers("dims") is None else len(call.integers("dims") or ())
+        dims = call.integers("dims")
+        count = None if dims is None else len(dims)
         return Rearranged(call.input, pattern, rank=count, takes=count)
 
     return build
@@ -246,80 +192,25 @@ def _moved(call: Call, rank: int) -> Sequence[int] | None:
 def _unsqueeze(call: Call) -> Transparent | None:
     axis = call.given("dim")
     return (
-        None if type(axis) is not int else Rearranged(call.input, lambda shape, _: _with_ones(shape, [axis]))
+        None
+        if type(axis) is not int
+        else Rearranged(call.input, lambda shape, _: patterns.with_ones(shape, [axis]))
     )
-
-
-def _with_ones(shape: Shape, places: Sequence[int]) -> Pattern:
-    """New axes of size 1, at these places of the result."""
-    axes = _axes(shape)
-    after = list(axes)
-    for place in sorted(place % (len(shape) + len(places)) for place in places):
-        after.insert(place, ())
-    return axes, tuple(after)
 
 
 def _squeeze(call: Call) -> Transparent | None:
     places = call.integers("dim")
-    if not places:
-        return None
-
-    def pattern(shape: Shape, _: Shapes) -> Pattern | None:
-        axes, asked = _axes(shape), [place % len(shape) for place in places]
-        if any(not isinstance(shape[place], int) for place in asked):
-            return None  # an axis goes only if its size is 1, which nobody knows
-        gone = {place for place in asked if shape[place] == 1}
-        return axes, tuple(atoms for place, atoms in enumerate(axes) if place not in gone)
-
-    return Rearranged(call.input, pattern)
+    return Rearranged(call.input, lambda shape, _: patterns.squeezed(shape, places)) if places else None
 
 
-def _pixel_shuffle(call: Call) -> Transparent | None:
-    return _pixels(call, call.given("upscale_factor"), inverse=False)
-
-
-def _pixel_unshuffle(call: Call) -> Transparent | None:
-    return _pixels(call, call.given("downscale_factor"), inverse=True)
-
-
-def _pixels(call: Call, factor: Any, *, inverse: bool) -> Transparent | None:
-    """... (c i j) h w → ... c (h i) (w j), and back."""
-    if type(factor) is not int:
-        return None
-
-    def pattern(shape: Shape, _: Shapes) -> Pattern | None:
-        if len(shape) < 3:
+def _by_factor(pattern: Callable[[Shape, int], Pattern | None], argument: str) -> Builder:
+    def build(call: Call) -> Transparent | None:
+        factor = call.given(argument)
+        if type(factor) is not int:
             return None
-        channels, height, width = shape[-3:]
-        i, j = Atom(factor), Atom(factor)
-        if inverse:
-            c = Atom(channels)
-            h, w = (Atom(size // factor if isinstance(size, int) else None) for size in (height, width))
-        else:
-            c = Atom(channels // factor**2 if isinstance(channels, int) else None)
-            h, w = Atom(height), Atom(width)
-        small, large = ((c, i, j), (h,), (w,)), ((c,), (h, i), (w, j))
-        before, after = (large, small) if inverse else (small, large)
-        others = _axes(shape[:-3])
-        return (*others, *before), (*others, *after)
+        return Rearranged(call.input, lambda shape, _: pattern(shape, factor))
 
-    return Rearranged(call.input, pattern)
-
-
-def _channel_shuffle(call: Call) -> Transparent | None:
-    """b (g c) ... → b (c g) ..."""
-    groups = call.given("groups")
-    if type(groups) is not int:
-        return None
-
-    def pattern(shape: Shape, _: Shapes) -> Pattern | None:
-        if len(shape) < 3:
-            return None
-        g, c = Atom(groups), Atom(shape[1] // groups if isinstance(shape[1], int) else None)
-        first, others = _axes(shape[:1]), _axes(shape[2:])
-        return (*first, (g, c), *others), (*first, (c, g), *others)
-
-    return Rearranged(call.input, pattern)
+    return build
 
 
 # ---- some elements, several values ------------------------------------------------------------------
@@ -340,7 +231,9 @@ def _indexed(call: Call) -> Transparent | None:
     }
     if all(item is None for item in places.values()):
         return (
-            Rearranged(call.input, lambda shape, _: _with_ones(shape, [*places])) if places else _same(call)
+            Rearranged(call.input, lambda shape, _: patterns.with_ones(shape, [*places]))
+            if places
+            else _same(call)
         )
     if all(type(item) is int for item in places.values()):
         return Within(call.input, lambda _: tuple(places), removes=True)
@@ -438,9 +331,9 @@ TRANSPARENT: Mapping[str, Builder] = {
     "t": _permuted(lambda _, rank: (1, 0) if rank == 2 else None),
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
-    "pixel_shuffle": _pixel_shuffle,
-    "pixel_unshuffle": _pixel_unshuffle,
-    **_named(_channel_shuffle, "channel_shuffle", "native_channel_shuffle"),
+    "pixel_shuffle": _by_factor(patterns.pixel_shuffled, "upscale_factor"),
+    "pixel_unshuffle": _by_factor(patterns.pixel_unshuffled, "downscale_factor"),
+    **_named(_by_factor(patterns.channel_shuffled, "groups"), "channel_shuffle", "native_channel_shuffle"),
     "getitem": _indexed,
     "slice": _sliced,
     "narrow": _narrowed,

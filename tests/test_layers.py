@@ -7,9 +7,10 @@ PACKAGE = Path(__file__).parents[1] / "fxfuse"
 
 # Each module may import from those on the lines above it only.
 LAYERS = [
-    ["_version", "errors", "refusals", "tree", "replica", "calls", "affine", "reparametrized"],
-    ["proxies", "guards", "exposure", "fold", "records", "layers", "channels", "constants"],
-    ["tracer", "transparent", "comparison"],
+    ["_version", "errors", "refusals", "tree", "replica", "calls", "affine"],
+    ["guards"],
+    ["proxies", "reparametrized", "exposure", "fold", "records", "layers", "channels", "constants"],
+    ["tracer", "transparent", "patterns", "comparison"],
     ["capture", "table", "nodes"],
     ["arithmetic"],
     ["ops"],

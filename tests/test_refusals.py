@@ -207,7 +207,7 @@ def test_refusal_names_the_norm(code):
             (Code.OPERATOR_HOOKS, ": 0"),
             (Code.OPERATOR_COMPUTED, ": mul"),
         ),
-        *((Code.CHANNELS, "5 and 4 of 0"), (Code.MIXED, ": _0_1"), (Code.INSIDE_OPAQUE, ": 0 (Sequential)")),
+        *((Code.CHANNELS, "5 and 4 of 0"), (Code.MIXED, ": 0.0"), (Code.INSIDE_OPAQUE, ": 0 (Sequential)")),
         *((Code.UNTRACED, "norm (BatchNorm2d)"), (Code.EXPOSED, "apply(self.norm, ")),
         *((Code.PADDING, ": _1"), (Code.NEGATIVE_SCALE, ": _0_0")),
     ],

@@ -156,7 +156,9 @@ def test_linear_whose_input_may_have_three_axes_is_left(form):
 def test_norm_over_the_middle_axis_of_a_linear_output_is_left(length, known, form):
     model, x = randomise(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(length))), noise(2, length, 3)
     model = form(model, x)
-    check(model, x, left=["FXF104" if known else "FXF105"], example_inputs=(x,) if known else None)
+    # An export knows the number of axes; and five channels are on the axis of four features in no case.
+    certain = known or form is exported or length != 4
+    check(model, x, left=["FXF104" if certain else "FXF105"], example_inputs=(x,) if known else None)
 
 
 @pytest.mark.parametrize("form", WRITTEN)

@@ -392,8 +392,11 @@ def test_norms_before_a_concat_are_folded_and_the_one_after_it_is_left(form):
         part = m.a(x)
         return m.norm(torch.cat((part, m.b(x), x[:, :, 1:-1, 1:-1]), 1)), part
 
-    model = randomise(Forward(forward, a=block(), b=block(), norm=nn.BatchNorm2d(11)))
-    check(form(model), noise(*IMAGE), folded=2, left=["FXF108"])
+    model = form(randomise(Forward(forward, a=block(), b=block(), norm=nn.BatchNorm2d(11))))
+    x = noise(*IMAGE)
+    # A function takes values with and without a batch axis, so it is not certain along what is concatenated.
+    check(model, x, folded=2, left=["FXF101" if form is modules else "FXF108"])
+    check(model, x, folded=2, left=["FXF101"], example_inputs=(x,))
 
 
 # 20
@@ -432,10 +435,10 @@ def test_norm_after_a_reshape_that_may_mix_the_channels_is_left(middle, channels
     ("middle", "code", "known"),
     [
         *(
-            (lambda y: y.reshape(3, 3, 3), "FXF108", "FXF108"),
-            (lambda y: y.view(3, 3, 3), "FXF108", "FXF108"),
+            (lambda y: y.reshape(3, 3, 3), "FXF105", "FXF108"),
+            (lambda y: y.view(3, 3, 3), "FXF105", "FXF108"),
+            (lambda y: y.transpose(0, 1), "FXF105", "FXF104"),
         ),
-        *((lambda y: y.mT, "FXF102", "FXF102"), (lambda y: y.transpose(0, 1), "FXF108", "FXF104")),
         *((lambda y: y.flip(1), "FXF102", "FXF102"), (lambda y: y.squeeze(), "FXF102", "FXF102")),
     ],
 )
@@ -448,18 +451,19 @@ def test_reshape_of_square_sizes_is_never_taken_for_the_channel_axis(middle, cod
 
 @pytest.mark.parametrize("form", WRITTEN)
 @pytest.mark.parametrize(
-    "middle",
+    ("middle", "certain"),
     [
-        *(lambda y: y.transpose(1, 2), lambda y: y.permute(0, 2, 1), lambda y: torch.transpose(y, 1, 2)),
-        *(lambda y: y.swapaxes(1, 2).contiguous(), lambda y: y.flatten(0, 1)),
+        *((lambda y: y.transpose(1, 2), False), (lambda y: torch.transpose(y, 1, 2), False)),
+        *((lambda y: y.swapaxes(1, 2).contiguous(), False), (lambda y: y.flatten(0, 1), False)),
+        *((lambda y: y.mT, False), (lambda y: y.permute(0, 2, 1), True)),  # permute names all axes
     ],
 )
-def test_features_that_are_moved_to_the_norms_axis_are_folded_where_the_axes_are_known(middle, form):
+def test_features_that_are_moved_to_the_norms_axis_are_folded_where_the_axes_are_known(middle, certain, form):
     x = noise(3, 3, 3)
     model = form(between(middle, nn.BatchNorm1d(3), nn.Linear(3, 3)))
-    check(model, x, left=["FXF108"])
+    check(model, x, folded=int(certain), left=[] if certain else ["FXF105"])
     fused = check(model, x, folded=1, example_inputs=(x,))
-    with pytest.raises((AssertionError, IndexError)):
+    with pytest.raises(RuntimeError if certain else (AssertionError, IndexError)):
         fused(noise(3, 3))
 
 
@@ -476,7 +480,7 @@ def test_square_linear_and_norm_over_the_other_axis_are_never_wrong(form):
 @pytest.mark.parametrize("size", [4, 5])
 def test_norm_after_linear_and_unsqueeze_is_folded_where_the_axes_are_known(size, form):
     model, x = form(between(lambda y: y.unsqueeze(-1), nn.BatchNorm1d(4), nn.Linear(size, 4))), noise(3, size)
-    check(model, x, left=["FXF108"])
+    check(model, x, left=["FXF105"])
     fused = check(model, x, folded=1, example_inputs=(x,))
     with pytest.raises(AssertionError, match="2 axes"):
         fused(noise(3, 4, size))
