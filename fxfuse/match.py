@@ -358,9 +358,9 @@ class _Matcher:
         seen = self.shapes.seen(source.input) or shape or ()
         for axis in range(-len(source.shape), 0):
             # Where the constant is broadcast to the value, and the value is not broadcast to the constant.
-            exists = shape is not None and -axis <= min(len(shape), len(seen))
-            fits = exists and source.shape[axis] in (1, shape[axis], seen[axis])
-            if not fits:
+            if shape is None or -axis > min(len(shape), len(seen)):
+                raise _Stop(Code.AXIS, source.input.name)
+            if source.shape[axis] not in (1, shape[axis], seen[axis]):
                 raise _Stop(Code.AXIS, source.input.name)
 
     def _check_writes(self, node: fx.Node, value: fx.Node, sites: tuple[Site, ...]) -> None:

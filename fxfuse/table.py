@@ -191,11 +191,9 @@ def _moved(call: Call, rank: int) -> Sequence[int] | None:
 
 def _unsqueeze(call: Call) -> Transparent | None:
     axis = call.given("dim")
-    return (
-        None
-        if type(axis) is not int
-        else Rearranged(call.input, lambda shape, _: patterns.with_ones(shape, [axis]))
-    )
+    if type(axis) is not int:
+        return None
+    return Rearranged(call.input, lambda shape, _: patterns.with_ones(shape, [axis]))
 
 
 def _squeeze(call: Call) -> Transparent | None:
@@ -229,12 +227,10 @@ def _indexed(call: Call) -> Transparent | None:
         for number, item in enumerate(items)
         if item is not Ellipsis and item != slice(None)
     }
+    if not places:
+        return _same(call)
     if all(item is None for item in places.values()):
-        return (
-            Rearranged(call.input, lambda shape, _: patterns.with_ones(shape, [*places]))
-            if places
-            else _same(call)
-        )
+        return Rearranged(call.input, lambda shape, _: patterns.with_ones(shape, [*places]))
     if all(type(item) is int for item in places.values()):
         return Within(call.input, lambda _: tuple(places), removes=True)
     if not all(isinstance(item, slice) for item in places.values()):
