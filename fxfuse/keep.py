@@ -28,7 +28,7 @@ from fxfuse.errors import CaptureError
 from fxfuse.exposure import Kind, uses_of_submodules
 from fxfuse.layers import calls_norm, is_norm
 from fxfuse.match import Plan
-from fxfuse.nodes import Affine, LeftNorm, Linear, Norm, Op, Opaque
+from fxfuse.nodes import Affine, LeftNorm, Linear, Norm, Op, Opaque, Query
 from fxfuse.ops import Reader, norms_inside
 from fxfuse.records import Fold, Refusal
 from fxfuse.refusals import Code
@@ -193,6 +193,7 @@ class _Unit:
             for refusal in plan.refusals:
                 if refusal.norm in moved:
                     found[refusal.norm] = _CODES[refusal.code] if len(self.plans) == 1 else Code.OPTIONS
+        found |= dict.fromkeys(self._hidden(moved), Code.OPTIONS)
         taken = [reader.taken_up(plan) for reader, plan, _ in self.plans]
         for operator in set().union(*taken):
             versions = [operators[operator] for operators in taken if operator in operators]
@@ -200,14 +201,35 @@ class _Unit:
                 found |= {norm: Code.OPTIONS for version in versions for norm, *_ in version}
         return found
 
+    def _hidden(self, moved: set[str]) -> set[str]:
+        """The norms that some variant calls, or whose operators it calls, inside of another module."""
+        called = {
+            f"{node.target}."
+            for reader, *_ in self.plans
+            for node in reader.graph.nodes
+            if node.op == "call_module"
+        }
+        hidden = {norm for norm in moved if norm.startswith(tuple(called))}
+        for reader, plan, _ in self.plans:
+            for move in plan.moves:
+                operators = [reader.operator(site.operator) for site in move.sites]
+                if any(operator.startswith(tuple(called)) for operator in operators):
+                    hidden.add(reader.norm(move.node))
+        return hidden
+
     def _unproved(self) -> dict[str, Code]:
-        """All norms that would go, if without them the module can no longer be traced."""
+        """All norms that would go, if without them the module would compute something else besides."""
         moved = {norm for reader, plan, _ in self.plans for norm in reader.sources(plan)}
         twin = replicate(self.module)
         self.apply(twin)
         try:
-            for fixed in _variants(self.module) if moved else ():
-                capture(twin, fixed)
+            for fixed, (reader, plan, _) in zip(
+                _variants(self.module) if moved else (), self.plans, strict=False
+            ):
+                captured = capture(twin, fixed)
+                sources = {move.node for move in plan.moves}
+                if _outline(captured, moved, set()) != _outline(reader.captured, set(), sources):
+                    return dict.fromkeys(moved, Code.NO_MODULE)
         except CaptureError:
             return dict.fromkeys(moved, Code.NO_MODULE)
         return {}
@@ -260,6 +282,7 @@ class _KeepingReader(Reader):
 
     def __init__(self, captured: Capture, left: Mapping[str, Code]) -> None:
         super().__init__(captured.root, captured.graph)
+        self.captured = captured
         self.graph = captured.graph
         self._left = left
         self._kept: dict[fx.Node, Op] = {}
@@ -346,6 +369,22 @@ class _KeepingReader(Reader):
         return found
 
 
+def _outline(captured: Capture, identities: set[str], without: set[fx.Node]) -> list[str]:
+    """What a graph calls, in order: all but constants, calls of `identities`, and the nodes `without`."""
+    reader = Reader(captured.root, captured.graph)
+    found = []
+    for node in captured.graph.nodes:
+        identity = node.op == "call_module" and str(node.target) in identities
+        unused = not node.users and isinstance(reader.read(node), Query)
+        if node.op == "get_attr" or node in reader.constants or identity or unused or node in without:
+            continue
+        # An operator may have got a bias as an argument; layers have no other than their input.
+        layer = node.op == "call_module" and _is_torch_layer(attribute(captured.root, str(node.target)))
+        given = () if layer or isinstance(reader.read(node), Linear) else (node.args, node.kwargs)
+        found.append(f"{node.op} {node.target} {fx.node.map_arg(given, lambda _: 0)}")
+    return found
+
+
 def _variants(module: nn.Module) -> list[dict[str, Any]]:
     """Values for the options of forward that stand for every choice of them.
 
@@ -358,9 +397,9 @@ def _variants(module: nn.Module) -> list[dict[str, Any]]:
     name = type(module).__name__
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
         raise CaptureError(f"forward of {name} takes any number of arguments")
-    required = [p.name for p in signature.parameters.values() if p.default is p.empty]
-    if not isinstance(module, nn.Sequential) and _compares_with_none(type(module).forward, set(required)):
-        raise CaptureError(f"forward of {name} asks whether an argument is None")
+    for kind in {type(each) for each in module.modules() if not type(each).__module__.startswith("torch.")}:
+        if any(map(_compares_with_none, filter(inspect.isfunction, vars(kind).values()))):
+            raise CaptureError(f"{kind.__name__} asks whether an argument is None")
     choices = {}
     for option, default in options(module).items():
         if default is not None and not isinstance(default, bool):
@@ -379,8 +418,12 @@ _GIVEN = object()
 _CODES = {code.value.code: code for code in Code}
 
 
-def _compares_with_none(function: Any, names: set[str]) -> bool:
-    """Whether the code may ask for an argument of these names whether it is None."""
+def _compares_with_none(function: Any) -> bool:
+    """Whether the code may ask for an argument that has to be given whether it is None."""
+    if function.__name__ in ("__init__", "extra_repr"):
+        return False
+    parameters = inspect.signature(function).parameters.values()
+    names = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     except (OSError, TypeError, SyntaxError):

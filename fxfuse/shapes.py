@@ -148,7 +148,9 @@ class GraphShapes:
             if rank is None:
                 continue
             found[node] = rank
-            if isinstance(op, (Linear, Norm, Affine)) or (isinstance(op, Within) and not op.removes):
+            adds_axes = isinstance(op, Affine) and len(op.shape) > 1
+            keeps = isinstance(op, (Linear, Norm, Affine)) or (isinstance(op, Within) and not op.removes)
+            if isinstance(op, (Linear, Norm, Affine, Within)) and keeps and not adds_axes:
                 found.setdefault(op.input, rank)
             elif isinstance(op, Concat):
                 for source in op.inputs:

@@ -286,12 +286,10 @@ class Concat:
         axis = self._place(shapes)
         if axis is None or channels.spread:
             return Code.MIXED
-        if set(self.inputs) == {source}:
-            return (
-                channels
-                if axis not in channels.axes
-                else replace(channels, index=channels.index * len(self.inputs))
-            )
+        if set(self.inputs) == {source} and axis not in channels.axes:
+            return channels
+        if set(self.inputs) == {source} and channels.axes == (axis,):
+            return replace(channels, index=channels.index * len(self.inputs))
         sizes = self._sizes(shapes, axis)
         if sizes is None or channels.axes not in ((), (axis,)):
             return Code.MIXED
