@@ -138,6 +138,10 @@ def written_inputs(node: fx.Node) -> list[fx.Node]:
     """The inputs that `node` may write to. A function that is not torch's own may write to any."""
     if node.op not in ("call_function", "call_method") or not _may_write(node):
         return []
+    if node.op == "call_method" or getattr(node.target, "__module__", "") == "_operator":
+        # x.add_(y), x += y, x[i] = y write to x, and to the tensor given as out.
+        written = (*node.args[:1], node.kwargs.get("out"))
+        return [value for value in written if isinstance(value, fx.Node)]
     if not _is_norm_call(node):
         return node.all_input_nodes
     statistics = [value for name, value in arguments(node).items() if name.startswith("running_")]

@@ -15,10 +15,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.planting import BUGS
+from tests.planting import BUGS, KEPT_MODULES
 
 _TESTS = Path(__file__).parent
 _PROPERTIES = "tests/test_properties.py"
+_EVERYTHING = (_PROPERTIES, *KEPT_MODULES)
 _CONTROL = "(no bug)"
 
 
@@ -29,9 +30,8 @@ def failures(name: str) -> set[str]:
         RuntimeError: pytest did not run, as when what a bug replaces is not there any more.
     """
     planted = name in BUGS
-    places = [f"{_PROPERTIES}::{test}" for test in BUGS[name].tests] if planted else [_PROPERTIES]
-    if any((_TESTS / "scenarios").glob("test_*.py")):
-        places.append("tests/scenarios")
+    places = [_place(test) for test in BUGS[name].tests] if planted else [*_EVERYTHING]
+    places.append("tests/scenarios")
     options = ["--tb=no", "-p", "no:cacheprovider", "-p", "tests.planting", *["-x"] * planted]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *places],
@@ -44,6 +44,10 @@ def failures(name: str) -> set[str]:
     if done.returncode not in (0, 1):
         raise RuntimeError(f"pytest did not run under {name!r}: {(done.stderr or done.stdout)[-500:]}")
     return set(re.findall(r"^(?:FAILED|ERROR) (?:\S*?/)*(\S+\.py::.+?)(?: - |$)", done.stdout, re.MULTILINE))
+
+
+def _place(test: str) -> str:
+    return test if test.endswith(".py") else f"{_PROPERTIES}::{test}"
 
 
 def main(names: list[str]) -> int:

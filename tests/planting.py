@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -12,23 +13,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxfuse import channels, keep, match, ops, rewrite, solve, table, transparent
 from fxfuse import fold as folding
-from fxfuse import match, ops, pipeline, rewrite
 from fxfuse.affine import AffineMap, exact
+from fxfuse.channels import KEPT
+from fxfuse.exposure import Kind
+from fxfuse.nodes import Affine, Linear, Norm, Opaque
+from fxfuse.refusals import Code
+from fxfuse.shapes import GraphShapes
+from fxfuse.transparent import Concat, Slice, Sum, Within
 
 # Tests of test_properties.py.
 PROGRAMS = ("test_folded_equals_eager_for_any_program",)
 NUMBERS = ("test_folded_equals_eager_for_any_operator_and_norm", *PROGRAMS)
-FOLDS = ("test_norms_fold_where_an_operator_is_behind_single_uses_and_nowhere_else",)
-ACCOUNTS = ("test_every_norm_that_runs_is_folded_or_refused",)
-NORMS_LEFT = ("test_no_norm_runs_in_the_folded_model_but_the_refused",)
+SIZES = ("test_folded_equals_eager_for_other_sizes",)
+PATHS = ("test_folded_equals_eager_for_any_path", *SIZES)
+CHAINS = ("test_norms_fold_on_both_sides_of_what_certainly_passes",)
+FOLDS = ("test_norms_fold_where_operators_are_behind_or_in_front_and_nowhere_else",)
+ACCOUNTS = ("test_every_norm_that_runs_is_folded_or_refused_and_only_the_refused_still_run",)
+KEEPING = (
+    "test_kept_modules_fold_exactly_and_keep_names_and_classes",
+    "test_kept_modules_fold_exactly_for_other_sizes",
+)
 UNTOUCHED = ("test_source_is_untouched",)
 TWICE = ("test_folding_twice_changes_nothing",)
 RANK = ("test_norm_after_linear_waits_for_example_inputs",)
-KEPT = ("test_weights_keep_dtype_device_and_memory_format",)
+FORMAT = ("test_weights_keep_dtype_device_and_memory_format",)
 ROUNDING = ("test_weights_are_exact_but_for_one_rounding",)
 ERROR = ("test_folding_does_not_enlarge_the_error_of_small_dtypes",)
 DETERMINISM = ("test_folding_is_deterministic",)
+# Other files.
+KEPT_MODULES = ("tests/test_keep.py",)
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,32 @@ def folded_tensors(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tens
         folded = original(weight, *args, **kwargs)
         return change(weight, *folded) if isinstance(folded, tuple) else folded
 
-    wrap(rewrite, "absorb_output", changed)
+    wrap(solve, "absorb", changed)
+
+
+def entry(prefix: str, **changes: Any) -> None:
+    """Changes what the table's operators of such a name read as, and those of the layers that do the same."""
+    for name, build in table.TRANSPARENT.items():
+        if name.startswith(prefix):
+            table.TRANSPARENT[name] = _changed(build, changes)
+
+
+def _changed(build: Callable[..., Any], changes: dict[str, Any]) -> Callable[..., Any]:
+    def built(call: table.Call) -> Any:
+        found = build(call)
+        return None if found is None else replace(found, **changes)
+
+    return built
+
+
+def read_as(change: Callable[[ops.Reader, Any], Any], kind: type) -> None:
+    """Passes what is read as `kind` through `change`."""
+
+    def read(original: Callable[..., Any], self: ops.Reader, node: fx.Node) -> Any:
+        found = original(self, node)
+        return change(self, found) if isinstance(found, kind) else found
+
+    wrap(ops.Reader, "read", read)
 
 
 # ---- the affine map ---------------------------------------------------------------------------------
@@ -117,7 +157,47 @@ def compose_chains_in_the_wrong_order() -> None:
 
 @bug(*PROGRAMS)
 def fold_only_the_first_norm_of_a_chain() -> None:
-    wrap(rewrite, "_composed", lambda original, norms, *rest: original(norms[:1], *rest))
+    def add(original: Any, taken: Any, move: Any, site: Any, piece: AffineMap) -> None:
+        first = taken.after if site.side == "output" else None
+        original(taken, move, site, piece)
+        taken.after = first or taken.after
+
+    wrap(solve, "_add", add)
+
+
+@bug(*PATHS, *CHAINS)
+def compose_what_goes_forward_in_the_wrong_order() -> None:
+    def add(original: Any, taken: Any, move: Any, site: Any, piece: AffineMap) -> None:
+        inner = taken.before if site.side == "input" else None
+        original(taken, move, site, piece)
+        taken.before = taken.before if inner is None else inner.then(piece)
+
+    wrap(solve, "_add", add)
+
+
+@bug(*PATHS, *CHAINS)
+def take_division_for_multiplication() -> None:
+    read_as(lambda _, found: replace(found, role=found.role.replace("over", "times")), Affine)
+
+
+@bug(*PATHS, *CHAINS)
+def forget_that_a_constant_is_subtracted_from() -> None:
+    read_as(lambda _, found: replace(found, negative=False), Affine)
+
+
+@bug(*PATHS)
+def forget_alpha() -> None:
+    read_as(lambda _, found: replace(found, factor=1.0 if found.factor > 0 else -1.0), Affine)
+
+
+@bug(*PATHS)
+def take_c_over_x_for_x_over_c() -> None:
+    def arithmetic(original: Any, node: fx.Node, name: str, constants: Any) -> Any:
+        swapped = SimpleNamespace(args=node.args[::-1], kwargs=node.kwargs)
+        found = original(node, name, constants)
+        return original(swapped, name, constants) if found is None and "div" in name else found
+
+    wrap(ops, "read_arithmetic", arithmetic)
 
 
 # ---- absorbing it -----------------------------------------------------------------------------------
@@ -125,11 +205,12 @@ def fold_only_the_first_norm_of_a_chain() -> None:
 
 @bug(*NUMBERS)
 def do_not_scale_the_bias() -> None:
-    def absorbed(original: Any, weight: Tensor, bias: Tensor | None, affine: AffineMap, **rest: Any) -> Any:
-        shift = affine.shift if bias is None else affine.shift + exact(bias)
-        return original(weight, None, AffineMap(affine.scale, shift), **rest)
+    def absorbed(original: Any, weight: Tensor, bias: Tensor | None, *, after: Any, **rest: Any) -> Any:
+        if after is not None and bias is not None:
+            after, bias = AffineMap(after.scale, after.shift + exact(bias)), None
+        return original(weight, bias, after=after, **rest)
 
-    wrap(rewrite, "absorb_output", absorbed)
+    wrap(solve, "absorb", absorbed)
 
 
 @bug(*NUMBERS)
@@ -151,23 +232,56 @@ def ignore_the_groups_of_a_transposed_conv() -> None:
     wrap(folding, "_by_row", by_row)
 
 
-@bug(*KEPT)
+@bug(*PATHS, *CHAINS)
+def ignore_the_groups_on_the_input_side() -> None:
+    def by_column(original: Any, scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
+        return original(_of_the_first_group(scale, groups), weight, transposed, groups)
+
+    wrap(folding, "_by_column", by_column)
+
+
+@bug(*PATHS, *CHAINS)
+def ignore_the_groups_of_what_the_bias_takes_up() -> None:
+    def absorbed(original: Any, *args: Any, before: Any, groups: int = 1, **rest: Any) -> Any:
+        folded = original(*args, before=before, groups=groups, **rest)
+        if before is None or not isinstance(folded, tuple):
+            return folded
+        wrong = AffineMap(before.scale, _of_the_first_group(before.shift, groups))
+        return folded[0], original(*args, before=wrong, groups=groups, **rest)[1]
+
+    wrap(solve, "absorb", absorbed)
+
+
+def _of_the_first_group(values: Tensor, groups: int) -> Tensor:
+    return values.view(groups, -1)[:1].expand(groups, -1).flatten()
+
+
+@bug(*PATHS, *CHAINS)
+def forget_the_shift_of_what_goes_forward() -> None:
+    def absorbed(original: Any, *args: Any, before: Any, **rest: Any) -> Any:
+        scale = None if before is None else AffineMap(before.scale, torch.zeros_like(before.shift))
+        return original(*args, before=scale, **rest)
+
+    wrap(solve, "absorb", absorbed)
+
+
+@bug(*FORMAT)
 def lose_the_memory_format() -> None:
     folded_tensors(lambda _, weight, bias: (weight.contiguous(), bias))
 
 
-@bug(*KEPT)
+@bug(*FORMAT)
 def lose_the_dtype() -> None:
     folded_tensors(lambda _, weight, bias: (weight.float(), bias.float()))
 
 
 @bug(*ROUNDING)
 def compute_in_the_dtype_of_the_weight() -> None:
-    def absorbed(original: Any, weight: Tensor, bias: Tensor | None, affine: AffineMap, **rest: Any) -> Any:
-        scale, shift = (part.to(weight.dtype).double() for part in (affine.scale, affine.shift))
-        return original(weight, bias, AffineMap(scale, shift), **rest)
+    def absorbed(original: Any, weight: Tensor, *args: Any, after: AffineMap, **rest: Any) -> Any:
+        scale, shift = (part.to(weight.dtype).double() for part in (after.scale, after.shift))
+        return original(weight, *args, after=AffineMap(scale, shift), **rest)
 
-    wrap(rewrite, "absorb_output", absorbed)
+    wrap(solve, "absorb", absorbed)
 
 
 @bug(*ERROR)
@@ -185,14 +299,20 @@ def change_the_source_in_place() -> None:
 
 @bug(*PROGRAMS)
 def ignore_a_second_user() -> None:
-    wrap(match._Matcher, "_is_query", lambda _, __, node: node.op != "output")
+    def check(original: Any, self: match._Matcher, value: fx.Node, *rest: Any) -> None:
+        if any(user.op == "output" for user in value.users):
+            original(self, value, *rest)
+
+    wrap(match._Matcher, "_check_only_reader", check)
 
 
 @bug(*PROGRAMS)
 def ignore_that_a_value_is_an_output() -> None:
-    wrap(
-        match._Matcher, "_is_query", lambda original, self, node: node.op == "output" or original(self, node)
-    )
+    def readers(original: Any, self: match._Matcher, value: fx.Node) -> list[fx.Node]:
+        found = original(self, value)
+        return [reader for reader in found if reader.op != "output"]
+
+    wrap(match._Matcher, "_readers", readers)
 
 
 @bug(*PROGRAMS)
@@ -201,22 +321,43 @@ def ignore_sharing() -> None:
 
 
 @bug(*PROGRAMS, *FOLDS)
-def ignore_the_rank_of_linear_layers() -> None:
-    wrap(match._Matcher, "_right_rank", lambda *_: None)
+def ignore_the_axis() -> None:
+    def site(original: Any, self: Any, node: fx.Node, side: Any, op: Linear, acting: Any) -> Any:
+        return original(self, node, side, op, replace(acting, axes=(-1 - op.dims,)))
+
+    wrap(match._Matcher, "_site", site)
 
 
 @bug(*RANK)
 def assume_two_axes_after_a_linear_layer() -> None:
-    def rank(original: Any, *args: Any) -> Any:
-        found = original(*args)
-        return 2 if found is match.Code.RANK_UNKNOWN else found
+    def acting(original: Any, self: match._Matcher, source: Norm | Affine) -> Any:
+        try:
+            return original(self, source)
+        except match._Stop as stop:
+            if stop.code is not Code.RANK_UNKNOWN or not isinstance(source, Norm):
+                raise
+            return channels.Channels((-1,), tuple(range(source.channels)))
 
-    wrap(match._Matcher, "_right_rank", rank)
+    wrap(match._Matcher, "_channels", acting)
+
+
+@bug(*SIZES)
+def forget_to_assert_what_is_assumed() -> None:
+    wrap(GraphShapes, "assumed", lambda *_: frozenset())
+
+
+@bug(*SIZES)
+def take_sizes_that_were_seen_for_known() -> None:
+    def of(original: Any, self: GraphShapes, node: fx.Node) -> Any:
+        found, seen = original(self, node), self.seen(node)
+        return found if found is None or seen is None else tuple(seen)
+
+    wrap(GraphShapes, "of", of)
 
 
 def _see_through(is_transparent: Callable[[fx.Node], bool]) -> None:
     def read(original: Any, self: ops.Reader, node: fx.Node) -> ops.Op:
-        return ops.Transparent(node.args[0]) if is_transparent(node) else original(self, node)
+        return Within(node.args[0]) if is_transparent(node) else original(self, node)
 
     wrap(ops.Reader, "read", read)
 
@@ -228,7 +369,10 @@ def take_relu_for_transparent() -> None:
 
 @bug(*PROGRAMS)
 def take_add_for_transparent() -> None:
-    _see_through(lambda node: getattr(node.target, "__name__", node.target) == "add")
+    def adds_values(node: fx.Node) -> bool:
+        return getattr(node.target, "__name__", node.target) == "add" and len(node.all_input_nodes) == 2
+
+    _see_through(adds_values)
 
 
 @bug(*PROGRAMS)
@@ -246,7 +390,7 @@ def _see_no_writes() -> None:
 @bug(*PROGRAMS)
 def ignore_the_training_argument_of_a_norm() -> None:
     def function(original: Any, self: ops.Reader, node: fx.Node, bound: Any, kind: str) -> Any:
-        return original(self, node, {**bound, ops._NORM_FUNCTIONS[kind]: False}, kind)
+        return original(self, node, {**bound, ops.NORM_FUNCTIONS[kind]: False}, kind)
 
     wrap(ops.Reader, "_norm_function", function)
     _see_no_writes()
@@ -267,22 +411,23 @@ def fold_no_functional_operator() -> None:
 
 @bug(*FOLDS)
 def stop_at_dropout() -> None:
-    ops._DROPOUT_FUNCTIONS.clear()
+    table.TRANSPARENT["dropout"] = lambda call: None
 
 
 @bug(*FOLDS)
 def count_queries_as_users() -> None:
-    wrap(match._Matcher, "_is_query", lambda *_: False)
+    wrap(ops.Reader, "is_query", lambda *_: False)
 
 
 @bug(*TWICE)
 def fold_one_norm_at_a_time() -> None:
     def matched(original: Any, *args: Any) -> match.Plan:
         plan = original(*args)
-        later = [match.Refusal.because(move.norm.name, match.Code.OTHER_USERS) for move in plan.moves[1:]]
-        return match.Plan(plan.moves[:1], (*plan.refusals, *later))
+        later = [move.source.name for move in plan.moves[1:] if isinstance(move.source, Norm)]
+        refusals = [match.Refusal.because(name, Code.OTHER_USERS) for name in later]
+        return replace(plan, moves=plan.moves[:1], refusals=(*plan.refusals, *refusals))
 
-    wrap(pipeline, "match", matched)
+    wrap(solve, "match", matched)
 
 
 @bug(*DETERMINISM)
@@ -292,12 +437,270 @@ def name_copies_at_random() -> None:
 
 @bug(*ACCOUNTS)
 def forget_the_norms_that_are_left() -> None:
-    wrap(pipeline, "match", lambda original, *args: match.Plan(original(*args).moves, ()))
+    wrap(solve, "match", lambda original, *args: replace(original(*args), refusals=()))
 
 
-@bug(*NORMS_LEFT)
+@bug(*ACCOUNTS)
 def leave_the_norm_where_it_was() -> None:
-    wrap(rewrite._Editor, "erase_norms", lambda *_: None)
+    wrap(rewrite._Editor, "erase", lambda *_: None)
+
+
+# ---- what maps may pass -----------------------------------------------------------------------------
+
+
+@bug(*PATHS)
+def ignore_count_include_pad() -> None:
+    entry("avg_pool", stops_shift=None)
+
+
+@bug(*PATHS)
+def let_the_shift_pass_a_zero_padding() -> None:
+    entry("pad", stops_shift=None)
+
+
+@bug(*PATHS)
+def let_the_shift_pass_a_sum_over_an_axis() -> None:
+    entry("sum", stops_shift=None)
+
+
+@bug(*PATHS)
+def let_every_scale_pass_a_maximum() -> None:
+    entry("max_pool", monotone=False)
+    entry("amax", monotone=False)
+
+
+@bug(*PATHS)
+def let_the_shift_pass_a_zero_padding_convolution() -> None:
+    wrap(ops, "_pads_with_zeros", lambda *_: False)
+
+
+@bug(*PATHS)
+def let_the_shift_pass_a_transposed_convolution() -> None:
+    read_as(lambda _, found: replace(found, bordered=found.bordered and not found.transposed), Linear)
+
+
+@bug(*PATHS)
+def drop_what_the_way_needs() -> None:
+    wrap(solve, "_holds", lambda *_: True)
+
+
+@bug(*PATHS)
+def ignore_the_axes_within_which_an_operator_works() -> None:
+    def passed(original: Any, self: Within, acting: Any, _: set[int]) -> Any:
+        return original(self, acting, set())
+
+    wrap(Within, "_passed", passed)
+
+
+@bug(*PATHS, *CHAINS)
+def forget_the_axes_that_are_gone() -> None:
+    def forward(original: Any, self: Within, source: fx.Node, acting: Any, shapes: Any) -> Any:
+        return original(replace(self, removes=False), source, acting, shapes)
+
+    wrap(Within, "forward", forward)
+
+
+@bug(*PATHS, *CHAINS)
+def permute_the_wrong_way_round() -> None:
+    def through(original: Any, pattern: Any, acting: Any, *, backward: bool) -> Any:
+        return original(pattern, acting, backward=not backward)
+
+    wrap(transparent, "through", through)
+
+
+@bug(*PATHS, *CHAINS)
+def repeat_the_whole_index_instead_of_each_entry() -> None:
+    _spread("whole")
+
+
+@bug(*PATHS, *CHAINS)
+def repeat_each_entry_instead_of_the_whole_index() -> None:
+    _spread("each")
+
+
+def _spread(way: str) -> None:
+    def repeated(original: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        return found if isinstance(found, Code) or found.spread is None else replace(found, spread=way)
+
+    wrap(channels, "_repeated", repeated)
+
+
+@bug(*PATHS)
+def ignore_where_a_slice_begins() -> None:
+    def taken(original: Any, self: Slice, size: Any) -> Any:
+        found = original(self, size)
+        return None if found is None else range(len(found))
+
+    wrap(Slice, "taken", taken)
+
+
+@bug(*PATHS)
+def ignore_who_else_reads_what_is_sliced() -> None:
+    def check(original: Any, self: match._Matcher, value: fx.Node, reader: fx.Node, acting: Any) -> None:
+        if not isinstance(self.reader.read(reader), Slice):
+            original(self, value, reader, acting)
+
+    wrap(match._Matcher, "_check_only_reader", check)
+
+
+@bug(*PATHS)
+def map_the_channels_that_are_kept() -> None:
+    def taken(original: Any, self: AffineMap, index: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
+        return original(self, tuple(max(place, 0) for place in index), *args, **kwargs)
+
+    wrap(AffineMap, "taken", taken)
+
+
+@bug(*PATHS)
+def give_the_parts_of_a_concat_the_wrong_channels() -> None:
+    def backward(original: Any, self: Concat, *args: Any) -> Any:
+        parts = original(self, *args)
+        return parts[::-1] if isinstance(parts, list) else parts
+
+    wrap(Concat, "backward", backward)
+
+
+@bug(*PATHS)
+def forget_the_other_parts_of_a_concat() -> None:
+    def forward(original: Any, self: Concat, source: fx.Node, acting: Any, shapes: Any) -> Any:
+        found = original(self, source, acting, shapes)
+        if isinstance(found, Code) or KEPT not in found.index:
+            return found
+        return replace(found, index=tuple(number % len(acting.index) for number in range(len(found.index))))
+
+    wrap(Concat, "forward", forward)
+
+
+@bug(*PROGRAMS, *PATHS)
+def put_the_shift_into_both_summands() -> None:
+    wrap(Sum, "backward", lambda _, self, acting, __: [acting] * len(self.inputs))
+
+
+@bug(*PROGRAMS, *PATHS)
+def scale_only_one_summand() -> None:
+    def backward(_: Any, __: Sum, acting: Any, ___: Any) -> Any:
+        return [acting, replace(acting, index=(KEPT,) * len(acting.index))]
+
+    wrap(Sum, "backward", backward)
+
+
+@bug(*PROGRAMS, *PATHS)
+def fold_into_one_branch_only() -> None:
+    wrap(match._Matcher, "_sites", lambda original, *args: original(*args)[:1])
+
+
+@bug(*PROGRAMS, *PATHS)
+def fold_although_a_branch_refuses() -> None:
+    _although_a_branch_refuses("_backward")
+
+
+@bug(*PROGRAMS, *PATHS)
+def fold_although_another_consumer_refuses() -> None:
+    """Such as the ReLU beside a convolution."""
+
+    def readers(original: Any, self: match._Matcher, value: fx.Node) -> list[fx.Node]:
+        found = original(self, value)
+        return [reader for reader in found if not isinstance(self.reader.read(reader), Opaque)] or found
+
+    def forward(original: Any, self: match._Matcher, *args: Any) -> Iterator[Any]:
+        self._readers = lambda value: readers(type(self)._readers, self, value)
+        try:
+            yield from original(self, *args)
+        finally:
+            del self.__dict__["_readers"]
+
+    wrap(match._Matcher, "_forward", forward)
+
+
+def _although_a_branch_refuses(direction: str) -> None:
+    def absorbed(original: Any, *args: Any) -> Iterator[Any]:
+        found = False
+        try:
+            for site in original(*args):
+                found = True
+                yield site
+        except match._Stop:
+            if not found:
+                raise
+
+    wrap(match._Matcher, direction, absorbed)
+
+
+@bug(*PROGRAMS, *PATHS)
+def ignore_writes_on_the_way_forward() -> None:
+    wrap(match._Matcher, "_check_writes", lambda *_: None)
+
+
+@bug(*PATHS)
+def put_a_constant_on_the_channels_wherever_it_lies() -> None:
+    def read(_: ops.Reader, found: Affine) -> Affine:
+        acts = [size for size in found.shape if size != 1]
+        return replace(found, shape=(*acts, 1, 1)) if len(acts) == 1 else found
+
+    read_as(read, Affine)
+
+
+@bug(*PATHS)
+def ignore_that_a_constant_may_add_axes() -> None:
+    def read(_: ops.Reader, found: Affine) -> Affine:
+        ones = next((place for place, size in enumerate(found.shape) if size != 1), len(found.shape))
+        return replace(found, shape=found.shape[ones:])
+
+    read_as(read, Affine)
+
+
+@bug()
+def ignore_the_dtype_of_constants() -> None:
+    read_as(lambda _, found: replace(found, dtype=None), Affine)
+
+
+@bug(*ACCOUNTS)
+def leave_constants_where_they_were() -> None:
+    def erase(original: Any, self: Any, inputs: dict[fx.Node, fx.Node]) -> None:
+        kept = {node: source for node, source in inputs.items() if "norm" in str(node.target)}
+        original(self, kept or inputs)
+
+    wrap(rewrite._Editor, "erase", erase)
+
+
+# ---- modules that are kept --------------------------------------------------------------------------
+
+
+@bug(*KEEPING, *KEPT_MODULES)
+def exchange_modules_that_are_called_twice() -> None:
+    def stays(original: Any, *args: Any) -> Any:
+        code = original(*args)
+        return None if code is Code.SHARED else code
+
+    wrap(keep._KeepingReader, "_stays", stays)
+    wrap(keep._Unit, "_disputed", lambda *_: {})
+
+
+@bug(*KEPT_MODULES)
+def trace_one_choice_of_the_options() -> None:
+    wrap(keep, "_variants", lambda original, module: original(module)[:1])
+
+
+@bug(*KEPT_MODULES)
+def take_exposed_modules_for_called() -> None:
+    def uses(original: Any, module: nn.Module) -> Any:
+        return {name: replace(use, kind=Kind.CALLED) for name, use in original(module).items()}
+
+    wrap(keep, "uses_of_submodules", uses)
+
+
+@bug(*KEPT_MODULES)
+def fold_what_the_rest_of_the_model_has_too() -> None:
+    wrap(keep._Folder, "_shared_below", lambda *_: iter(()))
+
+
+@bug(*KEEPING)
+def assume_ranks_in_modules_that_are_kept() -> None:
+    def planned(original: Any, *args: Any, **_: Any) -> Any:
+        return original(*args)
+
+    wrap(keep, "planned", planned)
 
 
 if os.environ.get("FXFUSE_PLANT"):

@@ -75,7 +75,7 @@ def moderate(model: nn.Module, seed: int) -> None:
 
 def noise(shape: Sequence[int], seed: int) -> Tensor:
     """A standard normal tensor in float64."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @dataclass(frozen=True)
