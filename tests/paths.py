@@ -274,13 +274,14 @@ class Drawing:
         batch, *sizes = self.shape(Value(0))
         choices = [(batch + 1, *sizes), (1, *sizes)]
         if len(sizes) > 1:
-            choices += [(batch, sizes[0], *(size + 2 for size in sizes[1:])), tuple(sizes)]
+            choices += [(batch, sizes[0], *(size + 2 for size in sizes[1:]))]
+            choices += [tuple(sizes)] * (1 if len(sizes) > 2 else 4)
         else:
             choices += [(batch, *sizes, *sizes)] * 2
         if len(sizes) > 1 and sizes[-1] % 2 == 0:
-            choices += [(2 * batch, *sizes[:-1], sizes[-1] // 2)] * 3
+            choices += [(2 * batch, *sizes[:-1], sizes[-1] // 2)] * 4
         if len(sizes) > 1 and batch % 2 == 0:
-            choices += [(batch // 2, *sizes[:-1], 2 * sizes[-1])] * 3
+            choices += [(batch // 2, *sizes[:-1], 2 * sizes[-1])] * 4
         return self.pick(*choices)
 
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import fxfuse
 from tests.paths import REJECTED, Chain, Path, chains, paths
 from tests.programs import QUERIES, Program, ProgramModel, norm_form, programs, writes
-from tests.strategies import SEEDS, Pair, pairs
+from tests.strategies import SEEDS, Pair, noise, pairs
 from tests.support import assert_exact, assert_untouched, randomise, snapshot
 
 SMALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -304,6 +304,17 @@ def test_kept_modules_fold_exactly_for_other_sizes(path: Path) -> None:
     model = path.model()
     fused = fxfuse.fuse(model, keep_modules=True)
     assert_exact(on_other_sizes(path, model), run(fused, path.other_inputs()))
+
+
+@FEW
+@given(SEEDS, st.integers(2, 4))
+def test_kept_modules_take_values_without_a_batch_axis(seed: int, size: int) -> None:
+    """Where a norm works along another axis than with one; nothing that is kept could assert the number."""
+    model = randomise(nn.Sequential(nn.Conv1d(size, size, 1), nn.BatchNorm1d(size)), seed)
+    fused = fxfuse.fuse(model, keep_modules=True)
+    for shape in ((size, size), (2, size, size)):
+        x = noise(shape, seed)
+        assert_exact(run(model, (x,)), run(fused, (x,)))
 
 
 def norms_called(model: nn.Module, inputs: tuple[Any, ...]) -> set[str]:
