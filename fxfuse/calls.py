@@ -129,7 +129,8 @@ def origins(graph: fx.Graph) -> dict[fx.Node, str | None]:
     """For each node the parameter or buffer that its value may be a view of: that of its first input."""
     found: dict[fx.Node, str | None] = {}
     for node in graph.nodes:
-        sources = node.all_input_nodes if node.op.startswith("call_") else []
+        fresh = operator_name(node) in IN_PLACE and not written_inputs(node)
+        sources = node.all_input_nodes if node.op.startswith("call_") and not fresh else []
         found[node] = str(node.target) if node.op == "get_attr" else found[sources[0]] if sources else None
     return found
 

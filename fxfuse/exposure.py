@@ -17,27 +17,24 @@ from __future__ import annotations
 
 import ast
 import builtins
-import functools
-import gc
 import inspect
 import textwrap
-import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import chain, permutations
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxfuse.tree import has_hooks
+from fxfuse.functions import definition, nested, reads
+from fxfuse.objects import STATE, attributes, is_torch, modules_in, own_classes
+from fxfuse.tree import CONTAINERS, HOOKS, has_hooks
 
 Value = frozenset[str]
 _NOTHING: Value = frozenset()
 _SELF: Value = frozenset({""})
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ITERATION = (
     "__iter__",
     "__getitem__",
@@ -49,7 +46,6 @@ _ITERATION = (
 )
 _ATTRIBUTES = ("__getattr__", "__getattribute__", "__setattr__", "__delattr__")
 _ENTRIES = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward")
-_STATE = {*vars(nn.Module())} - {"training"}
 _TRICKS = {"eval", "exec", "locals", "vars", "globals", "_getframe", "currentframe"}
 _IDIOMS = ("next(self.parameters()).dtype", "next(self.parameters()).device")
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.memory_format)
@@ -74,6 +70,15 @@ class Use:
 
     kind: Kind
     where: str = ""
+
+
+def hooks_look(module: nn.Module) -> bool:
+    """Whether a hook of `module` may look at the module that it is given, or holds one."""
+    hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
+    plain = [hook for hook in hooks if isinstance(hook, FunctionType) and hook.__code__.co_argcount]
+    return len(plain) < len(hooks) or any(
+        reads(hook, hook.__code__.co_varnames[0]) or any(modules_in(hook)) for hook in plain
+    )
 
 
 class _EverythingError(Exception):
@@ -118,7 +123,7 @@ class _Reader:
         for function in self._functions:  # grows meanwhile
             self._read_function(function)
         for path, holder in self.module.named_modules():
-            for name, value in _attributes(holder):
+            for name, value in attributes(holder):
                 self._refer(value, path, f"{type(holder).__qualname__}.{name} holds it")
 
     def spread(self) -> None:
@@ -165,7 +170,7 @@ class _Reader:
 
     def _refer(self, value: Any, holder: str, where: str) -> None:
         """Exposes what an object leads to past the module tree, unless the object lies inside of it."""
-        for held in _modules_in(value):
+        for held in modules_in(value):
             reached = {*held.modules()}
             for path, module in self.modules.items():
                 inside = path and f"{holder}.".startswith(f"{path}.")
@@ -175,7 +180,7 @@ class _Reader:
     def _follow(self, function: Any) -> None:
         """Adds a method to what is read. Decorators by torch only call it, those by others are read."""
         while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
-            if not _is_torch(function.__globals__.get("__name__")):
+            if not is_torch(function.__globals__.get("__name__")):
                 break
             function = function.__wrapped__
         if not isinstance(function, FunctionType):
@@ -185,11 +190,11 @@ class _Reader:
 
     def _read_function(self, function: FunctionType) -> None:
         """Reads the body until no variable gains a value."""
-        definition = _definition(function.__code__)
-        parameters = [*definition.args.posonlyargs, *definition.args.args] if definition else []
-        if not definition or not parameters:
+        found = definition(function.__code__)
+        parameters = [*found.args.posonlyargs, *found.args.args] if found else []
+        if not found or not parameters:
             raise _EverythingError(f"{function.__qualname__} has no source, or no parameter self")
-        codes = _nested(function.__code__)
+        codes = nested(function.__code__)
         self._function = function
         self._local = {name for code in codes for name in code.co_varnames + code.co_cellvars}
         self._local |= {*function.__code__.co_freevars}
@@ -197,7 +202,7 @@ class _Reader:
         before: dict[str, Value] = {}
         while before != self._variables:
             before = dict(self._variables)
-            for statement in definition.body:
+            for statement in found.body:
                 self._read(statement)
 
     # The rules. Reading lets values escape, `_value` passes them on.
@@ -269,7 +274,7 @@ class _Reader:
         if name in _TRICKS or ("" in value and _is_machinery(name)):
             return self._note(_SELF, node)
         found = frozenset({name} & self.uses.keys()) if "" in value else _NOTHING
-        for each in (vars(kind).get(name) for kind in _own_classes(self.module) if "" in value):
+        for each in (vars(kind).get(name) for kind in own_classes(self.module) if "" in value):
             if isinstance(each, FunctionType):
                 self._follow(each)
                 found |= _SELF
@@ -366,7 +371,7 @@ class _Reader:
 
 def _is_machinery(name: str) -> bool:
     """Whether ``self.name`` is a way of nn.Module, or of Python, to reach all that is in a module."""
-    known = name in _STATE or name.startswith("__") or hasattr(nn.Module, name)
+    known = name in STATE or name.startswith("__") or hasattr(nn.Module, name)
     return known and name not in ("forward", "__class__")
 
 
@@ -377,8 +382,8 @@ def _has_own(kind: type, *names: str) -> bool:
 def _is_container(module: nn.Module, *, own: bool) -> bool:
     """Whether it is torch's container, with no code of its own, or `own`: iterates as one."""
     kind = type(module)
-    like = [[getattr(kind, name, 0) is getattr(base, name, 0) for name in _ITERATION] for base in _CONTAINERS]
-    return kind in _CONTAINERS or (own and any(map(all, like)))
+    like = [[getattr(kind, name, 0) is getattr(base, name, 0) for name in _ITERATION] for base in CONTAINERS]
+    return kind in CONTAINERS or (own and any(map(all, like)))
 
 
 def _has_length(module: nn.Module) -> bool:
@@ -402,63 +407,3 @@ def _is_plain_attribute(module: nn.Module, name: str) -> bool:
 
 def _parts(module: nn.Module) -> set[int]:
     return {id(each) for each in chain(module.modules(), module.parameters(), module.buffers())}
-
-
-def _own_classes(module: nn.Module) -> list[type]:
-    return [kind for kind in type(module).__mro__ if kind not in (nn.Module, object)]
-
-
-def _is_torch(name: Any) -> bool:
-    return str(name).partition(".")[0] == "torch"
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What a module holds, itself and by its classes, less its submodules and the hooks of its state_dict."""
-    for kind in _own_classes(module):
-        if not _is_torch(kind.__module__):
-            yield from vars(kind).items()
-    for name, value in vars(module).items():
-        if name != "_modules" and not (name in _STATE and "state_dict" in name):
-            yield name, value
-
-
-def _modules_in(value: Any) -> Iterator[nn.Module]:
-    """The modules that objects lead to without passing through a module, a class or a global variable."""
-    seen: dict[int, Any] = {}
-    found = [value]
-    while found:
-        each = found.pop()
-        if id(each) in seen or isinstance(each, (type, ModuleType)):
-            continue
-        seen[id(each)] = each
-        if isinstance(each, nn.Module):
-            yield each
-        elif isinstance(each, FunctionType):
-            found += [each.__closure__, each.__defaults__, each.__kwdefaults__, each.__dict__]
-        else:
-            found += [each()] if isinstance(each, weakref.ref) else gc.get_referents(each)
-
-
-def _nested(code: CodeType) -> list[CodeType]:
-    inner = (each for each in code.co_consts if isinstance(each, CodeType))
-    return [code, *chain.from_iterable(map(_nested, inner))]
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled(source: str) -> tuple[ast.Module, frozenset[CodeType]]:
-    tree = ast.parse(source)
-    return tree, frozenset(_nested(compile(tree, "", "exec", dont_inherit=True)))
-
-
-def _definition(code: CodeType) -> ast.FunctionDef | None:
-    """The definition that `code` was compiled from; None if its file is missing, or is another by now."""
-    try:
-        tree, codes = _compiled("".join(inspect.findsource(code)[0]))
-    except (OSError, SyntaxError, ValueError):
-        return None
-    for node in ast.walk(tree) if code in codes else ():
-        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
-            lines = {node.lineno, *(decorator.lineno for decorator in node.decorator_list)}
-            if min(lines) == code.co_firstlineno:
-                return node
-    return None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fxfuse.tree import NORM_RANKS
+from fxfuse.tree import CONTAINERS, NORM_RANKS
 
 # Layer or function → number of spatial axes, and whether its weight's axes are those of a transposed one.
 LINEAR_LAYERS: dict[type[nn.Module], tuple[int, bool]] = {
@@ -58,6 +58,12 @@ def is_known(module: nn.Module) -> bool:
     kinds = [kind for kind in type(module).__mro__ if kind in LINEAR_LAYERS or kind in NORM_RANKS]
     torch_own = type(module).__module__.startswith("torch.nn.modules") and "forward" not in module.__dict__
     return torch_own or (bool(kinds) and not is_replaced(module, kinds[0]))
+
+
+def is_torch_layer(module: nn.Module) -> bool:
+    """Whether it is torch's own, and neither one of its containers nor a graph."""
+    own = type(module).__module__.startswith("torch.")
+    return own and not isinstance(module, (*CONTAINERS, fx.GraphModule))
 
 
 def is_replaced(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -26,6 +26,7 @@ from torch import fx, nn
 from fxfuse.calls import torch_name, written_inputs
 from fxfuse.channels import KEPT, Channels
 from fxfuse.layers import calls_norm
+from fxfuse.layout import layouts
 from fxfuse.nodes import Affine, LeftNorm, Linear, Norm, Opaque, Split
 from fxfuse.ops import Reader, norms_inside
 from fxfuse.records import Refusal
@@ -74,6 +75,8 @@ class Plan:
         moves: in the order in which they were found, each relying on those before it.
         refusals: of norms that no move takes away.
         called: modules that the graph calls as a whole and that have norms inside.
+        views: the calls of `view` that have to become `reshape`, by the nodes whose going makes it so.
+        stuck: the nodes that would have to stay for the sake of the layout of what they give.
         written_out: the norms that forward writes out as a multiplication and an addition of constants:
             the nodes of each, by its first.
     """
@@ -81,6 +84,8 @@ class Plan:
     moves: tuple[Move, ...]
     refusals: tuple[Refusal, ...]
     called: tuple[str, ...]
+    views: Mapping[fx.Node, frozenset[fx.Node]]
+    stuck: Mapping[fx.Node, fx.Node]
     written_out: Mapping[fx.Node, tuple[fx.Node, ...]]
 
 
@@ -106,7 +111,10 @@ def match(graph: fx.Graph, reader: Reader, shapes: GraphShapes, barred: Barred) 
     refusals = [refusal for node in graph.nodes for refusal in matcher.refused(node)]
     calls = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module")
     called = tuple(name for name in calls if norms_inside(reader.attribute(name)))
-    return Plan(tuple(matcher.moves.values()), tuple(refusals), called, matcher.written_out)
+    inputs = {node: move.source.input for node, move in matcher.moves.items()}
+    found = layouts(graph, reader, shapes, inputs, matcher.is_written)
+    moves = tuple(matcher.moves.values())
+    return Plan(moves, tuple(refusals), called, found.views, found.stuck, matcher.written_out)
 
 
 class _Stop(Exception):  # noqa: N818
@@ -240,9 +248,12 @@ class _Matcher:
         acted = [place - len(source.shape) for place, size in enumerate(source.shape) if size != 1]
         if len(acted) > 1:
             raise _Stop(Code.AXIS, source.input.name)
-        shape = self.shapes.of(source.input) if len(source.shape) > 1 else None
-        if len(source.shape) > 1 and (shape is None or len(shape) < len(source.shape)):
-            raise _Stop(Code.RANK_UNKNOWN if shape is None else Code.AXIS, source.input.name)
+        operator = self.reader.read(source.input)
+        least = operator.dims + 1 if isinstance(operator, Linear) else 1
+        if len(source.shape) > least:
+            shape = self.shapes.of(source.input)
+            if shape is None or len(shape) < len(source.shape):
+                raise _Stop(Code.RANK_UNKNOWN if shape is None else Code.AXIS, source.input.name)
         shift = source.role == "plus"
         scale = source.role != "plus" or source.negative
         if not acted:
@@ -369,6 +380,10 @@ class _Matcher:
         for writer, written in self._writes:
             if self._order[node] < self._order[writer] <= last and self._may_share(value, written):
                 raise _Stop(Code.STATE_MUTATED, writer.name)
+
+    def is_written(self, value: fx.Node) -> bool:
+        """Whether anybody may write to `value`, or to what it is a view of."""
+        return any(self._may_share(value, written) for _, written in self._writes)
 
     def _may_share(self, value: fx.Node, written: set[fx.Node]) -> bool:
         """Whether one of these may be a view of what `value` is, or was made from."""

@@ -35,6 +35,7 @@ from fxfuse.layers import (
     is_replaced,
 )
 from fxfuse.nodes import LeftNorm, Linear, Norm, Op, Opaque, Query, Split, Tensors
+from fxfuse.objects import modules_outside
 from fxfuse.refusals import Code
 from fxfuse.replica import is_plain
 from fxfuse.table import LAYERS, LAYERS_LIKE_INPUT, LIKE_BOTH, LIKE_INPUT, SPLITS, TRANSPARENT, Call, part
@@ -106,6 +107,8 @@ class Reader:
         inputs = node.all_input_nodes if getattr(called, "inplace", False) else written_inputs(node)
         names = [self._origins[source] for source in inputs]
         written: list[Any] = [attribute(self.root, name) for name in names if name is not None]
+        reached = set() if called is None or is_known(called) else modules_outside(called)
+        written += [tensor for each in reached for tensor in (*each.parameters(), *each.buffers())]
         for module in () if called is None else called.modules():
             if has_hooks(module) or not is_known(module) or getattr(module, "max_norm", None) is not None:
                 written += module.parameters()

@@ -13,14 +13,15 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from fxfuse.capture import Capture, capture, check_usable
 from fxfuse.comparison import REJECTIONS, clean_run, drawn, rejection, verify
 from fxfuse.errors import CaptureError, UsageError
+from fxfuse.exposure import hooks_look
 from fxfuse.keep import fold_called, fold_inside
 from fxfuse.ops import Reader
+from fxfuse.options import choices
 from fxfuse.records import Report
 from fxfuse.replica import isolated, replicate
 from fxfuse.rewrite import rewrite
 from fxfuse.shapes import GraphShapes, observed_values
 from fxfuse.solve import planned
-from fxfuse.tracer import options
 from fxfuse.tree import is_training
 
 _RECORD = "fxfuse_report"
@@ -32,7 +33,8 @@ def fuse(
     """A new module that computes the same function as `model`, with the norms folded away.
 
     It is a ``torch.fx.GraphModule`` where the whole model can be traced. Where it cannot, or where forward
-    takes options (arguments that default to None, a bool, a str, a dtype or a device), of which a graph
+    takes options (arguments that default to None, a bool, a str, a dtype or a device, or that it
+    compares with None), of which a graph
     could hold one choice only, it is a module of the same class, folded inside.
 
     The source is untouched. The weights of layers that were not folded share their memory with the
@@ -104,8 +106,10 @@ def _folded(
     with torch.inference_mode(False), torch.no_grad():
         if keep_modules:
             fused, report = _kept(model)
-        elif not isinstance(model, fx.GraphModule) and options(model):
-            note = f"forward takes options ({', '.join(options(model))}), so the modules were kept"
+        elif hooks_look(model):
+            fused, report = _kept(model, f"a hook looks at this {type(model).__name__}, so it was not folded")
+        elif not isinstance(model, fx.GraphModule) and choices(model):
+            note = f"forward takes options ({', '.join(choices(model))}), so the modules were kept"
             fused, report = _kept(model, note)
         else:
             fused, report = _graph(model, example_inputs)

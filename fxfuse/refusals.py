@@ -61,6 +61,11 @@ class Code(Enum):
         "an operator between it and the linear operator mixes the channels, or may",
         "normalise before it; or give a reshape fixed sizes, so that the channel axis is certain",
     )
+    LAYOUT = Explanation(
+        "FXF109",
+        "without it a value would lie in memory in an order that the code after it may not accept",
+        "write reshape instead of view, or call contiguous() before the norm",
+    )
     BATCH_STATISTICS = Explanation(
         "FXF201",
         "it has no running statistics and normalises by those of the batch",
@@ -133,7 +138,7 @@ class Code(Enum):
     )
     PADDING = Explanation(
         "FXF305",
-        "zeros are padded between it and the operator after it, and its map does not leave them zero",
+        "zeros are padded, or sums taken, between it and the operator after it, and its shift is not zero",
         "pad before the norm, or with another padding mode",
     )
     NEGATIVE_SCALE = Explanation(
@@ -166,3 +171,8 @@ class Code(Enum):
         "modules are kept, and whether it follows the operator depends on the arguments of forward",
         "nothing to do: the norm is needed for some of the calls that forward allows",
     )
+
+
+def by_code(code: str) -> Code:
+    """The member of that code: "FXF101"."""
+    return next(each for each in Code if each.value.code == code)

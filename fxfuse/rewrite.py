@@ -41,6 +41,8 @@ def rewrite(
         into[node] = editor.operator_name(node)
     for node, rank in dict.fromkeys(each for move in plan.moves for each in sorted(move.assumed, key=str)):
         _assert_rank(node, rank)
+    for view in plan.views:
+        _as_reshape(view)
     editor.erase({move.node: move.source.input for move in plan.moves})
     editor.drop_unused(reader)
     moved = {move.node for move in plan.moves}
@@ -167,6 +169,14 @@ class _Editor:
 def _owners(name: str) -> list[str]:
     """The names above `name`: a.b.c → a.b, a."""
     return [name.rsplit(".", number)[0] for number in range(1, name.count(".") + 1)]
+
+
+def _as_reshape(view: fx.Node) -> None:
+    if isinstance(view.target, str):
+        view.target = view.target.replace("view", "reshape")
+    else:
+        view.target = torch.ops.aten.reshape.default
+    view.kwargs = {"shape" if name == "size" else name: value for name, value in view.kwargs.items()}
 
 
 def _assert_rank(node: fx.Node, rank: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +28,14 @@ from fxfuse.transparent import Concat, Rearranged, Slice, Sum, Within, broadcast
 _ARITHMETIC: Mapping[Any, Callable[[Any, Any], Any]] = {
     each: each for each in (operator.add, operator.sub, operator.mul, operator.floordiv)
 }
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """A number of axes, and what has to be assumed for it."""
+
+    number: int
+    assumed: frozenset[tuple[fx.Node, int]] = frozenset()
 
 
 class GraphShapes:
@@ -93,12 +102,13 @@ class GraphShapes:
             )
             seen = self._observed.get(node, node.meta.get("val"))
             seen = seen if isinstance(seen, Tensor) and node not in self._reader.constants else None
-            if node in self._checked and (shape is None or len(shape) == self._checked[node]):
-                shape, assumed = shape or (None,) * self._checked[node], frozenset()
-            elif shape is None and seen is not None:
-                shape, assumed = (None,) * seen.dim(), frozenset({(node, seen.dim())})
-            elif shape is None and isinstance(op, Linear) and op.dims:
-                shape, assumed = (None,) * (op.dims + 2), frozenset({(node, op.dims + 2)})
+            rank = self._checked.get(node)
+            if rank is not None and rank.assumed and (shape is not None or seen is not None):
+                rank = None
+            if rank is None and shape is None and seen is not None:
+                rank = _Rank(seen.dim(), frozenset({(node, seen.dim())}))
+            if rank is not None and (shape is None or len(shape) == rank.number):
+                shape, assumed = shape or (None,) * rank.number, rank.assumed
             if shape is not None:
                 shape = _with_channels(shape, op)
                 for axis, size in self._channels.get(node, ()):
@@ -134,27 +144,32 @@ class GraphShapes:
         return found if found is not None and found.is_floating_point else None
 
     @cached_property
-    def _checked(self) -> dict[fx.Node, int]:
-        """Numbers of axes that norms and assertions check, as far back as they must have been the same."""
-        found: dict[fx.Node, int] = {}
+    def _checked(self) -> dict[fx.Node, _Rank]:
+        """Numbers of axes that norms and assertions check, as far back as they must have been the same.
+
+        And those that convolutions have unless the batch axis is missing, which is assumed not to be.
+        """
+        found: dict[fx.Node, _Rank] = {}
         for node in reversed(self._graph.nodes):
-            op = self._reader.read(node)
+            op, asserted = self._reader.read(node), _asserted(node)
             if isinstance(op, Norm) and op.ranks is not None and len(op.ranks) == 1:
-                found.setdefault(op.input, *op.ranks)
-                found.setdefault(node, *op.ranks)
+                found[op.input] = found[node] = _Rank(max(op.ranks))
             if isinstance(op, Rearranged) and op.takes is not None:
-                found.setdefault(op.input, op.takes)
-            rank = found.get(node) or _asserted(node)
-            if rank is None:
+                found[op.input] = _Rank(op.takes)
+            if asserted is not None:
+                found[node] = _Rank(asserted)
+            elif isinstance(op, Linear) and op.dims:
+                found.setdefault(node, _Rank(op.dims + 2, frozenset({(node, op.dims + 2)})))
+            if node not in found:
                 continue
-            found[node] = rank
             adds_axes = isinstance(op, Affine) and len(op.shape) > 1
             keeps = isinstance(op, (Linear, Norm, Affine)) or (isinstance(op, Within) and not op.removes)
+            sources = op.inputs if isinstance(op, Concat) else ()
             if isinstance(op, (Linear, Norm, Affine, Within)) and keeps and not adds_axes:
-                found.setdefault(op.input, rank)
-            elif isinstance(op, Concat):
-                for source in op.inputs:
-                    found.setdefault(source, rank)
+                sources = (op.input,)
+            for source in sources:
+                if source not in found or found[source].assumed:
+                    found[source] = found[node]
         return found
 
     @cached_property

@@ -69,7 +69,11 @@ def planned(
     solved: dict[tuple[Any, ...], Tensors | Code] = {}
     while True:
         plan = match(graph, reader, shapes, barred)
-        failed = {} if assumes else {move: Code.RANK_UNKNOWN for move in plan.moves if move.assumed}
+        failed = {move: Code.LAYOUT for move in plan.moves if move.node in plan.stuck}
+        if not assumes:
+            relaid = frozenset[fx.Node]().union(*plan.views.values())
+            failed |= {move: Code.RANK_UNKNOWN for move in plan.moves if move.assumed}
+            failed |= {move: Code.LAYOUT for move in plan.moves if move.node in relaid}
         solution = Solution() if failed else solve(plan, reader, solved)
         failed |= solution.failed
         if not failed:

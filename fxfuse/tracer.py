@@ -39,6 +39,7 @@ from fxfuse.guards import (
     no_swapped_parameters,
     traceable_checks,
 )
+from fxfuse.options import defaults
 from fxfuse.proxies import ParameterProxy, TensorProxy, TypedProxy, gives_tensor
 from fxfuse.reparametrized import evaluate_weights
 from fxfuse.replica import replicate
@@ -183,7 +184,7 @@ def trace(model: nn.Module, fixed: Mapping[str, Any] | None = None) -> tuple[nn.
                     torch.no_grad(),
                 ):
                     stack.enter_context(guard)
-                graph = tracer.trace(root, dict(options(model) if fixed is None else fixed))
+                graph = tracer.trace(root, dict(defaults(model) if fixed is None else fixed))
             changed = {name for name, module in root.named_modules() if contents(module) != before[name]}
             if tracer.asked or "" in changed:
                 raise TraceError(tracer.asked or "forward changes a list, dict or set of the model")
@@ -211,13 +212,6 @@ def _no_writes_to_constants(graph: fx.Graph, model: nn.Module) -> None:
                 raise CaptureError(
                     f"forward writes to a tensor that it has made itself, at {node.format_node()}"
                 )
-
-
-def options(model: nn.Module) -> dict[str, Any]:
-    """The arguments of forward with defaults of the kinds by which code chooses branches."""
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    fixed = (bool, str, type(None), torch.dtype, torch.device)
-    return {p.name: p.default for p in parameters if isinstance(p.default, fixed)}
 
 
 @dataclass(frozen=True)

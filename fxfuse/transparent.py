@@ -74,8 +74,7 @@ class Within:
 
     def shape(self, shapes: Shapes) -> Shape | None:
         """The input's; the axes within which it works are of unknown size, or gone."""
-        shape = shapes.of(self.input)
-        touched = self._touched(shape)
+        shape, touched = shapes.of(self.input), self._touched(shapes)
         if shape is None or touched is None:
             return None
         places = range(-len(shape), 0)
@@ -85,7 +84,7 @@ class Within:
 
     def backward(self, channels: Channels, shapes: Shapes) -> list[Channels] | Code:
         """The same channels."""
-        touched = self._touched(shapes.of(self.input))
+        touched = self._touched(shapes)
         if touched is None:
             return Code.RANK_UNKNOWN
         axes = channels.axes
@@ -98,7 +97,7 @@ class Within:
 
     def forward(self, source: fx.Node, channels: Channels, shapes: Shapes) -> Channels | Code:
         """The same channels."""
-        touched = self._touched(shapes.of(self.input))
+        touched = self._touched(shapes)
         passed = Code.RANK_UNKNOWN if touched is None else self._passed(channels, touched)
         if isinstance(passed, Code) or not self.removes or touched is None:
             return passed
@@ -106,13 +105,16 @@ class Within:
             passed, axes=tuple(axis + sum(place > axis for place in touched) for axis in passed.axes)
         )
 
-    def _touched(self, shape: Shape | None) -> set[int] | None:
+    def _touched(self, shapes: Shapes) -> set[int] | None:
         """The axes within which it works, counted from the end."""
-        rank = None if shape is None else len(shape)
-        axes = self.axes(rank)
-        if axes is None or (rank is None and any(axis >= 0 for axis in axes)):
+        axes = self.axes(None)
+        if axes is not None and all(axis < 0 for axis in axes):
+            return {*axes}
+        shape = shapes.of(self.input)
+        axes = None if shape is None else self.axes(len(shape))
+        if shape is None or axes is None:
             return None
-        return {axis - (rank or 0) if axis >= 0 else axis for axis in axes}
+        return {axis - len(shape) if axis >= 0 else axis for axis in axes}
 
     def _passed(self, channels: Channels, touched: set[int]) -> Channels | Code:
         if not touched.isdisjoint(channels.axes):
@@ -162,6 +164,11 @@ class Rearranged:
         if not channels.axes:
             return channels
         return self._through(channels, shapes, backward=False)
+
+    def keeps_order(self, shapes: Shapes) -> bool:
+        """Whether the elements certainly come in the same order, row by row, as before."""
+        pattern = self._pattern(shapes)
+        return pattern is not None and sum(pattern[0], ()) == sum(pattern[1], ())
 
     def _through(self, channels: Channels, shapes: Shapes, *, backward: bool) -> Channels | Code:
         pattern = self._pattern(shapes)
@@ -268,7 +275,7 @@ class Concat:
         """To each input its part of the channels; all of them if they lie along another axis."""
         axis = self._place(shapes)
         if axis is None:
-            return Code.MIXED
+            return Code.RANK_UNKNOWN
         if axis not in channels.axes:
             return [channels] * len(self.inputs)
         sizes = self._sizes(shapes, axis)
@@ -285,7 +292,7 @@ class Concat:
         """The channels where `source` lies among the inputs; those of the others are kept."""
         axis = self._place(shapes)
         if axis is None or channels.spread:
-            return Code.MIXED
+            return Code.RANK_UNKNOWN if axis is None else Code.MIXED
         if set(self.inputs) == {source} and axis not in channels.axes:
             return channels
         if set(self.inputs) == {source} and channels.axes == (axis,):

@@ -18,6 +18,7 @@ NORM_RANKS: dict[type[nn.Module], frozenset[int] | None] = {
     nn.InstanceNorm2d: frozenset({3, 4}),
     nn.InstanceNorm3d: frozenset({4, 5}),
 }
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

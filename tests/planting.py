@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxfuse import channels, keep, match, ops, rewrite, solve, table, transparent
+from fxfuse import channels, exchange, keep, match, ops, rewrite, solve, table, transparent, unit
 from fxfuse import fold as folding
 from fxfuse.affine import AffineMap, exact
 from fxfuse.channels import KEPT
@@ -674,13 +674,13 @@ def exchange_modules_that_are_called_twice() -> None:
         code = original(*args)
         return None if code is Code.SHARED else code
 
-    wrap(keep._KeepingReader, "_stays", stays)
-    wrap(keep._Unit, "_disputed", lambda *_: {})
+    wrap(exchange.KeepingReader, "_stays", stays)
+    wrap(unit.Unit, "_disputed", lambda *_: {})
 
 
 @bug(*KEPT_MODULES)
 def trace_one_choice_of_the_options() -> None:
-    wrap(keep, "_variants", lambda original, module: original(module)[:1])
+    wrap(unit, "variants", lambda original, module: original(module)[:1])
 
 
 @bug(*KEPT_MODULES)
@@ -701,7 +701,7 @@ def assume_ranks_in_modules_that_are_kept() -> None:
     def planned(original: Any, *args: Any, **_: Any) -> Any:
         return original(*args)
 
-    wrap(keep, "planned", planned)
+    wrap(unit, "planned", planned)
 
 
 if os.environ.get("FXFUSE_PLANT"):

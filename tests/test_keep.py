@@ -242,7 +242,7 @@ def test_a_block_that_is_called_with_no_tensor_is_not_taken_for_one_that_is():
     def forward(self, x):
         return self.inner(None) if x.sum() > 0 else self.inner(x)
 
-    kept(Model(forward, inner=Either()), ((X.abs(),), {}), ((-X.abs(),), {}), folded=0, refused=["FXF209"])
+    kept(Model(forward, inner=Either()), ((X.abs(),), {}), ((-X.abs(),), {}), folded=0, refused=["FXF503"])
 
 
 def test_a_block_under_two_parents_is_folded_once_and_a_conv_under_two_is_left():
@@ -339,3 +339,121 @@ def test_state_that_forward_keeps_and_errors_that_it_catches_are_not_fixed_by_a_
     for x in (X, X, -X):
         with torch.no_grad():
             assert_exact(model(x), fused(x))
+
+
+class Sum(nn.Module):
+    """A sum of which the second part may be missing, without a default that would say so."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x, other):
+        if other is None:
+            return self.bn(self.conv(x))
+        return self.bn(self.conv(x + other))
+
+
+def add_below(self, x, other):
+    return self.block0(self.sum(x, other))
+
+
+@pytest.mark.parametrize("keep_modules", [True, False])
+def test_an_argument_that_is_compared_with_none_is_an_option(keep_modules):
+    calls = [((X, X), {}), ((X, None), {}), ((X,), {"other": None})]
+    kept(Sum(), *calls, folded=1, keep_modules=keep_modules)
+    # Further below it is not known what it gets, but what is called besides can be folded.
+    model = Model(add_below, sum=Sum(), **blocks(1))
+    kept(model, *calls, folded=2, keep_modules=keep_modules)
+
+
+def passes_an_option_on(self, x, r=None):
+    return self.inner(x, r)
+
+
+class ReluFirst(Block):
+    def forward(self, x, r=False):
+        y = self.conv(x)
+        return self.bn(F.relu(y) if r else y)
+
+
+@pytest.mark.parametrize("keep_modules", [True, False])
+def test_an_option_that_is_passed_on_is_one_below_too(keep_modules):
+    model = Model(passes_an_option_on, inner=ReluFirst())
+    calls = [((X,), {}), ((X,), {"r": True}), ((X, False), {})]
+    kept(model, *calls, folded=0, refused=["FXF503"], keep_modules=keep_modules)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        lambda self: 2.0 if isinstance(self.bn, nn.BatchNorm2d) else 3.0,
+        lambda self: 2.0 if self.conv.bias is None else 3.0,
+        lambda self: len(self.state_dict()),
+        lambda self: sum(parameter.numel() for parameter in self.parameters()),
+        lambda self: 1.0 + len(list(self.bn.buffers())),
+    ],
+)
+def test_a_forward_that_asks_about_its_modules_gets_the_same_answer(question):
+    def forward(self, x):
+        return self.bn(self.conv(x)) * self.question()
+
+    model = Model(forward, conv=nn.Conv2d(3, 3, 1, bias=False), bn=nn.BatchNorm2d(3))
+    type(model).question = question
+    kept(model, ((X,), {}), folded=0, refused=["FXF502"])
+
+
+class Holder(nn.Module):
+    """Holds a module that is not its own, and cannot be traced."""
+
+    def __init__(self, held, writes=False):
+        super().__init__()
+        self.held, self.writes = [held], writes
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        if self.writes:
+            self.held[0].weight.data.mul_(1.0)
+            return x
+        return self.held[0](x)
+
+
+@pytest.mark.parametrize("keep_modules", [True, False])
+@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("part", ["conv", "bn"])
+def test_what_an_untraced_module_holds_of_the_others_stays(part, writes, keep_modules):
+    model = Model(
+        lambda self, x: self.holder(self.bn(self.conv(x))), conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3)
+    )
+    model.holder = Holder(getattr(model, part), writes)
+    randomise(model)
+    fused = fxfuse.fuse(model, keep_modules=keep_modules)
+    assert [left.code for left in fxfuse.report(fused).refused] == ["FXF206"]
+    assert_exact(model(X), fused(X))
+
+
+def hook_that_looks(module, _args, output):
+    return output + module.conv.weight.sum()
+
+
+def hook_that_computes(_module, _args, output):
+    return output * 2
+
+
+@pytest.mark.parametrize("keep_modules", [True, False])
+def test_a_hook_of_the_model_that_looks_at_the_model_leaves_it_as_it_is(keep_modules):
+    calls = ((X,), {})
+    model = Block()
+    model.register_forward_hook(hook_that_computes)
+    randomise(model)
+    fused = fxfuse.fuse(model, keep_modules=keep_modules)
+    assert len(fxfuse.report(fused).folded) == 1
+    assert_exact(model(X), fused(X))
+    model = Block()
+    model.register_forward_hook(hook_that_looks)
+    kept(model, calls, folded=0, refused=["FXF210"], keep_modules=keep_modules)
+    other = randomise(Block())
+    model = Block()
+    model.register_forward_hook(lambda _module, _args, output: other(output))
+    kept(model, calls, folded=0, refused=["FXF210"], keep_modules=keep_modules)

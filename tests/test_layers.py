@@ -7,17 +7,20 @@ PACKAGE = Path(__file__).parents[1] / "fxfuse"
 
 # Each module may import from those on the lines above it only.
 LAYERS = [
-    ["_version", "errors", "refusals", "tree", "replica", "calls", "affine"],
-    ["guards"],
+    ["_version", "errors", "refusals", "tree", "replica", "calls", "affine", "functions", "objects"],
+    ["guards", "options"],
     ["proxies", "reparametrized", "exposure", "fold", "records", "layers", "channels", "constants"],
     ["tracer", "transparent", "patterns", "comparison"],
     ["capture", "table", "nodes"],
     ["arithmetic"],
     ["ops"],
     ["shapes"],
+    ["layout"],
     ["match"],
     ["solve"],
-    ["rewrite", "keep"],
+    ["rewrite", "exchange"],
+    ["unit"],
+    ["keep"],
     ["pipeline"],
     ["__init__"],
     ["zoo"],

@@ -1,0 +1,92 @@
+"""Who may find a value in another memory layout once a norm before it is gone.
+
+A batch norm gives a value that is laid out in the order of its axes, whatever lay before it: a transposed or
+sliced one for instance. `view` demands that order of what it is given; without the norm `reshape` has to take
+its place, which is the same wherever `view` is possible, and copies elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from fxfuse.calls import operator_name, torch_name
+from fxfuse.nodes import LeftNorm, Linear, Norm, Opaque, Query
+from fxfuse.ops import Reader
+from fxfuse.shapes import GraphShapes
+from fxfuse.transparent import Concat, Rearranged, Slice, Within
+
+
+@dataclass
+class Layouts:
+    """What the nodes that go leave behind.
+
+    Attributes:
+        views: the calls of `view` that have to become `reshape`, by whose going.
+        stuck: the nodes that may not go, since code that is not traced, or a view that somebody writes to,
+            comes after them; by the node after which nothing can be changed.
+    """
+
+    views: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
+    stuck: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+
+def layouts(
+    graph: fx.Graph,
+    reader: Reader,
+    shapes: GraphShapes,
+    gone: Mapping[fx.Node, fx.Node],
+    is_written: Callable[[fx.Node], bool],
+) -> Layouts:
+    """What becomes of memory layouts in `graph`.
+
+    Args:
+        graph: the graph.
+        reader: reads its nodes.
+        shapes: what is known of the shapes of its values.
+        gone: the nodes that are to go, and what those who read them get instead.
+        is_written: whether anybody may write to a value, or to what it is a view of.
+    """
+    found = Layouts()
+    other_order: dict[fx.Node, bool] = {}
+    changed: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in graph.nodes:
+        op, inputs = reader.read(node), node.all_input_nodes
+        kinds = (Linear, Norm, LeftNorm, Concat, Query)
+        ordered = isinstance(op, kinds) or operator_name(node) == "contiguous"
+        before = frozenset[fx.Node]().union(*(changed[each] for each in inputs))
+        if node in gone:
+            other_order[node] = other_order[gone[node]]
+            changed[node] = before | ({node} if other_order[node] else frozenset())
+            continue
+        other_order[node] = not ordered and (
+            _reorders(node, op, shapes) or any(other_order[each] for each in inputs)
+        )
+        changed[node] = frozenset() if ordered else before
+        is_view = isinstance(op, Rearranged) and operator_name(node) in ("view", "view_as")
+        if before and ((is_view and is_written(node)) or _is_unknown(node, reader)):
+            found.stuck |= dict.fromkeys(before, node)
+        elif before and is_view:
+            found.views[node] = before
+    return found
+
+
+def _reorders(node: fx.Node, op: object, shapes: GraphShapes) -> bool:
+    """Whether the value of `node` may lie in memory in another order than that of its axes."""
+    if isinstance(op, Rearranged):
+        return not op.keeps_order(shapes)
+    if isinstance(op, Within):
+        return op.removes
+    if isinstance(op, Opaque):
+        return node.op in ("placeholder", "call_function", "call_method") and not op.like
+    return isinstance(op, Slice)
+
+
+def _is_unknown(node: fx.Node, reader: Reader) -> bool:
+    if node.op == "call_module":
+        layer = reader.layer(node)
+        return layer is None or not type(layer).__module__.startswith("torch.nn.modules")
+    foreign = operator_name(node) == "" and torch_name(node.target) is None
+    return node.op == "call_function" and foreign and not isinstance(reader.read(node), Query)

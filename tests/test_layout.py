@@ -1,0 +1,121 @@
+"""A norm gives a value in the order of its axes; what comes after it may rely on that."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxfuse
+from tests.forms import noise
+from tests.support import assert_exact, randomise
+
+
+class Transposed(nn.Module):
+    """A norm of channels that a linear layer gives last."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.bn, self.relu = nn.Linear(4, 6), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.after(self.bn(self.linear(x).permute(0, 3, 2, 1)))
+
+
+def transposed(after):
+    return randomise(type("Transposed", (Transposed,), {"after": after})())
+
+
+def view(_self, y):
+    return y.view(y.shape[0], -1)
+
+
+def view_behind_an_activation(_self, y):
+    return F.relu(y).view(y.shape[0], y.shape[1] * y.shape[2] * y.shape[3])
+
+
+def view_as(_self, y):
+    return y.view_as(torch.ones(2, 6, 15))
+
+
+def view_by_name(_self, y):
+    return y.view(size=(2, 90))
+
+
+def view_that_is_written_to(self, y):
+    return self.relu(y.view(y.shape[0], -1)) + y.flatten(1)
+
+
+def contiguous(_self, y):
+    return y.contiguous().view(y.shape[0], -1)
+
+
+def reshape(_self, y):
+    return y.reshape(y.shape[0], -1)
+
+
+X = noise(2, 5, 3, 4)
+
+
+@pytest.mark.parametrize("after", [view, view_behind_an_activation, view_as, view_by_name])
+def test_a_view_becomes_a_reshape_in_a_graph_and_keeps_the_norm_in_a_module(after):
+    model = transposed(after)
+    fused = fxfuse.fuse(model)
+    assert not fxfuse.report(fused).refused
+    assert "reshape" in fused.code
+    assert_exact(model(X), fused(X))
+    kept = fxfuse.fuse(model, keep_modules=True)
+    assert [left.code for left in fxfuse.report(kept).refused] == ["FXF109"]
+    assert_exact(model(X), kept(X))
+
+
+@pytest.mark.parametrize("after", [contiguous, reshape])
+@pytest.mark.parametrize("keep_modules", [True, False])
+def test_other_readers_do_not_mind(after, keep_modules):
+    model = transposed(after)
+    fused = fxfuse.fuse(model, keep_modules=keep_modules)
+    assert not fxfuse.report(fused).refused
+    assert_exact(model(X), fused(X))
+
+
+def test_a_view_that_somebody_writes_to_keeps_the_norm():
+    model = transposed(view_that_is_written_to)
+    fused = fxfuse.fuse(model)
+    assert [left.code for left in fxfuse.report(fused).refused] == ["FXF109"]
+    assert_exact(model(X), fused(X))
+
+
+def test_a_view_after_an_operator_and_its_norm_stays_a_view():
+    model = randomise(Flat())
+    fused = fxfuse.fuse(model)
+    assert not fxfuse.report(fused).refused
+    assert "reshape" not in fused.code
+    assert_exact(model(noise(2, 3, 4, 4)), fused(noise(2, 3, 4, 4)))
+
+
+class Flat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).view(x.shape[0], -1)
+
+
+class Opaque(nn.Module):
+    """Cannot be traced, and demands a layout."""
+
+    def forward(self, y):
+        return y.view(y.shape[0], -1) if y.sum() < 1e9 else y
+
+
+def opaque(self, y):
+    return self.opaque_part(y)
+
+
+def test_code_that_is_not_traced_may_mind():
+    model = transposed(opaque)
+    model.opaque_part = Opaque()
+    for keep_modules in (True, False):
+        fused = fxfuse.fuse(model, keep_modules=keep_modules)
+        assert [left.code for left in fxfuse.report(fused).refused] == ["FXF109"]
+        assert_exact(model(X), fused(X))
