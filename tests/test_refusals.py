@@ -82,6 +82,10 @@ def apply(module, x):
     return module(x)
 
 
+def transposed_and_viewed(m, x):
+    return m.norm(m.conv(x).permute(0, 1, 3, 2)).view(x.shape[0], -1)
+
+
 def called_twice(m, x):
     return m.norm(m.conv(x)) * m.conv(x + 1)
 
@@ -142,6 +146,7 @@ BEHIND_ANOTHER = {
 }
 # These take keep_modules=True; a graph folds the norm.
 KEPT = {
+    Code.LAYOUT: (lambda: written(transposed_and_viewed), X),
     Code.SHARED: (lambda: written(called_twice), X),
     Code.NO_MODULE: (lambda: written(called_as_a_function), X),
     Code.OPTIONS: (lambda: randomise(WithOption()), X),

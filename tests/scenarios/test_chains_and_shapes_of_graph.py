@@ -394,8 +394,7 @@ def test_norms_before_a_concat_are_folded_and_the_one_after_it_is_left(form):
 
     model = form(randomise(Forward(forward, a=block(), b=block(), norm=nn.BatchNorm2d(11))))
     x = noise(*IMAGE)
-    # A function takes values with and without a batch axis, so it is not certain along what is concatenated.
-    check(model, x, folded=2, left=["FXF101" if form is modules else "FXF108"])
+    check(model, x, folded=2, left=["FXF101"])
     check(model, x, folded=2, left=["FXF101"], example_inputs=(x,))
 
 

@@ -367,8 +367,8 @@ VOLUMES = {
 SEQUENCE, VOLUME = noise(2, 4, 8), noise(2, 4, 4, 4, 4)
 
 
-# BatchNorm1d takes two or three axes, and these operators any number. A convolution before them tells.
-OF_ANY_RANK = ("mean", "Upsample", "Upsample linear", "unsqueeze")
+# BatchNorm1d takes two or three axes, and this operator any number. A convolution before it tells.
+OF_ANY_RANK = ("unsqueeze",)
 
 
 @BOTH
@@ -1174,6 +1174,24 @@ def test_norm_does_not_go_forward_through_a_concat_of_images_with_another_value(
     layers = {"norm": nn.BatchNorm2d(4), "conv": nn.Conv2d(4, 3, 3)}
     model = randomise(Forward(lambda m, x: m.conv(torch.cat([m.norm(x), F.relu(x)], dim)), **layers))
     settled(form(model, X), X, left=1)
+
+
+REGROUPED_CONCATS = {
+    "inner before": lambda m, x: m.conv(torch.cat([y := m.norm(x).unflatten(1, (2, 2)), y], 2).flatten(1, 2)),
+    "outer before": lambda m, x: m.conv(torch.cat([y := m.norm(x).unflatten(1, (2, 2)), y], 1).flatten(1, 2)),
+    "inner behind": lambda m, x: m.wide(torch.cat([y := m.conv(x).unflatten(1, (2, 2)), y], 2).flatten(1, 2)),
+    "outer behind": lambda m, x: m.wide(torch.cat([y := m.conv(x).unflatten(1, (2, 2)), y], 1).flatten(1, 2)),
+}
+
+
+@FORM
+@table(REGROUPED_CONCATS)
+def test_concat_along_a_part_of_the_channels_is_never_wrong(middle, form):
+    behind = "wide" in middle.__code__.co_names
+    conv = nn.Conv2d(4, 4, 1) if behind else nn.Conv2d(8, 3, 1)
+    norm = {"wide": nn.BatchNorm2d(8)} if behind else {"norm": nn.BatchNorm2d(4)}
+    model = randomise(Forward(middle, conv=conv, **norm))
+    never_wrong(form(model, X), X)
 
 
 @FORM

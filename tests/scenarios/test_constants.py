@@ -273,6 +273,31 @@ def test_constant_is_never_wrong_without_a_batch_axis(operation, c):
     assert_exact(model(X[0]), actual)
 
 
+@table("operation", OPERATIONS)
+@pytest.mark.parametrize("shape", ["(C, 1, 1)", "(1, 1, 1)", "()", "int"])
+def test_constant_that_adds_no_axis_is_folded_for_values_without_a_batch_axis_too(shape, operation):
+    model = with_constant(operation, SHAPES[shape])
+    fused = settled(model, X, constants=1)
+    assert_exact(model(X[0]), fused(X[0]))
+
+
+@pytest.mark.parametrize("shape", ["(C, 1, 1)", "(1, C, 1, 1)"])
+@pytest.mark.parametrize("keep_modules", [True, False])
+def test_norm_after_a_constant_is_never_wrong_without_a_batch_axis(keep_modules, shape):
+    model = model_of(lambda m, x: m.norm(m.conv(x) * m.c), c=SHAPES[shape].clone(), norm=nn.BatchNorm2d(4))
+    fused = fxfuse.fuse(model, keep_modules=keep_modules)
+    assert_exact(model(X), fused(X))
+    adds_an_axis = shape == "(1, C, 1, 1)"
+    if adds_an_axis and keep_modules:
+        assert_exact(model(X[0]), fused(X[0]))
+    elif adds_an_axis:
+        with pytest.raises(AssertionError, match="4 axes"):
+            fused(X[0])
+    else:
+        with pytest.raises(ValueError, match="expected 4D"):
+            model(X[0])
+
+
 # What is neither affine per channel nor a constant.
 NOT_AFFINE = {
     "c / y": lambda m, x: m.c / m.conv(x),
@@ -286,6 +311,7 @@ NOT_AFFINE = {
     "trunc": lambda m, x: m.conv(x).div(m.c, rounding_mode="trunc"),
     "squeeze-excite": lambda m, x: m.conv(x) * x.mean((1, 2, 3), keepdim=True).sigmoid(),
     "a number from the input": lambda m, x: m.conv(x) + x.mean(),
+    "a constant times a number from the input": lambda m, x: m.conv(x) + (m.c * x.mean()).sum(),
     "the input": lambda m, x: m.conv(x) + x[:, :1, 1:-1, 1:-1],
     "itself": lambda m, x: (y := m.conv(x)) * y,
     "complex": lambda m, x: (m.conv(x) * 1j).imag,

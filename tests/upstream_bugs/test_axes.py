@@ -135,8 +135,6 @@ def test_norm_after_a_concat_keeps_its_eps(parts, left, form):
     layers = {"a": nn.Conv2d(3, 3, 1), "b": nn.Conv2d(3, 3, 1), "norm": nn.BatchNorm2d(6, eps=0.5)}
     model = form(randomise(Forward(forward, **layers)), x)
     check(model, x, folded=1 - len(left), left=left, example_inputs=(x,))
-    if form is functions and left:  # these take values with and without a batch axis
-        left = ["FXF108"]
     check(model, x, folded=1 - len(left), left=left)
 
 
