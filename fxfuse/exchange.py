@@ -158,7 +158,7 @@ def _without_norm(module: nn.Module) -> fx.GraphModule | None:
     return replace(captured, name="WithoutNorm").module().eval()
 
 
-def erase(norm: nn.Module) -> None:
+def exchange_norm(norm: nn.Module) -> None:
     """Makes a norm an Identity, or what else its forward does, for everybody who holds it."""
     inherited = any(kind.__dict__.get("forward") is type(norm).forward for kind in _TORCH_NORMS)
     rest: nn.Module | None = nn.Identity() if inherited else _without_norm(norm)

@@ -73,7 +73,7 @@ class Use:
 
 
 def hooks_look(module: nn.Module) -> bool:
-    """Whether a hook of `module` that is not torch's may look at the module that it is given, or holds one."""
+    """Whether a hook of `module`, if it is not torch's, may look at the module it is given, or holds one."""
     hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
     hooks = [hook for hook in hooks if not is_torch(getattr(hook, "__module__", ""))]
     plain = [hook for hook in hooks if isinstance(hook, FunctionType) and hook.__code__.co_argcount]

@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fxfuse.objects import own_classes
 from fxfuse.tree import CONTAINERS, NORM_RANKS
 
 # Layer or function → number of spatial axes, and whether its weight's axes are those of a transposed one.
@@ -72,6 +73,12 @@ def is_replaced(module: nn.Module, kind: type[nn.Module]) -> bool:
         name in module.__dict__ or getattr(type(module), name, None) is not getattr(kind, name, None)
         for name in _BEHAVIOUR
     )
+
+
+def code_calls_norm(module: nn.Module) -> bool:
+    """Whether a method of `module` calls a norm as a function."""
+    methods = (value for kind in own_classes(module) for value in vars(kind).values())
+    return not is_known(module) and any(calls_norm(each) for each in methods if inspect.isfunction(each))
 
 
 def calls_norm(function: Any, seen: frozenset[Any] = frozenset()) -> bool:

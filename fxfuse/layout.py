@@ -62,7 +62,7 @@ def layouts(
             changed[node] = before | ({node} if other_order[node] else frozenset())
             continue
         other_order[node] = not ordered and (
-            _reorders(node, op, shapes) or any(other_order[each] for each in inputs)
+            _reorders(node, reader, shapes) or any(other_order[each] for each in inputs)
         )
         changed[node] = frozenset() if ordered else before
         is_view = isinstance(op, Rearranged) and operator_name(node) in ("view", "view_as")
@@ -73,12 +73,15 @@ def layouts(
     return found
 
 
-def _reorders(node: fx.Node, op: object, shapes: GraphShapes) -> bool:
+def _reorders(node: fx.Node, reader: Reader, shapes: GraphShapes) -> bool:
     """Whether the value of `node` may lie in memory in another order than that of its axes."""
+    op = reader.read(node)
     if isinstance(op, Rearranged):
         return not op.keeps_order(shapes)
     if isinstance(op, Within):
         return op.removes
+    if isinstance(op, Opaque) and node.op == "call_module":
+        return _is_unknown(node, reader)
     if isinstance(op, Opaque):
         return node.op in ("placeholder", "call_function", "call_method") and not op.like
     return isinstance(op, Slice)

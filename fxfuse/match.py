@@ -74,7 +74,6 @@ class Plan:
     Attributes:
         moves: in the order in which they were found, each relying on those before it.
         refusals: of norms that no move takes away.
-        called: modules that the graph calls as a whole and that have norms inside.
         views: the calls of `view` that have to become `reshape`, by the nodes whose going makes it so.
         stuck: the nodes that would have to stay for the sake of the layout of what they give.
         written_out: the norms that forward writes out as a multiplication and an addition of constants:
@@ -83,7 +82,6 @@ class Plan:
 
     moves: tuple[Move, ...]
     refusals: tuple[Refusal, ...]
-    called: tuple[str, ...]
     views: Mapping[fx.Node, frozenset[fx.Node]]
     stuck: Mapping[fx.Node, fx.Node]
     written_out: Mapping[fx.Node, tuple[fx.Node, ...]]
@@ -109,12 +107,10 @@ def match(graph: fx.Graph, reader: Reader, shapes: GraphShapes, barred: Barred) 
         if node not in matcher.moves:
             matcher.place(node, "forward")
     refusals = [refusal for node in graph.nodes for refusal in matcher.refused(node)]
-    calls = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module")
-    called = tuple(name for name in calls if norms_inside(reader.attribute(name)))
     inputs = {node: move.source.input for node, move in matcher.moves.items()}
     found = layouts(graph, reader, shapes, inputs, matcher.is_written)
     moves = tuple(matcher.moves.values())
-    return Plan(moves, tuple(refusals), called, found.views, found.stuck, matcher.written_out)
+    return Plan(moves, tuple(refusals), found.views, found.stuck, matcher.written_out)
 
 
 class _Stop(Exception):  # noqa: N818
@@ -394,9 +390,8 @@ class _Matcher:
         while True:
             op = self.reader.read(value)
             sources = value.all_input_nodes
-            fresh = isinstance(op, (Linear, Concat)) or (
-                isinstance(op, (Norm, Sum, Affine)) and value not in self.moves
-            )
+            computes = isinstance(op, (Norm, Sum, Affine)) and value not in self.moves
+            fresh = isinstance(op, (Linear, Concat)) or (computes and not written_inputs(value))
             if fresh or not sources or value.op == "get_attr":
                 return value
             value = sources[0]

@@ -6,7 +6,6 @@ norms are read here. What lets a map pass is in `fxfuse.table`, where operators 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ from fxfuse.layers import (
     LINEAR_LAYERS,
     NORM_FUNCTIONS,
     TUPLE_NORMS,
-    calls_norm,
+    code_calls_norm,
     is_known,
     is_norm,
     is_replaced,
@@ -39,7 +38,7 @@ from fxfuse.objects import modules_outside
 from fxfuse.refusals import Code
 from fxfuse.replica import is_plain
 from fxfuse.table import LAYERS, LAYERS_LIKE_INPUT, LIKE_BOTH, LIKE_INPUT, SPLITS, TRANSPARENT, Call, part
-from fxfuse.tree import NORM_RANKS, attribute, has_hooks
+from fxfuse.tree import NORM_RANKS, attribute, has_hooks, joined
 
 _QUERY_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout"}
 _QUERIES = {
@@ -335,10 +334,8 @@ def norms_inside(module: nn.Module) -> list[str]:
         elif isinstance(child, fx.GraphModule):
             reader = Reader(child, child.graph)
             calls = [reader.read(node) for node in child.graph.nodes if node.op == "call_function"]
-            found += [f"{path}.{op.name}".lstrip(".") for op in calls if isinstance(op, Norm | LeftNorm)]
-        elif not is_known(child) and any(
-            map(calls_norm, filter(inspect.isfunction, vars(type(child)).values()))
-        ):
+            found += [joined(path, op.name) for op in calls if isinstance(op, Norm | LeftNorm)]
+        elif code_calls_norm(child):
             found.append(path)
     return found
 

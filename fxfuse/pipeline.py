@@ -129,7 +129,7 @@ def _graph(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[nn.M
     shapes = GraphShapes(captured.graph, reader, observed)
     plan, solution = planned(captured.graph, reader, shapes)
     folds, constants = rewrite(captured, plan, solution, reader)
-    inside = fold_called(model, captured, plan.called)
+    inside = fold_called(model, captured)
     folded, refused = (*folds, *inside.folded), (*plan.refusals, *inside.refused)
     name = type(model).__name__
     return captured.module(), Report(name, len(folded) + len(refused), folded, refused, tuple(constants))

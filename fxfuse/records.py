@@ -107,17 +107,18 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON values; numbers that could not be measured are None."""
         record = asdict(self)
-        for name in ("max_abs", "max_rel", "reference_error", "candidate_error"):
-            record[name] = record[name] if math.isfinite(record[name]) else None
+        for values in (record, record["worst"] or {}):
+            for name, value in values.items():
+                values[name] = None if isinstance(value, float) and not math.isfinite(value) else value
         return record
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Comparison:
         """The comparison that `to_dict` wrote."""
         worst = record["worst"]
-        values: dict[str, Any] = {key: math.nan if value is None else value for key, value in record.items()}
-        values["worst"] = None if worst is None else Worst(**{**worst, "index": tuple(worst["index"])})
-        values["notes"] = tuple(record["notes"])
+        values = _numbers(record) | {"notes": tuple(record["notes"]), "worst": None}
+        if worst is not None:
+            values["worst"] = Worst(**{**_numbers(worst), "index": tuple(worst["index"])})
         return cls(**values)
 
     def raise_if_failed(self) -> None:
@@ -136,6 +137,10 @@ class Comparison:
         if self.worst is not None:
             lines.append(f"  worst element {self.worst}")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if value is None else value for key, value in record.items()}
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,16 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def joined(owner: str, name: str) -> str:
+    """The qualified name of what is called `name` in the module `owner`; either may be empty."""
+    return f"{owner}.{name}".strip(".")
+
+
+def is_below(name: str, owner: str) -> bool:
+    """Whether `name` is `owner`, or something in it."""
+    return not owner or name == owner or name.startswith(f"{owner}.")
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` runs more than its forward."""
     return any(getattr(module, hooks, None) for hooks in HOOKS)
@@ -37,7 +47,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules(remove_duplicate=False):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                yield f"{path}.{name}" if path else name, tensor
+                yield joined(path, name), tensor
 
 
 def attribute(root: nn.Module, name: str) -> Any:

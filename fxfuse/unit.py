@@ -7,18 +7,20 @@ did before, less the norms.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxfuse.capture import Capture, capture
 from fxfuse.errors import CaptureError
-from fxfuse.exchange import KeepingReader, erase
+from fxfuse.exchange import KeepingReader, exchange_norm
 from fxfuse.layers import is_torch_layer
 from fxfuse.match import Plan
 from fxfuse.nodes import Linear, Query
-from fxfuse.ops import Reader
+from fxfuse.ops import Reader, norms_inside
 from fxfuse.options import variants
 from fxfuse.records import Fold, Refusal
 from fxfuse.refusals import Code, by_code
@@ -29,117 +31,144 @@ from fxfuse.solve import Solution, planned
 from fxfuse.tree import attribute
 
 
+@dataclass
+class _Variant:
+    """One choice of the options of forward, its trace, and what can be folded in it."""
+
+    fixed: Mapping[str, Any]
+    captured: Capture
+    reader: KeepingReader
+    plan: Plan
+    solution: Solution
+
+
 class Unit:
-    """A module that can be traced for every choice of its options, and what can be folded in all of them."""
+    """A module that can be traced for every choice of its options, and what can be folded in all of them.
+
+    Attributes:
+        module: the module.
+        left: those of its submodules that are not to be changed, and why not.
+
+    Raises:
+        CaptureError: it cannot be traced, or not for every choice.
+    """
 
     def __init__(self, module: nn.Module, shared: Iterable[str]) -> None:
         self.module = module
-        self.captures = [capture(module, fixed) for fixed in variants(module)]
-        for captured in self.captures:
+        self.left: dict[str, Code] = dict.fromkeys(shared, Code.SHARED)
+        self._captures = [(fixed, capture(module, fixed)) for fixed in variants(module)]
+        self._variants: list[_Variant] = []
+        for _, captured in self._captures:
             if any(node.target is torch.is_tensor for node in captured.graph.nodes):
                 raise CaptureError(f"{type(module).__name__} asks for the type of its arguments")
-        self.left: dict[str, Code] = dict.fromkeys(shared, Code.SHARED)
-        self.plans: list[tuple[KeepingReader, Plan, Solution]] = []
+
+    @property
+    def is_single(self) -> bool:
+        """Whether forward has no options."""
+        return len(self._captures) == 1
+
+    def called(self) -> list[str]:
+        """The submodules that forward calls, that are not traced, and that have norms inside."""
+        return [
+            *dict.fromkeys(name for _, captured in self._captures for name in called_with_norms(captured))
+        ]
+
+    def looks_into(self, name: str) -> bool:
+        """Whether the traced code uses something below the submodule `name`."""
+        return any(looks_into(captured.graph, name) for _, captured in self._captures)
 
     def settle(self) -> None:
         """Finds the folds that hold in every variant."""
         while True:
-            self.plans = [self._plan(captured) for captured in self.captures]
+            self._variants = [self._planned(*each) for each in self._captures]
             disputed = self._disputed() or self._unproved()
             if not disputed:
                 return
             self.left |= disputed
 
-    def _plan(self, captured: Capture) -> tuple[KeepingReader, Plan, Solution]:
+    def _planned(self, fixed: Mapping[str, Any], captured: Capture) -> _Variant:
         reader = KeepingReader(captured, self.left)
         shapes = GraphShapes(captured.graph, reader, {})
-        return reader, *planned(captured.graph, reader, shapes, assumes=False)
+        return _Variant(fixed, captured, reader, *planned(captured.graph, reader, shapes, assumes=False))
+
+    def _moved(self) -> dict[str, None]:
+        """The norms that would go."""
+        return {norm: None for each in self._variants for norm in each.reader.sources(each.plan)}
 
     def _disputed(self) -> dict[str, Code]:
         """The norms that are not treated alike wherever they, or their operators, are called."""
         found: dict[str, Code] = {}
-        moved = {norm for reader, plan, _ in self.plans for norm in reader.sources(plan)}
-        for _, plan, _ in self.plans:
-            for refusal in plan.refusals:
+        moved = self._moved()
+        for each in self._variants:
+            for refusal in each.plan.refusals:
                 if refusal.norm in moved:
-                    found[refusal.norm] = by_code(refusal.code) if len(self.plans) == 1 else Code.OPTIONS
-        found |= dict.fromkeys(self._hidden(moved), Code.OPTIONS)
-        taken = [reader.taken_up(plan) for reader, plan, _ in self.plans]
+                    found[refusal.norm] = by_code(refusal.code) if self.is_single else Code.OPTIONS
+        found |= dict.fromkeys(self._hidden(), Code.OPTIONS)
+        taken = [each.reader.taken_up(each.plan) for each in self._variants]
         for operator in set().union(*taken):
             versions = [operators[operator] for operators in taken if operator in operators]
             if any(version != versions[0] for version in versions):
                 found |= {norm: Code.OPTIONS for version in versions for norm, *_ in version}
         return found
 
-    def _hidden(self, moved: set[str]) -> set[str]:
+    def _hidden(self) -> Iterator[str]:
         """The norms that some variant calls, or whose operators it calls, inside of another module."""
-        called = {
-            f"{node.target}."
-            for reader, *_ in self.plans
-            for node in reader.graph.nodes
-            if node.op == "call_module"
-        }
-        hidden = {norm for norm in moved if norm.startswith(tuple(called))}
-        for reader, plan, _ in self.plans:
-            for move in plan.moves:
-                operators = [reader.operator(site.operator) for site in move.sites]
-                if any(operator.startswith(tuple(called)) for operator in operators):
-                    hidden.add(reader.norm(move.node))
-        return hidden
+        nodes = (node for _, captured in self._captures for node in captured.graph.nodes)
+        called = tuple({f"{node.target}." for node in nodes if node.op == "call_module"})
+        for each in self._variants:
+            for move in each.plan.moves:
+                norm = each.reader.norm(move.node)
+                operators = [each.reader.operator(site.operator) for site in move.sites]
+                if any(name.startswith(called) for name in (norm, *operators)):
+                    yield norm
 
     def _unproved(self) -> dict[str, Code]:
         """All norms that would go, if without them the module would compute something else besides."""
-        moved = {norm for reader, plan, _ in self.plans for norm in reader.sources(plan)}
+        moved = self._moved()
+        if not moved:
+            return {}
         twin = replicate(self.module)
         self.apply(twin)
-        try:
-            for fixed, (reader, plan, _) in zip(
-                variants(self.module) if moved else (), self.plans, strict=False
-            ):
-                captured = capture(twin, fixed)
-                sources = {move.node for move in plan.moves}
-                if _outline(captured, moved, set()) != _outline(reader.captured, set(), sources):
-                    return dict.fromkeys(moved, Code.NO_MODULE)
-        except CaptureError:
-            return dict.fromkeys(moved, Code.NO_MODULE)
+        for each in self._variants:
+            sources = {move.node for move in each.plan.moves}
+            try:
+                after = _outline(capture(twin, each.fixed), {*moved}, set())
+            except CaptureError:
+                return dict.fromkeys(moved, Code.NO_MODULE)
+            if after != _outline(each.captured, set(), sources):
+                return dict.fromkeys(moved, Code.NO_MODULE)
         return {}
 
     def apply(self, target: nn.Module) -> None:
         """Makes the folds in `target`, a replica of the module."""
-        moved: dict[str, None] = {}
-        for reader, plan, solution in self.plans:
-            for node, (weight, bias) in solution.tensors.items():
-                operator = attribute(target, reader.operator(node))
+        for each in self._variants:
+            for node, (weight, bias) in each.solution.tensors.items():
+                operator = attribute(target, each.reader.operator(node))
                 evaluate_weights(operator)
                 operator._parameters |= {"weight": weight, "bias": bias}
-            moved |= reader.sources(plan)
-        for name in moved:
-            erase(attribute(target, name))
+        for name in self._moved():
+            exchange_norm(attribute(target, name))
 
     def folds(self) -> list[Fold]:
         """A record for each norm that is gone."""
         found: dict[str, Fold] = {}
-        for reader, plan, _ in self.plans:
-            for move in plan.moves:
-                into = tuple(dict.fromkeys(reader.operator(site.operator) for site in move.sites))
-                found.setdefault(reader.norm(move.node), Fold(reader.norm(move.node), into, move.direction))
+        for each in self._variants:
+            for move in each.plan.moves:
+                norm = each.reader.norm(move.node)
+                into = tuple(dict.fromkeys(each.reader.operator(site.operator) for site in move.sites))
+                found.setdefault(norm, Fold(norm, into, move.direction))
         return [*found.values()]
 
     def refusals(self) -> list[Refusal]:
         """A record for each norm that is left in the traced part."""
-        found: dict[str, Refusal] = {}
-        for _, plan, _ in self.plans:
-            for refusal in plan.refusals:
-                found.setdefault(refusal.norm, refusal)
+        found = {refusal.norm: refusal for each in self._variants[::-1] for refusal in each.plan.refusals}
         return [*found.values()]
 
-    def called(self) -> list[str]:
-        """The submodules that the graphs call as a whole and that have norms inside."""
-        return [*dict.fromkeys(name for _, plan, _ in self.plans for name in plan.called)]
 
-    def looks_into(self, name: str) -> bool:
-        """Whether the traced code uses something below the submodule `name`."""
-        return any(looks_into(reader.graph, name) for reader, *_ in self.plans)
+def called_with_norms(captured: Capture) -> list[str]:
+    """The modules that a graph calls as a whole and that have norms inside."""
+    calls = dict.fromkeys(str(node.target) for node in captured.graph.nodes if node.op == "call_module")
+    return [name for name in calls if norms_inside(attribute(captured.root, name))]
 
 
 def looks_into(graph: fx.Graph, name: str) -> bool:

@@ -7,7 +7,8 @@ PACKAGE = Path(__file__).parents[1] / "fxfuse"
 
 # Each module may import from those on the lines above it only.
 LAYERS = [
-    ["_version", "errors", "refusals", "tree", "replica", "calls", "affine", "functions", "objects"],
+    ["_version", "errors", "refusals", "tree", "replica", "calls", "affine", "functions"],
+    ["objects"],
     ["guards", "options"],
     ["proxies", "reparametrized", "exposure", "fold", "records", "layers", "channels", "constants"],
     ["tracer", "transparent", "patterns", "comparison"],
