@@ -28,7 +28,7 @@ class Channels:
         scale, shift: whether the map's scale acts, and its shift.
         spread: how the index covers an axis of a size that is not known yet: every entry for as many
             channels in a row as it takes ("each"), or all of them again and again ("whole").
-        needs: what has to be true of the map's numbers; `NEEDS` says what each code means.
+        needs: what has to be true of the map's numbers; `fxfuse.solve` knows what each code means.
     """
 
     axes: tuple[int, ...]
@@ -57,7 +57,7 @@ class Channels:
 
 
 Size = int | tuple[object, int] | None
-"""A number of elements: known, or known to be that of a node's axis, or (for an atom alone) not known."""
+"""A number of elements: known, or known to be that of a node's axis, or not known."""
 Shape = tuple[Size, ...]
 
 

@@ -13,12 +13,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from fxfuse.capture import Capture, capture
 from fxfuse.channels import Channels
 from fxfuse.errors import CaptureError
-from fxfuse.match import Plan
 from fxfuse.nodes import Affine, LeftNorm, Linear, Norm, Op, Opaque
 from fxfuse.ops import Reader
 from fxfuse.options import choices
+from fxfuse.plan import Plan
 from fxfuse.refusals import Code
 from fxfuse.replica import replicate
+from fxfuse.rewrite import bypass, drop_unused
 from fxfuse.tree import attribute
 
 # The classes that hold the forward of torch.nn's norms.
@@ -67,7 +68,7 @@ class KeepingReader(Reader):
         for move in plan.moves:
             for site in move.sites:
                 entry = (self.norm(move.node), site.side, site.channels)
-                found[self.operator(site.operator)].append(entry)
+                found[self.operator(site.node)].append(entry)
         return found
 
     def _if_exchangeable(self, node: fx.Node, op: Op) -> Op:
@@ -146,15 +147,10 @@ def _without_norm(module: nn.Module) -> fx.GraphModule | None:
     except CaptureError:
         return None
     reader = Reader(captured.root, captured.graph)
-    sources = [node for node in captured.graph.nodes if isinstance(reader.read(node), (Norm, Affine))]
-    for node in reversed(sources):
-        op = reader.read(node)
-        assert isinstance(op, (Norm, Affine))
-        node.replace_all_uses_with(op.input)
-        captured.graph.erase_node(node)
-    for node in reversed(list(captured.graph.nodes)):
-        if not node.users and (node.op == "get_attr" or node in reader.constants):
-            captured.graph.erase_node(node)
+    read = {node: reader.read(node) for node in captured.graph.nodes}
+    inputs = {node: op.input for node, op in read.items() if isinstance(op, (Norm, Affine))}
+    bypass(captured.graph, inputs)
+    drop_unused(captured.graph, reader)
     return replace(captured, name="WithoutNorm").module().eval()
 
 

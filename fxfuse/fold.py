@@ -69,11 +69,11 @@ def _scale(
     weight: Tensor, before: AffineMap | None, after: AffineMap | None, transposed: bool, groups: int
 ) -> Tensor:
     """What each element of `weight` is multiplied by, as a tensor that broadcasts to it."""
-    out = None if after is None else _by_row(after.scale, weight, transposed, groups)
+    out = None if after is None else _spread(after.scale, weight, groups, per_row=not transposed)
     if before is None:
         assert out is not None
         return out
-    into = _by_column(before.scale, weight, transposed, groups)
+    into = _spread(before.scale, weight, groups, per_row=transposed)
     return into if out is None else into * out
 
 
@@ -83,19 +83,10 @@ def _by_channel(weight: Tensor, transposed: bool, groups: int) -> Tensor:
     return grouped.transpose(1, 2) if transposed else grouped
 
 
-def _by_row(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
-    """`scale` as the rows of `weight` need it: (out, 1, ...), transposed (in, out/groups, 1, ...)."""
+def _spread(scale: Tensor, weight: Tensor, groups: int, *, per_row: bool) -> Tensor:
+    """A number for each row of `weight`, (rows, 1, ...), or each column of a row's group, (rows, n, ...)."""
     kernel = [1] * (weight.dim() - 2)
-    if not transposed:
-        return scale.view(-1, 1, *kernel)
-    by_row = scale.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
-    return by_row.reshape(weight.shape[0], -1, *kernel)
-
-
-def _by_column(scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
-    """A scale of the in channels as the rows of `weight` need it; see `_by_row`."""
-    kernel = [1] * (weight.dim() - 2)
-    if transposed:
+    if per_row:
         return scale.view(-1, 1, *kernel)
     by_row = scale.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
     return by_row.reshape(weight.shape[0], -1, *kernel)

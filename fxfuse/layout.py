@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from fxfuse.calls import operator_name, torch_name
+from fxfuse.calls import operator_name
 from fxfuse.nodes import LeftNorm, Linear, Norm, Opaque, Query
 from fxfuse.ops import Reader
 from fxfuse.shapes import GraphShapes
 from fxfuse.transparent import Concat, Rearranged, Slice, Within
+
+# What gives values that lie in the order of their axes, or none.
+_ORDERED = (Linear, Norm, LeftNorm, Concat, Query)
 
 
 @dataclass
@@ -26,11 +29,11 @@ class Layouts:
     Attributes:
         views: the calls of `view` that have to become `reshape`, by whose going.
         stuck: the nodes that may not go, since code that is not traced, or a view that somebody writes to,
-            comes after them; by the node after which nothing can be changed.
+            comes after them.
     """
 
     views: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
-    stuck: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    stuck: set[fx.Node] = field(default_factory=set)
 
 
 def layouts(
@@ -54,8 +57,7 @@ def layouts(
     changed: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in graph.nodes:
         op, inputs = reader.read(node), node.all_input_nodes
-        kinds = (Linear, Norm, LeftNorm, Concat, Query)
-        ordered = isinstance(op, kinds) or operator_name(node) == "contiguous"
+        ordered = isinstance(op, _ORDERED) or operator_name(node) == "contiguous"
         before = frozenset[fx.Node]().union(*(changed[each] for each in inputs))
         if node in gone:
             other_order[node] = other_order[gone[node]]
@@ -67,7 +69,7 @@ def layouts(
         changed[node] = frozenset() if ordered else before
         is_view = isinstance(op, Rearranged) and operator_name(node) in ("view", "view_as")
         if before and ((is_view and is_written(node)) or _is_unknown(node, reader)):
-            found.stuck |= dict.fromkeys(before, node)
+            found.stuck |= before
         elif before and is_view:
             found.views[node] = before
     return found
@@ -91,5 +93,5 @@ def _is_unknown(node: fx.Node, reader: Reader) -> bool:
     if node.op == "call_module":
         layer = reader.layer(node)
         return layer is None or not type(layer).__module__.startswith("torch.nn.modules")
-    foreign = operator_name(node) == "" and torch_name(node.target) is None
-    return node.op == "call_function" and foreign and not isinstance(reader.read(node), Query)
+    foreign = node.op == "call_function" and not operator_name(node)
+    return foreign and not isinstance(reader.read(node), Query)

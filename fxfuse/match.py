@@ -16,78 +16,26 @@ plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import fx, nn
 
-from fxfuse.calls import torch_name, written_inputs
+from fxfuse.calls import torch_name
 from fxfuse.channels import KEPT, Channels
 from fxfuse.layers import calls_norm
 from fxfuse.layout import layouts
+from fxfuse.memory import Memory
 from fxfuse.nodes import Affine, LeftNorm, Linear, Norm, Opaque, Split
 from fxfuse.ops import Reader, norms_inside
+from fxfuse.plan import Barred, Direction, Move, Plan, Site
 from fxfuse.records import Refusal
 from fxfuse.refusals import Code
 from fxfuse.shapes import GraphShapes
-from fxfuse.transparent import Concat, Rearranged, Slice, Sum, Within
+from fxfuse.transparent import Slice, Transparent
 from fxfuse.tree import attribute
-
-Direction = Literal["backward", "forward"]
-_PASSED = (Within, Rearranged, Slice, Concat, Sum)
-
-
-@dataclass(frozen=True)
-class Site:
-    """A linear operator that absorbs a map, or a part of it, on one of its sides."""
-
-    operator: fx.Node
-    side: Literal["output", "input"]
-    channels: Channels
-
-
-@dataclass(frozen=True)
-class Move:
-    """The map that `node` applies goes into operators before it or after it.
-
-    Attributes:
-        node: the node of the norm, or of the arithmetic with a constant.
-        source: what it reads as.
-        direction: where its map goes.
-        sites: who absorbs it.
-        assumed: the numbers of axes that are assumed of nodes: the graph has to assert them.
-    """
-
-    node: fx.Node
-    source: Norm | Affine
-    direction: Direction
-    sites: tuple[Site, ...]
-    assumed: frozenset[tuple[fx.Node, int]]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What becomes of every norm of a graph.
-
-    Attributes:
-        moves: in the order in which they were found, each relying on those before it.
-        refusals: of norms that no move takes away.
-        views: the calls of `view` that have to become `reshape`, by the nodes whose going makes it so.
-        stuck: the nodes that would have to stay for the sake of the layout of what they give.
-        written_out: the norms that forward writes out as a multiplication and an addition of constants:
-            the nodes of each, by its first.
-    """
-
-    moves: tuple[Move, ...]
-    refusals: tuple[Refusal, ...]
-    views: Mapping[fx.Node, frozenset[fx.Node]]
-    stuck: Mapping[fx.Node, fx.Node]
-    written_out: Mapping[fx.Node, tuple[fx.Node, ...]]
-
-
-Barred = Mapping[tuple[fx.Node, Direction], Code]
 
 
 def match(graph: fx.Graph, reader: Reader, shapes: GraphShapes, barred: Barred) -> Plan:
@@ -108,9 +56,9 @@ def match(graph: fx.Graph, reader: Reader, shapes: GraphShapes, barred: Barred) 
             matcher.place(node, "forward")
     refusals = [refusal for node in graph.nodes for refusal in matcher.refused(node)]
     inputs = {node: move.source.input for node, move in matcher.moves.items()}
-    found = layouts(graph, reader, shapes, inputs, matcher.is_written)
+    found = layouts(graph, reader, shapes, inputs, matcher.memory.is_written)
     moves = tuple(matcher.moves.values())
-    return Plan(moves, tuple(refusals), found.views, found.stuck, matcher.written_out)
+    return Plan(moves, tuple(refusals), found.views, frozenset(found.stuck), matcher.written_out)
 
 
 class _Stop(Exception):  # noqa: N818
@@ -130,11 +78,7 @@ class _Matcher:
         self.moves: dict[fx.Node, Move] = {}
         self.stopped: dict[tuple[fx.Node, Direction], _Stop] = {}
         self.written_out = {node: parts for node in graph.nodes if (parts := self._written_out(node))}
-        self._order = {node: number for number, node in enumerate(graph.nodes)}
-        self._writes = [
-            (node, set(written_inputs(node)) | self._written_by_layer(node)) for node in graph.nodes
-        ]
-        self._writes = [(node, written) for node, written in self._writes if written]
+        self.memory = Memory(graph, reader, self.moves)
 
     def place(self, node: fx.Node, direction: Direction) -> None:
         """Moves the map of `node` in that direction, if it can be."""
@@ -152,7 +96,7 @@ class _Matcher:
                 rank, sites = self._for_any_rank(node, source, direction)
                 assumed.add((source.input, rank))
             if (node, direction) in self.barred:
-                raise _Stop(self.barred[node, direction], ", ".join(site.operator.name for site in sites))
+                raise _Stop(self.barred[node, direction], ", ".join(site.node.name for site in sites))
         except _Stop as stop:
             self.stopped[node, direction] = stop
         else:
@@ -168,7 +112,9 @@ class _Matcher:
         else:
             self._check_forward(node, source)
             sites = tuple(self._forward(node, channels))
-            self._check_writes(node, source.input, sites)
+            writer = self.memory.writer_between(source.input, node, [site.node for site in sites])
+            if writer is not None:
+                raise _Stop(Code.STATE_MUTATED, writer.name)
         self._check_tensors(source, sites)
         if direction == "forward" and isinstance(source, Affine):
             self._check_dtype(source, sites)
@@ -190,8 +136,7 @@ class _Matcher:
         if not found:
             raise next((stop for stop in stops if stop.code is Code.AXIS), stops[0])
         rank, sites = next(iter(found.items()))
-        operators = [self.reader.read(site.operator) for site in sites]
-        if len(found) > 1 or not all(isinstance(op, Linear) and op.dims for op in operators):
+        if len(found) > 1 or not all(site.operator.dims for site in sites):
             raise _Stop(Code.RANK_UNKNOWN, norm.input.name)
         return rank, sites
 
@@ -233,9 +178,7 @@ class _Matcher:
         """Along which axis the map of `source` acts."""
         if isinstance(source, Norm):
             index = tuple(range(source.channels))
-            if source.unbatched:
-                return Channels((1 - max(source.ranks or {2}),), index)
-            if source.ranks is not None and len(source.ranks) == 1:
+            if source.ranks is not None and (source.unbatched or len(source.ranks) == 1):
                 return Channels((1 - max(source.ranks),), index)
             shape = self.shapes.of(source.input)
             if shape is None or (source.ranks is not None and len(shape) not in source.ranks):
@@ -269,7 +212,7 @@ class _Matcher:
         elif isinstance(op, Linear):
             self._check_only_reader(value, reader, channels)
             yield self._site(value, "output", op, channels)
-        elif isinstance(op, _PASSED):
+        elif isinstance(op, Transparent):
             self._check_only_reader(value, reader, channels)
             parts = op.backward(channels, self.shapes)
             if isinstance(parts, Code):
@@ -295,9 +238,11 @@ class _Matcher:
     def _taken(self, reader: fx.Node, value: fx.Node, channels: Channels) -> set[int] | None:
         """The channels that `reader` takes of `value`; None if it is no slice along their axis."""
         op = self.reader.read(reader)
-        shape = self.shapes.of(value) if isinstance(op, Slice) else None
-        axis = op.place(shape) if isinstance(op, Slice) and shape is not None else None
-        if not isinstance(op, Slice) or shape is None or axis is None or channels.axes != (axis,):
+        if not isinstance(op, Slice):
+            return None
+        shape = self.shapes.of(value)
+        axis = op.place(shape)
+        if shape is None or axis is None or channels.axes != (axis,):
             return None
         taken = op.taken(shape[axis])
         return None if taken is None else set(taken)
@@ -317,7 +262,11 @@ class _Matcher:
         return found
 
     def _is_unused(self, node: fx.Node) -> bool:
-        return not node.users and isinstance(self.reader.read(node), _PASSED) and not self.reader.writes(node)
+        return (
+            not node.users
+            and isinstance(self.reader.read(node), Transparent)
+            and not self.reader.written_inputs(node)
+        )
 
     def _opaque(self, value: fx.Node, op: object) -> _Stop:
         if isinstance(op, (Norm, LeftNorm)):
@@ -342,7 +291,7 @@ class _Matcher:
             elif isinstance(op, Linear) and op.input is value:
                 needs = channels.linearly(Code.PADDING) if op.bordered else channels
                 yield self._site(reader, "input", op, needs)
-            elif isinstance(op, _PASSED):
+            elif isinstance(op, Transparent):
                 part = op.forward(value, channels, self.shapes)
                 if isinstance(part, Code):
                     raise _Stop(part, reader.name)
@@ -357,7 +306,7 @@ class _Matcher:
 
     def _check_forward(self, node: fx.Node, source: Norm | Affine) -> None:
         """The value must be one that the operators after it take as it is, without what `node` made of it."""
-        if self.reader.writes(node):
+        if self.reader.written_inputs(node):
             raise _Stop(Code.OPAQUE_PRODUCER, f"{node.name} writes to its input")
         if isinstance(source, Norm):
             return
@@ -365,41 +314,9 @@ class _Matcher:
         seen = self.shapes.seen(source.input) or shape or ()
         for axis in range(-len(source.shape), 0):
             # Where the constant is broadcast to the value, and the value is not broadcast to the constant.
-            if shape is None or -axis > min(len(shape), len(seen)):
+            fits = shape is not None and -axis <= min(len(shape), len(seen))
+            if shape is None or not fits or source.shape[axis] not in (1, shape[axis], seen[axis]):
                 raise _Stop(Code.AXIS, source.input.name)
-            if source.shape[axis] not in (1, shape[axis], seen[axis]):
-                raise _Stop(Code.AXIS, source.input.name)
-
-    def _check_writes(self, node: fx.Node, value: fx.Node, sites: tuple[Site, ...]) -> None:
-        """Nobody may write to `value` after `node` has read it and before the operators read it instead."""
-        last = max(self._order[site.operator] for site in sites)
-        for writer, written in self._writes:
-            if self._order[node] < self._order[writer] <= last and self._may_share(value, written):
-                raise _Stop(Code.STATE_MUTATED, writer.name)
-
-    def is_written(self, value: fx.Node) -> bool:
-        """Whether anybody may write to `value`, or to what it is a view of."""
-        return any(self._may_share(value, written) for _, written in self._writes)
-
-    def _may_share(self, value: fx.Node, written: set[fx.Node]) -> bool:
-        """Whether one of these may be a view of what `value` is, or was made from."""
-        return not {self._origin(value), value}.isdisjoint({self._origin(each) for each in written} | written)
-
-    def _origin(self, value: fx.Node) -> fx.Node:
-        """Where the memory of `value` may come from: past what may give a view of its first input."""
-        while True:
-            op = self.reader.read(value)
-            sources = value.all_input_nodes
-            computes = isinstance(op, (Norm, Sum, Affine)) and value not in self.moves
-            fresh = isinstance(op, (Linear, Concat)) or (computes and not written_inputs(value))
-            if fresh or not sources or value.op == "get_attr":
-                return value
-            value = sources[0]
-
-    def _written_by_layer(self, node: fx.Node) -> set[fx.Node]:
-        layer = attribute(self.reader.root, str(node.target)) if node.op == "call_module" else None
-        known = layer is None or type(layer).__module__.startswith("torch.nn.modules")
-        return set() if known and not getattr(layer, "inplace", False) else set(node.all_input_nodes)
 
     # ---- both ----
 
@@ -410,19 +327,16 @@ class _Matcher:
             raise _Stop(Code.MIXED, owner)
         if channels.axes not in ((), (-1 - op.dims,)):
             raise _Stop(Code.AXIS, owner)
-        if channels.over(size) is None:
+        index = channels.over(size)
+        if index is None:
             raise _Stop(Code.CHANNELS, f"{len(channels.index)} and {size} of {owner}")
-        return Site(node, side, channels)
+        return Site(node, op, side, replace(channels, index=index, spread=None))
 
     def _check_tensors(self, source: Norm | Affine, sites: tuple[Site, ...]) -> None:
         """The numbers of `source` must be where the weights are, and must not change their dtype."""
-        weights = []
-        for site in sites:
-            op = self.reader.read(site.operator)
-            assert isinstance(op, Linear)
-            weights.append(self.reader.tensor(op.weight))
+        weights = [self.reader.tensor(site.operator.weight) for site in sites]
         tensor = self._numbers(source)
-        name = sites[0].operator.name
+        name = sites[0].node.name
         if len({weight.dtype for weight in weights}) != 1 or not all(weight.numel() for weight in weights):
             raise _Stop(Code.OPAQUE_PRODUCER, f"{name} is empty or of several dtypes")
         moves_along = isinstance(source, Affine) and not source.shape
@@ -439,9 +353,7 @@ class _Matcher:
 
     def _check_dtype(self, source: Affine, sites: tuple[Site, ...]) -> None:
         """The value must have the weights' dtype also without what the constant makes of it."""
-        op = self.reader.read(sites[0].operator)
-        assert isinstance(op, Linear)
-        if self.shapes.dtype(source.input) != self.reader.tensor(op.weight).dtype:
+        if self.shapes.dtype(source.input) != self.reader.tensor(sites[0].operator.weight).dtype:
             raise _Stop(
                 Code.OPAQUE_PRODUCER, f"{source.input.name}, whose dtype is not known to be the weight's"
             )

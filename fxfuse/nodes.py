@@ -10,9 +10,9 @@ from torch import fx
 
 from fxfuse.channels import Shape
 from fxfuse.refusals import Code
-from fxfuse.transparent import Concat, Rearranged, Slice, Sum, Within
+from fxfuse.transparent import Transparent
 
-Tensors = str | fx.Node
+TensorName = str | fx.Node
 """A parameter or buffer by its qualified name, or a node that computes it from such alone."""
 
 
@@ -25,7 +25,7 @@ class Linear:
         weight: (out, in/groups, *kernel), transposed (in, out/groups, *kernel).
         bias: (out,); None without bias.
         channels: how many channels come out.
-        inputs: how many channels go in.
+        in_channels: how many channels go in.
         dims: number of spatial axes; 0 for a linear layer.
         transposed: whether the weight's axes are those of a transposed convolution.
         groups: number of groups.
@@ -33,8 +33,8 @@ class Linear:
     """
 
     input: fx.Node
-    weight: Tensors
-    bias: Tensors | None
+    weight: TensorName
+    bias: TensorName | None
     channels: int
     in_channels: int
     dims: int
@@ -131,5 +131,4 @@ class LeftNorm:
     detail: str = ""
 
 
-Passed = Within | Rearranged | Slice | Concat | Sum
-Op = Linear | Norm | Affine | Passed | Split | Query | Opaque | LeftNorm
+Op = Linear | Norm | Affine | Transparent | Split | Query | Opaque | LeftNorm

@@ -33,7 +33,7 @@ from fxfuse.layers import (
     is_norm,
     is_replaced,
 )
-from fxfuse.nodes import LeftNorm, Linear, Norm, Op, Opaque, Query, Split, Tensors
+from fxfuse.nodes import LeftNorm, Linear, Norm, Op, Opaque, Query, Split, TensorName
 from fxfuse.objects import modules_outside
 from fxfuse.refusals import Code
 from fxfuse.replica import is_plain
@@ -60,7 +60,7 @@ class Reader:
         self._written = {_storage(tensor) for node in graph.nodes for tensor in self._may_write_to(node)}
         self.constants = Constants(graph, self._unwritten)
 
-    def tensor(self, source: Tensors) -> Tensor:
+    def tensor(self, source: TensorName) -> Tensor:
         """A parameter or buffer by its qualified name, or the value of a constant node."""
         if not isinstance(source, str):
             value = self.constants.value(source)
@@ -80,10 +80,6 @@ class Reader:
         """The parameter, buffer or module of that qualified name."""
         return attribute(self.root, name)
 
-    def writes(self, node: fx.Node) -> bool:
-        """Whether `node` may write to one of its inputs."""
-        return bool(written_inputs(node))
-
     def _unwritten(self, name: str) -> Any:
         value = attribute(self.root, name)
         return None if isinstance(value, Tensor) and _storage(value) in self._written else value
@@ -100,18 +96,24 @@ class Reader:
         module = attribute(self.root, str(node.target)) if node.op == "call_module" else None
         return None if module is None or has_hooks(module) or "forward" in module.__dict__ else module
 
+    def written_inputs(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs that `node` may write to: all, if it is a module that is not known here."""
+        if node.op != "call_module":
+            return written_inputs(node)
+        module = attribute(self.root, str(node.target))
+        harmless = self.layer(node) is not None and is_known(module) and not getattr(module, "inplace", False)
+        return [] if harmless else node.all_input_nodes
+
     def _may_write_to(self, node: fx.Node) -> list[Any]:
         """Tensors of the model that `node` may write to: all of its own, if it is a module not known here."""
-        called = attribute(self.root, str(node.target)) if node.op == "call_module" else None
-        inputs = node.all_input_nodes if getattr(called, "inplace", False) else written_inputs(node)
-        names = [self._origins[source] for source in inputs]
+        names = [self._origins[source] for source in self.written_inputs(node)]
         written: list[Any] = [attribute(self.root, name) for name in names if name is not None]
+        called = attribute(self.root, str(node.target)) if node.op == "call_module" else None
         reached = set() if called is None or is_known(called) else modules_outside(called)
         written += [tensor for each in reached for tensor in (*each.parameters(), *each.buffers())]
         for module in () if called is None else called.modules():
             if has_hooks(module) or not is_known(module) or getattr(module, "max_norm", None) is not None:
-                written += module.parameters()
-                written += module.buffers()
+                written += [*module.parameters(), *module.buffers()]
             elif is_norm(module) and module.training:
                 written += module.buffers()
         return written
@@ -130,7 +132,7 @@ class Reader:
             return Opaque(detail=name)
         if type(module) in LAYERS:
             call = Call(layer_input(node), lambda argument: getattr(module, argument, None))
-            return TRANSPARENT[LAYERS[type(module)]](call) or Opaque(detail=name)  # type: ignore[return-value]
+            return TRANSPARENT[LAYERS[type(module)]](call) or Opaque(detail=name)
         like = (layer_input(node),) if type(module) in LAYERS_LIKE_INPUT else ()
         return Opaque(detail=name, like=like)
 
@@ -189,7 +191,7 @@ class Reader:
             return Opaque(Code.OPERATOR_COMPUTED, str(bound["weight"] if names[0] is None else bound["bias"]))
         return self._linear(bound["input"], (names[0], names[1]), LINEAR_FUNCTIONS[name], bound)
 
-    def _source(self, value: Any) -> Tensors | None:
+    def _source(self, value: Any) -> TensorName | None:
         """A constant as a name, if it is a parameter or buffer, or as a node, if it is computed."""
         name = attribute_name(value)
         return name if name is not None else value if value in self.constants else None
@@ -197,7 +199,7 @@ class Reader:
     def _linear(
         self,
         source: Any,
-        names: tuple[Tensors, Tensors | None],
+        names: tuple[TensorName, TensorName | None],
         kind: tuple[int, bool],
         settings: Mapping[str, Any],
     ) -> Op:
@@ -243,7 +245,7 @@ class Reader:
         flat = all(self.tensor(name).dim() == 1 for name in names if name is not None)
         return norm if flat else LeftNorm(norm.name, Code.NORM_COMPUTED, norm.mean)
 
-    def _not_constant(self, names: Iterable[Tensors | None]) -> tuple[Code, str] | None:
+    def _not_constant(self, names: Iterable[TensorName | None]) -> tuple[Code, str] | None:
         """Why one of these cannot be folded, and which."""
         for name in names:
             tensor = None if name is None else self.tensor(name)
@@ -288,7 +290,7 @@ class Reader:
         found = TRANSPARENT[name](Call(first, bound.get)) if name in TRANSPARENT and usable else None
         sources = () if found is None else found.inputs
         fits = found is not None and all(isinstance(source, fx.Node) for source in sources)
-        return found if fits else None  # type: ignore[return-value]
+        return found if fits else None
 
     def _part(self, split: fx.Node, index: Any) -> Op | None:
         """One of the parts that `split` gives."""

@@ -17,11 +17,11 @@ from fxfuse.exposure import hooks_look
 from fxfuse.keep import fold_called, fold_inside
 from fxfuse.ops import Reader
 from fxfuse.options import choices
+from fxfuse.planner import planned
 from fxfuse.records import Report
 from fxfuse.replica import isolated, replicate
 from fxfuse.rewrite import rewrite
 from fxfuse.shapes import GraphShapes, observed_values
-from fxfuse.solve import planned
 from fxfuse.tree import is_training
 
 _RECORD = "fxfuse_report"
@@ -55,9 +55,9 @@ def fuse(
     """
     fused, report = _folded(model, example_inputs, keep_modules)
     if example_inputs is not None:
-        report = replace(report, verification=verify(model, fused, example_inputs))
-        assert report.verification is not None
-        report.verification.raise_if_failed()
+        comparison = verify(model, fused, example_inputs)
+        comparison.raise_if_failed()
+        report = replace(report, verification=comparison)
     # Pickling a module keeps its attributes; deepcopy of a GraphModule those that this entry of meta names.
     fused.__dict__[_RECORD] = report.to_dict()
     if isinstance(fused, fx.GraphModule):
@@ -108,8 +108,8 @@ def _folded(
             fused, report = _kept(model)
         elif hooks_look(model):
             fused, report = _kept(model, f"a hook looks at this {type(model).__name__}, so it was not folded")
-        elif not isinstance(model, fx.GraphModule) and choices(model):
-            note = f"forward takes options ({', '.join(choices(model))}), so the modules were kept"
+        elif not isinstance(model, fx.GraphModule) and (options := choices(model)):
+            note = f"forward takes options ({', '.join(options)}), so the modules were kept"
             fused, report = _kept(model, note)
         else:
             fused, report = _graph(model, example_inputs)
@@ -132,14 +132,14 @@ def _graph(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[nn.M
     inside = fold_called(model, captured)
     folded, refused = (*folds, *inside.folded), (*plan.refusals, *inside.refused)
     name = type(model).__name__
-    return captured.module(), Report(name, len(folded) + len(refused), folded, refused, tuple(constants))
+    return captured.module(), Report(name, folded, refused, tuple(constants))
 
 
 def _kept(model: nn.Module, *notes: str) -> tuple[nn.Module, Report]:
     fused = replicate(model)
     account = fold_inside(model, fused)
     folded, refused = tuple(account.folded), tuple(account.refused)
-    return fused, Report(type(model).__name__, len(folded) + len(refused), folded, refused, notes=notes)
+    return fused, Report(type(model).__name__, folded, refused, notes=notes)
 
 
 def _observed(captured: Capture, inputs: Sequence[Any]) -> Mapping[fx.Node, Tensor]:

@@ -149,9 +149,8 @@ class Report:
 
     Attributes:
         model: class name of the source.
-        norms: how many norms the source executes; a norm that is called twice counts twice.
-        folded: a record for each norm that is gone.
-        refused: a record for each norm that is left. ``norms == len(folded) + len(refused)``.
+        folded: a record for each norm that is gone; a norm that is called twice counts twice.
+        refused: a record for each norm that is left.
         constants: a record for each multiplication or addition of a constant, such as a layer scale, that
             is gone too; in place of a norm it has the name of the operation in the traced graph.
         verification: the comparison with the source on the example inputs; None without them.
@@ -159,17 +158,21 @@ class Report:
     """
 
     model: str
-    norms: int
     folded: tuple[Fold, ...]
     refused: tuple[Refusal, ...]
     constants: tuple[Fold, ...] = ()
     verification: Comparison | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def norms(self) -> int:
+        """How many norms the source executes."""
+        return len(self.folded) + len(self.refused)
+
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON values; key ``schema`` is the version of their arrangement."""
         verification = None if self.verification is None else self.verification.to_dict()
-        return {"schema": SCHEMA, **asdict(self), "verification": verification}
+        return {"schema": SCHEMA, "norms": self.norms, **asdict(self), "verification": verification}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Report:
@@ -181,7 +184,6 @@ class Report:
         )
         return cls(
             record["model"],
-            record["norms"],
             folded,
             tuple(Refusal(**refusal) for refusal in record["refused"]),
             constants,

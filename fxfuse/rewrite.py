@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Mapping
 from itertools import count
 
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor, fx, nn
 
 from fxfuse.calls import given_arguments
 from fxfuse.capture import Capture
-from fxfuse.match import Plan
 from fxfuse.nodes import Linear, Norm
 from fxfuse.ops import Reader
+from fxfuse.plan import Plan
 from fxfuse.records import Fold
 from fxfuse.solve import Solution
 from fxfuse.tree import attribute
@@ -30,28 +31,27 @@ def rewrite(
     """Carries out all of `plan` on `capture`, in place.
 
     Returns:
-        A record for each norm, and for each other piece of arithmetic, that is gone.
+        Records of the norms that are gone, and of the other arithmetic.
     """
     editor = _Editor(capture)
     into = {}
     for node, tensors in solution.tensors.items():
         linear = reader.read(node)
         assert isinstance(linear, Linear)
-        editor.set_operator(node, linear, *tensors)
-        into[node] = editor.operator_name(node)
+        into[node] = editor.set_operator(node, linear, *tensors)
     for node, rank in dict.fromkeys(each for move in plan.moves for each in sorted(move.assumed, key=str)):
         _assert_rank(node, rank)
     for view in plan.views:
         _as_reshape(view)
-    editor.erase({move.node: move.source.input for move in plan.moves})
-    editor.drop_unused(reader)
+    bypass(capture.graph, {move.node: move.source.input for move in plan.moves})
+    drop_unused(capture.graph, reader)
     moved = {move.node for move in plan.moves}
     whole = {first: parts for first, parts in plan.written_out.items() if moved.issuperset(parts)}
     rest = {part for parts in whole.values() for part in parts}
     norms: list[Fold] = []
     constants: list[Fold] = []
     for move in plan.moves:
-        names = tuple(dict.fromkeys(into[site.operator] for site in move.sites))
+        names = tuple(dict.fromkeys(into[site.node] for site in move.sites))
         if isinstance(move.source, Norm):
             norms.append(Fold(move.source.name, names, move.direction))
         elif move.node in whole:
@@ -77,32 +77,17 @@ class _Editor:
                 for name in (node.target, *_owners(node.target)):
                     self._below[name] |= users
 
-    def operator_name(self, node: fx.Node) -> str:
-        """Qualified name of the operator that `node` calls; of its weight's owner for a function."""
+    def set_operator(self, node: fx.Node, linear: Linear, weight: Tensor, bias: Tensor | None) -> str:
+        """Gives the operator at `node` other tensors, and a name of its own if it has shared one.
+
+        Returns:
+            The qualified name of the operator; of its weight's owner if it is a function.
+        """
         if node.op == "call_module":
-            return str(node.target)
-        return str(given_arguments(node)["weight"].target).removesuffix(".weight")
+            return self._set_module(node, weight, bias)
+        return self._set_arguments(node, linear, weight, bias)
 
-    def set_operator(self, node: fx.Node, linear: Linear, weight: Tensor, bias: Tensor | None) -> None:
-        """Gives the operator at `node` other tensors, and a name of its own if it has shared one."""
-        if node.op == "call_module":
-            self._set_module(node, weight, bias)
-        else:
-            self._set_arguments(node, linear, weight, bias)
-
-    def erase(self, inputs: dict[fx.Node, fx.Node]) -> None:
-        """Takes nodes out of the graph; who has read one of them reads its input."""
-        for node in reversed([node for node in self.graph.nodes if node in inputs]):
-            node.replace_all_uses_with(inputs[node])
-            self.graph.erase_node(node)
-
-    def drop_unused(self, reader: Reader) -> None:
-        """Removes parameters and buffers, and what is computed from these alone, that no other node reads."""
-        for node in reversed(list(self.graph.nodes)):
-            if not node.users and (node.op == "get_attr" or node in reader.constants):
-                self.graph.erase_node(node)
-
-    def _set_module(self, node: fx.Node, weight: Tensor, bias: Tensor | None) -> None:
+    def _set_module(self, node: fx.Node, weight: Tensor, bias: Tensor | None) -> str:
         target = str(node.target)
         module = attribute(self.root, target)
         folded = nn.Module.__new__(type(module))
@@ -110,8 +95,9 @@ class _Editor:
         folded._parameters = {"weight": weight, "bias": bias}
         node.target = target if self._is_only_user(node, target) else self._fresh(target)
         self._set(node.target, folded)
+        return node.target
 
-    def _set_arguments(self, node: fx.Node, linear: Linear, weight: Tensor, bias: Tensor | None) -> None:
+    def _set_arguments(self, node: fx.Node, linear: Linear, weight: Tensor, bias: Tensor | None) -> str:
         names = {"weight": self._own_name(node, linear.weight) or self._fresh(f"{node.name}.weight")}
         self._set(names["weight"], weight)
         if bias is not None:
@@ -122,6 +108,7 @@ class _Editor:
             attributes = {argument: self.graph.get_attr(name) for argument, name in names.items()}
         node.kwargs = {**given_arguments(node), **attributes}
         node.args = ()
+        return names["weight"].removesuffix(".weight")
 
     def _own_name(self, node: fx.Node, name: str | fx.Node, *, copy: bool = True) -> str | None:
         """`name` if it is one that `node` alone uses, else that of a copy; None for what has no name."""
@@ -164,6 +151,20 @@ class _Editor:
             if other is not home:
                 other.pop(leaf, None)  # a tensor may have been a plain attribute
         home[leaf] = value
+
+
+def bypass(graph: fx.Graph, inputs: Mapping[fx.Node, fx.Node]) -> None:
+    """Takes nodes out of `graph`; who has read one of them reads its input."""
+    for node in reversed([node for node in graph.nodes if node in inputs]):
+        node.replace_all_uses_with(inputs[node])
+        graph.erase_node(node)
+
+
+def drop_unused(graph: fx.Graph, reader: Reader) -> None:
+    """Removes parameters and buffers, and what is computed from these alone, that no other node reads."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (node.op == "get_attr" or node in reader.constants):
+            graph.erase_node(node)
 
 
 def _owners(name: str) -> list[str]:

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from fxfuse.channels import Shape, Size
 from fxfuse.nodes import Affine, Linear, Norm, Op, Opaque
 from fxfuse.ops import Reader
-from fxfuse.transparent import Concat, Rearranged, Slice, Sum, Within, broadcast
+from fxfuse.transparent import Concat, Rearranged, Transparent, Within, broadcast
 
 _ARITHMETIC: Mapping[Any, Callable[[Any, Any], Any]] = {
     each: each for each in (operator.add, operator.sub, operator.mul, operator.floordiv)
@@ -133,7 +133,7 @@ class GraphShapes:
             return self._shapes[op.input], self._dtypes[op.input]
         if isinstance(op, Opaque) and op.like:
             return broadcast([self._shapes[source] for source in op.like]), self._common_dtype(op.like)
-        if isinstance(op, (Within, Rearranged, Slice, Concat, Sum)):
+        if isinstance(op, Transparent):
             return op.shape(self), self._common_dtype(op.inputs)
         return None, None
 

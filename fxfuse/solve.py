@@ -1,8 +1,7 @@
 """A plan → the folded tensors, and the moves whose numbers do not allow it.
 
 What has to be true of a map's numbers is decided here: that they are finite in the weight's dtype, and what
-the operators on the way need. A plan is carried out as a whole or not at all, since a later move may rely on
-an earlier one; whoever calls has it made anew without the moves that fail.
+the operators on the way need.
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ from torch import Tensor, fx, nn
 
 from fxfuse.affine import AffineMap, exact
 from fxfuse.fold import absorb
-from fxfuse.match import Direction, Move, Plan, Site, match
 from fxfuse.nodes import Affine, Linear, Norm
 from fxfuse.ops import Reader
+from fxfuse.plan import Move, Plan, Site
 from fxfuse.refusals import Code
 from fxfuse.replica import alias
-from fxfuse.shapes import GraphShapes
 
-Tensors = tuple[Tensor, Tensor | None]
+Folded = tuple[Tensor, Tensor | None]
 
 _HOLDS: Mapping[Code, Callable[[AffineMap], Tensor]] = {
     Code.PADDING: lambda affine: (affine.shift == 0).all(),
@@ -41,7 +39,7 @@ class Solution:
         failed: the moves that cannot be made, with the reason.
     """
 
-    tensors: dict[fx.Node, Tensors] = field(default_factory=dict)
+    tensors: dict[fx.Node, Folded] = field(default_factory=dict)
     failed: dict[Move, Code] = field(default_factory=dict)
 
 
@@ -54,34 +52,7 @@ class _Taken:
     after: AffineMap | None = None
 
 
-def planned(
-    graph: fx.Graph, reader: Reader, shapes: GraphShapes, *, assumes: bool = True
-) -> tuple[Plan, Solution]:
-    """A plan of which every move can be made; moves whose numbers do not allow it are planned around.
-
-    Args:
-        graph: the graph; it is not changed.
-        reader: reads its nodes.
-        shapes: what is known of the shapes of its values.
-        assumes: whether moves may assume what the graph then has to assert.
-    """
-    barred: dict[tuple[fx.Node, Direction], Code] = {}
-    solved: dict[tuple[Any, ...], Tensors | Code] = {}
-    while True:
-        plan = match(graph, reader, shapes, barred)
-        failed = {move: Code.LAYOUT for move in plan.moves if move.node in plan.stuck}
-        if not assumes:
-            relaid = frozenset[fx.Node]().union(*plan.views.values())
-            failed |= {move: Code.RANK_UNKNOWN for move in plan.moves if move.assumed}
-            failed |= {move: Code.LAYOUT for move in plan.moves if move.node in relaid}
-        solution = Solution() if failed else solve(plan, reader, solved)
-        failed |= solution.failed
-        if not failed:
-            return plan, solution
-        barred |= {(move.node, move.direction): code for move, code in failed.items()}
-
-
-def solve(plan: Plan, reader: Reader, solved: dict[tuple[Any, ...], Tensors | Code]) -> Solution:
+def solve(plan: Plan, reader: Reader, solved: dict[tuple[Any, ...], Folded | Code]) -> Solution:
     """Computes the folded tensors of `plan`.
 
     Args:
@@ -92,18 +63,13 @@ def solve(plan: Plan, reader: Reader, solved: dict[tuple[Any, ...], Tensors | Co
     solution = Solution()
     taken: dict[fx.Node, _Taken] = defaultdict(_Taken)
     for move in plan.moves:
-        affine = affine_of(move.source, reader, _weight(move.sites[0].operator, reader).device)
+        affine = affine_of(move.source, reader, reader.tensor(move.sites[0].operator.weight).device)
         for site in move.sites:
-            linear = reader.read(site.operator)
-            assert isinstance(linear, Linear)
-            size = linear.channels if site.side == "output" else linear.in_channels
-            index = site.channels.over(size)
-            assert index is not None
-            piece = affine.taken(index, shift=site.channels.shift)
+            piece = affine.taken(site.channels.index, shift=site.channels.shift)
             broken = next((code for code in site.channels.needs if not _holds(code, piece)), None)
             if broken is not None:
                 solution.failed.setdefault(move, broken)
-            _add(taken[site.operator], move, site, piece)
+            _add(taken[site.node], move, site, piece)
     if solution.failed:
         return solution
     for operator, parts in taken.items():
@@ -138,12 +104,6 @@ def affine_of(source: Norm | Affine, reader: Reader, device: torch.device) -> Af
     return AffineMap(value if source.role == "times" else 1 / value, torch.zeros_like(value))
 
 
-def _weight(operator: fx.Node, reader: Reader) -> Tensor:
-    linear = reader.read(operator)
-    assert isinstance(linear, Linear)
-    return reader.tensor(linear.weight)
-
-
 def _holds(code: Code, piece: AffineMap) -> bool:
     return not piece.scale.is_meta and bool(_HOLDS[code](piece))
 
@@ -157,7 +117,7 @@ def _add(taken: _Taken, move: Move, site: Site, piece: AffineMap) -> None:
     taken.moves.append(move)
 
 
-def _folded(operator: fx.Node, taken: _Taken, reader: Reader) -> Tensors | Code:
+def _folded(operator: fx.Node, taken: _Taken, reader: Reader) -> Folded | Code:
     linear = reader.read(operator)
     assert isinstance(linear, Linear)
     weight = reader.tensor(linear.weight)
@@ -184,7 +144,7 @@ def _folded(operator: fx.Node, taken: _Taken, reader: Reader) -> Tensors | Code:
 def _shifts(move: Move, operator: fx.Node) -> bool:
     """Whether `move` may add something, by its kind and not by its numbers."""
     can = isinstance(move.source, Norm) or move.source.role == "plus"
-    return can and any(site.channels.shift for site in move.sites if site.operator is operator)
+    return can and any(site.channels.shift for site in move.sites if site.node is operator)
 
 
 def _needs_gradient(weight: Tensor, bias: Tensor | None, moves: list[Move], reader: Reader) -> bool:

@@ -31,9 +31,13 @@ class Call:
     input: Any
     given: Callable[[str], Any]
 
+    def first(self, *names: str) -> Any:
+        """The first of those arguments that is given, or None."""
+        return next((found for found in map(self.given, names) if found is not None), None)
+
     def integers(self, *names: str) -> tuple[int, ...] | None:
         """The first argument that is given of those, as a tuple; None if its numbers are not fixed."""
-        value = next((found for found in map(self.given, names) if found is not None), None)
+        value = self.first(*names)
         numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,)
         return numbers if all(type(number) is int for number in numbers) else None
 
@@ -50,8 +54,7 @@ def _same(call: Call) -> Transparent:
 
 
 def _dropout(call: Call) -> Transparent | None:
-    training = call.given("training")
-    return Within(call.input) if (call.given("train") if training is None else training) is False else None
+    return Within(call.input) if call.first("training", "train") is False else None
 
 
 # ---- within some axes -------------------------------------------------------------------------------
@@ -101,7 +104,7 @@ def _interpolated(call: Call) -> Transparent:
 
 
 def _padded(call: Call) -> Transparent | None:
-    widths = next((given for given in map(call.given, ("pad", "padding")) if given is not None), ())
+    widths = call.first("pad", "padding")
     if not isinstance(widths, (tuple, list)) or call.given("value") not in (None, 0):
         return None
     fills = call.given("mode") in (None, "constant", "zeros")
@@ -127,7 +130,7 @@ def _flatten(call: Call) -> Transparent | None:
 
 
 def _unflatten(call: Call) -> Transparent | None:
-    axis, sizes = call.given("dim"), call.given("sizes") or call.given("unflattened_size")
+    axis, sizes = call.given("dim"), call.first("sizes", "unflattened_size")
     if type(axis) is not int or not isinstance(sizes, (tuple, list)):
         return None
 
@@ -140,7 +143,7 @@ def _unflatten(call: Call) -> Transparent | None:
 
 
 def _reshape(call: Call) -> Transparent | None:
-    sizes = next((found for found in map(call.given, ("shape", "size")) if found is not None), None)
+    sizes = call.first("shape", "size")
     if not isinstance(sizes, (tuple, list)):
         return None
     return Rearranged(
@@ -267,7 +270,7 @@ def _selected(call: Call) -> Transparent | None:
 def part(call: Call, number: Any) -> Slice | None:
     """One part of what `SPLITS` gives: ``x.chunk(n, dim)[number]``."""
     axis, chunks = call.given("dim"), call.given("chunks")
-    sizes = next((s for s in map(call.given, _SECTIONS) if s is not None), None)
+    sizes = call.first("split_size", "split_sizes", "split_size_or_sections")
     if type(axis) is not int or type(number) is not int or number < 0:
         return None
 
@@ -281,9 +284,6 @@ def part(call: Call, number: Any) -> Slice | None:
         return range(size)[number * width : (number + 1) * width] if type(width) is int else None
 
     return Slice(call.input, axis, taken)
-
-
-_SECTIONS = ("split_size", "split_sizes", "split_size_or_sections")
 
 
 def _concatenated(call: Call) -> Transparent | None:

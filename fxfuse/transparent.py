@@ -3,8 +3,10 @@
 ``op(s·x + t) = s'·op(x) + t'``: read from left to right the map moves forward, from input to output; from
 right to left it moves backward. There are five kinds, and `fxfuse.table` says which operator is which.
 
-Each kind answers three questions, given what is known of shapes: the shape of its output, and what becomes
-of `Channels` in either direction. The answer may be a `Code`: they do not get through, for that reason.
+Each kind has `inputs`, the nodes whose values it reads, and answers three questions, given what is known of
+shapes: `shape`, that of its output; `backward`, what has to act on each input, so that `channels` act on the
+output; `forward`, what acts on the output if `channels` act on one input. The answer may be a `Code`: they do
+not get through, for that reason.
 """
 
 from __future__ import annotations
@@ -27,23 +29,6 @@ class Shapes(Protocol):
 
     def size(self, value: Any) -> Size:
         """The number that an argument of a call is."""
-
-
-class Transparent(Protocol):
-    """An operator that an affine map can pass."""
-
-    @property
-    def inputs(self) -> tuple[fx.Node, ...]:
-        """The nodes whose values it reads."""
-
-    def shape(self, shapes: Shapes) -> Shape | None:
-        """The output's shape."""
-
-    def backward(self, channels: Channels, shapes: Shapes) -> list[Channels] | Code:
-        """For each input what has to act on it, so that `channels` act on the output."""
-
-    def forward(self, source: fx.Node, channels: Channels, shapes: Shapes) -> Channels | Code:
-        """What acts on the output if `channels` act on the input `source`."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +198,7 @@ class Slice:
         )
 
     def backward(self, channels: Channels, shapes: Shapes) -> list[Channels] | Code:
-        """The channels among all those of the input; the others are kept. On other axes only if `alone`."""
+        """The channels among all those of the input; the others are kept."""
         shape = shapes.of(self.input)
         axis = self.place(shape)
         if axis is None or (channels.axes and axis not in channels.axes):
@@ -255,7 +240,12 @@ class Slice:
 
 @dataclass(frozen=True)
 class Concat:
-    """Several values one after another along an axis."""
+    """Several values one after another along an axis.
+
+    Attributes:
+        inputs: the nodes whose values it reads.
+        axis: the axis, counted from either end.
+    """
 
     inputs: tuple[fx.Node, ...]
     axis: int
@@ -324,7 +314,11 @@ class Concat:
 
 @dataclass(frozen=True)
 class Sum:
-    """a + b, a − b, a + α·b: s·(a + b) + t = (s·a + t) + s·b."""
+    """a + b, a − b, a + α·b: s·(a + b) + t = (s·a + t) + s·b.
+
+    Attributes:
+        inputs: a and b.
+    """
 
     inputs: tuple[fx.Node, ...]
 
@@ -341,6 +335,9 @@ class Sum:
     def forward(self, source: fx.Node, channels: Channels, shapes: Shapes) -> Channels | Code:
         """A map of one summand alone is none of the sum."""
         return Code.OPAQUE_PRODUCER
+
+
+Transparent = Within | Rearranged | Slice | Concat | Sum
 
 
 def broadcast(shapes: Sequence[Shape | None]) -> Shape | None:

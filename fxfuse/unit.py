@@ -18,16 +18,17 @@ from fxfuse.capture import Capture, capture
 from fxfuse.errors import CaptureError
 from fxfuse.exchange import KeepingReader, exchange_norm
 from fxfuse.layers import is_torch_layer
-from fxfuse.match import Plan
 from fxfuse.nodes import Linear, Query
 from fxfuse.ops import Reader, norms_inside
 from fxfuse.options import variants
+from fxfuse.plan import Plan
+from fxfuse.planner import planned
 from fxfuse.records import Fold, Refusal
 from fxfuse.refusals import Code, by_code
 from fxfuse.reparametrized import evaluate_weights
 from fxfuse.replica import replicate
 from fxfuse.shapes import GraphShapes
-from fxfuse.solve import Solution, planned
+from fxfuse.solve import Solution
 from fxfuse.tree import attribute
 
 
@@ -118,7 +119,7 @@ class Unit:
         for each in self._variants:
             for move in each.plan.moves:
                 norm = each.reader.norm(move.node)
-                operators = [each.reader.operator(site.operator) for site in move.sites]
+                operators = [each.reader.operator(site.node) for site in move.sites]
                 if any(name.startswith(called) for name in (norm, *operators)):
                     yield norm
 
@@ -155,7 +156,7 @@ class Unit:
         for each in self._variants:
             for move in each.plan.moves:
                 norm = each.reader.norm(move.node)
-                into = tuple(dict.fromkeys(each.reader.operator(site.operator) for site in move.sites))
+                into = tuple(dict.fromkeys(each.reader.operator(site.node) for site in move.sites))
                 found.setdefault(norm, Fold(norm, into, move.direction))
         return [*found.values()]
 

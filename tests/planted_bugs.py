@@ -15,11 +15,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.planting import BUGS, KEPT_MODULES
+from tests.planting import BUGS, KEPT_MODULES, LAYOUTS
 
 _TESTS = Path(__file__).parent
 _PROPERTIES = "tests/test_properties.py"
-_EVERYTHING = (_PROPERTIES, *KEPT_MODULES)
+_EVERYTHING = (_PROPERTIES, *KEPT_MODULES, *LAYOUTS)
 _CONTROL = "(no bug)"
 
 

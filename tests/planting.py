@@ -13,12 +13,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxfuse import channels, exchange, keep, match, ops, rewrite, solve, table, transparent, unit
+from fxfuse import (
+    channels,
+    exchange,
+    keep,
+    match,
+    memory,
+    ops,
+    options,
+    pipeline,
+    planner,
+    rewrite,
+    solve,
+    table,
+    transparent,
+    unit,
+)
 from fxfuse import fold as folding
 from fxfuse.affine import AffineMap, exact
 from fxfuse.channels import KEPT
 from fxfuse.exposure import Kind
+from fxfuse.layout import Layouts
 from fxfuse.nodes import Affine, Linear, Norm, Opaque
+from fxfuse.plan import Plan
+from fxfuse.records import Refusal
 from fxfuse.refusals import Code
 from fxfuse.shapes import GraphShapes
 from fxfuse.transparent import Concat, Slice, Sum, Within
@@ -45,6 +63,7 @@ ERROR = ("test_folding_does_not_enlarge_the_error_of_small_dtypes",)
 DETERMINISM = ("test_folding_is_deterministic",)
 # Other files.
 KEPT_MODULES = ("tests/test_keep.py",)
+LAYOUTS = ("tests/test_layout.py",)
 
 
 @dataclass(frozen=True)
@@ -422,13 +441,13 @@ def count_queries_as_users() -> None:
 
 @bug(*TWICE)
 def fold_one_norm_at_a_time() -> None:
-    def matched(original: Any, *args: Any) -> match.Plan:
+    def matched(original: Any, *args: Any) -> Plan:
         plan = original(*args)
         later = [move.source.name for move in plan.moves[1:] if isinstance(move.source, Norm)]
-        refusals = [match.Refusal.because(name, Code.OTHER_USERS) for name in later]
+        refusals = [Refusal.because(name, Code.OTHER_USERS) for name in later]
         return replace(plan, moves=plan.moves[:1], refusals=(*plan.refusals, *refusals))
 
-    wrap(solve, "match", matched)
+    wrap(planner, "match", matched)
 
 
 @bug(*DETERMINISM)
@@ -443,7 +462,7 @@ def forget_the_norms_that_are_left() -> None:
 
 @bug(*ACCOUNTS)
 def leave_the_norm_where_it_was() -> None:
-    wrap(rewrite._Editor, "erase", lambda *_: None)
+    wrap(rewrite, "bypass", lambda *_: None)
 
 
 # ---- what maps may pass -----------------------------------------------------------------------------
@@ -630,7 +649,7 @@ def _although_a_branch_refuses(direction: str) -> None:
 
 @bug(*PROGRAMS, *PATHS)
 def ignore_writes_on_the_way_forward() -> None:
-    wrap(match._Matcher, "_check_writes", lambda *_: None)
+    wrap(memory.Memory, "writer_between", lambda *_: None)
 
 
 @bug(*PATHS)
@@ -658,11 +677,11 @@ def ignore_the_dtype_of_constants() -> None:
 
 @bug(*ACCOUNTS)
 def leave_constants_where_they_were() -> None:
-    def erase(original: Any, self: Any, inputs: dict[fx.Node, fx.Node]) -> None:
+    def bypass(original: Any, graph: fx.Graph, inputs: dict[fx.Node, fx.Node]) -> None:
         kept = {node: source for node, source in inputs.items() if "norm" in str(node.target)}
-        original(self, kept or inputs)
+        original(graph, kept or inputs)
 
-    wrap(rewrite._Editor, "erase", erase)
+    wrap(rewrite, "bypass", bypass)
 
 
 # ---- modules that are kept --------------------------------------------------------------------------
@@ -702,6 +721,32 @@ def assume_ranks_in_modules_that_are_kept() -> None:
         return original(*args)
 
     wrap(unit, "planned", planned)
+
+
+@bug(*KEPT_MODULES)
+def believe_that_forward_does_not_ask_about_its_modules() -> None:
+    wrap(unit.Unit, "_unproved", lambda *_: {})
+
+
+@bug(*KEPT_MODULES)
+def fold_although_a_hook_looks() -> None:
+    for place in (keep, pipeline):
+        wrap(place, "hooks_look", lambda *_: False)
+
+
+@bug(*KEPT_MODULES)
+def trust_modules_that_hold_others() -> None:
+    wrap(ops, "modules_outside", lambda *_: set())
+
+
+@bug(*KEPT_MODULES)
+def take_required_arguments_for_given() -> None:
+    wrap(options, "compared_with_none", lambda *_: set())
+
+
+@bug(*LAYOUTS)
+def leave_views_as_they_are() -> None:
+    wrap(match, "layouts", lambda *_: Layouts())
 
 
 if os.environ.get("FXFUSE_PLANT"):

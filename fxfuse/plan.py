@@ -1,0 +1,75 @@
+"""What is to become of every norm of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+from fxfuse.channels import Channels
+from fxfuse.nodes import Affine, Linear, Norm
+from fxfuse.records import Refusal
+from fxfuse.refusals import Code
+
+Direction = Literal["backward", "forward"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear operator that absorbs a map, or a part of it, on one of its sides.
+
+    Attributes:
+        node: the node of the operator.
+        operator: what it reads as.
+        side: on which side it absorbs the map.
+        channels: what acts there; their index is one entry for each channel of that side.
+    """
+
+    node: fx.Node
+    operator: Linear
+    side: Literal["output", "input"]
+    channels: Channels
+
+
+@dataclass(frozen=True)
+class Move:
+    """The map that `node` applies goes into operators before it or after it.
+
+    Attributes:
+        node: the node of the norm, or of the arithmetic with a constant.
+        source: what it reads as.
+        direction: where its map goes.
+        sites: who absorbs it.
+        assumed: the numbers of axes that are assumed of nodes: the graph has to assert them.
+    """
+
+    node: fx.Node
+    source: Norm | Affine
+    direction: Direction
+    sites: tuple[Site, ...]
+    assumed: frozenset[tuple[fx.Node, int]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of every norm of a graph.
+
+    Attributes:
+        moves: in the order in which they were found, each relying on those before it.
+        refusals: of norms that no move takes away.
+        views: the calls of `view` that have to become `reshape`, by the nodes whose going makes it so.
+        stuck: the nodes that have to stay for the sake of the layout of what they give.
+        written_out: the norms that forward writes out as a multiplication and an addition of constants:
+            the nodes of each, by its first.
+    """
+
+    moves: tuple[Move, ...]
+    refusals: tuple[Refusal, ...]
+    views: Mapping[fx.Node, frozenset[fx.Node]]
+    stuck: frozenset[fx.Node]
+    written_out: Mapping[fx.Node, tuple[fx.Node, ...]]
+
+
+Barred = Mapping[tuple[fx.Node, Direction], Code]

@@ -1,0 +1,45 @@
+"""The plan of which every move can be made.
+
+A plan is carried out as a whole or not at all, since a later move may rely on an earlier one. So it is made
+anew without the moves that fail, until none does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from fxfuse.match import match
+from fxfuse.ops import Reader
+from fxfuse.plan import Direction, Plan
+from fxfuse.refusals import Code
+from fxfuse.shapes import GraphShapes
+from fxfuse.solve import Folded, Solution, solve
+
+
+def planned(
+    graph: fx.Graph, reader: Reader, shapes: GraphShapes, *, assumes: bool = True
+) -> tuple[Plan, Solution]:
+    """A plan of which every move can be made; moves whose numbers do not allow it are planned around.
+
+    Args:
+        graph: the graph; it is not changed.
+        reader: reads its nodes.
+        shapes: what is known of the shapes of its values.
+        assumes: whether moves may assume what the graph then has to assert.
+    """
+    barred: dict[tuple[fx.Node, Direction], Code] = {}
+    solved: dict[tuple[Any, ...], Folded | Code] = {}
+    while True:
+        plan = match(graph, reader, shapes, barred)
+        failed = {move: Code.LAYOUT for move in plan.moves if move.node in plan.stuck}
+        if not assumes:
+            relaid = frozenset[fx.Node]().union(*plan.views.values())
+            failed |= {move: Code.RANK_UNKNOWN for move in plan.moves if move.assumed}
+            failed |= {move: Code.LAYOUT for move in plan.moves if move.node in relaid}
+        solution = Solution() if failed else solve(plan, reader, solved)
+        failed |= solution.failed
+        if not failed:
+            return plan, solution
+        barred |= {(move.node, move.direction): code for move, code in failed.items()}
