@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -51,7 +51,7 @@ def given_arguments(node: fx.Node) -> dict[str, Any]:
 def _bound(node: fx.Node) -> inspect.BoundArguments:
     """Raises a TypeError if the call fits none of the signatures that are known for its target."""
     args = node.args
-    if node.target in _PACKED and len(args) > 2:
+    if node.target in _PACKED and (len(args) > 2 or (len(args) == 2 and type(args[1]) is int)):
         args = (args[0], args[1:])  # x.view(2, 3) is x.view((2, 3))
     kwargs = {_NUMPY.get(name, name): value for name, value in node.kwargs.items()}
     for signature in _signatures(node.target):
@@ -71,8 +71,7 @@ def _signatures(target: Callable[..., Any] | str) -> list[inspect.Signature]:
         plain = getattr(F, f"_{target.__name__}", target) if torch_name(target) else target
         return [inspect.signature(plain if "kwargs" in inspect.signature(target).parameters else target)]
     name = target if isinstance(target, str) else torch_name(target) or ""
-    packet = getattr(torch.ops.aten, name, None)
-    return [] if packet is None else [_from_schema(getattr(packet, o)._schema) for o in packet.overloads()]
+    return [_from_schema(schema) for schema in _schemas(name)]
 
 
 def _from_schema(schema: torch.FunctionSchema) -> inspect.Signature:
@@ -120,19 +119,24 @@ def layer_input(node: fx.Node) -> fx.Node:
     return source
 
 
+def gives_several(node: fx.Node) -> bool:
+    """Whether the operator of that name may give a tuple of values."""
+    target: Any = node.target
+    if inspect.isfunction(target) or getattr(target, "__module__", "") == "_operator":
+        return False
+    name = str(target) if node.op == "call_method" else torch_name(target) or ""
+    schemas = [target._schema] if isinstance(target, torch._ops.OpOverload) else _schemas(name)
+    return any(len(schema.returns) > 1 for schema in schemas)
+
+
+def _schemas(name: str) -> list[torch.FunctionSchema]:
+    packet = getattr(torch.ops.aten, name, None)
+    return [] if packet is None else [getattr(packet, overload)._schema for overload in packet.overloads()]
+
+
 def attribute_name(value: Any) -> str | None:
     """The qualified name of the parameter or buffer that an argument is; None for any other argument."""
     return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
-
-
-def origins(graph: fx.Graph) -> dict[fx.Node, str | None]:
-    """For each node the parameter or buffer that its value may be a view of: that of its first input."""
-    found: dict[fx.Node, str | None] = {}
-    for node in graph.nodes:
-        fresh = operator_name(node) in IN_PLACE and not written_inputs(node)
-        sources = node.all_input_nodes if node.op.startswith("call_") and not fresh else []
-        found[node] = str(node.target) if node.op == "get_attr" else found[sources[0]] if sources else None
-    return found
 
 
 def written_inputs(node: fx.Node) -> list[fx.Node]:
@@ -141,12 +145,22 @@ def written_inputs(node: fx.Node) -> list[fx.Node]:
         return []
     if node.op == "call_method" or getattr(node.target, "__module__", "") == "_operator":
         # x.add_(y), x += y, x[i] = y write to x, and to the tensor given as out.
-        written = (*node.args[:1], node.kwargs.get("out"))
+        written = (*node.args[:1], node.kwargs.get("input"), node.kwargs.get("out"))
         return [value for value in written if isinstance(value, fx.Node)]
     if not _is_norm_call(node):
         return node.all_input_nodes
     statistics = [value for name, value in arguments(node).items() if name.startswith("running_")]
     return [value for value in statistics if isinstance(value, fx.Node)]
+
+
+def _given(node: fx.Node) -> Mapping[str, Any]:
+    """The arguments by name, as far as names are known."""
+    if not inspect.isfunction(node.target):
+        return node.kwargs
+    try:
+        return given_arguments(node)
+    except (TypeError, ValueError):
+        return node.kwargs
 
 
 def _is_norm_call(node: fx.Node) -> bool:
@@ -163,11 +177,8 @@ def _may_write(node: fx.Node) -> bool:
         return bound.get("training", bound.get("use_input_stats", updates)) is not False
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
-    if (
-        node.kwargs.get("out") is not None
-        or node.kwargs.get("inplace") is True
-        or node.kwargs.get("max_norm") is not None
-    ):
+    given = _given(node)
+    if given.get("inplace") is True or any(given.get(each) is not None for each in ("out", "max_norm")):
         return True
     package = str(getattr(target, "__module__", None)).partition(".")[0]
     if node.op == "call_function" and package not in _HARMLESS:

@@ -24,6 +24,11 @@ _HOOK_OPTIONS = (
 )
 
 
+# After these a value has another shape than the node that made it.
+_RESHAPED_IN_PLACE = {
+    *("transpose_", "swapaxes_", "swapdims_", "t_", "squeeze_", "unsqueeze_"),
+    *("resize_", "resize_as_", "as_strided_", "set_"),
+}
 _RESERVED = {"meta"} | {name for name in dir(fx.GraphModule) if not hasattr(nn.Module, name)}
 
 
@@ -75,6 +80,9 @@ def capture(model: nn.Module, fixed: Mapping[str, Any] | None = None) -> Capture
     check_usable(model)
     _check_traceable(model)
     root, graph = _copied(model) if isinstance(model, fx.GraphModule) else trace(model, fixed)
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target in _RESHAPED_IN_PLACE:
+            raise CaptureError(f"forward changes the shape of a tensor in place, at {node.format_node()}")
     called = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
     taken = sorted({name.partition(".")[0] for name in called} & _RESERVED)
     if taken:

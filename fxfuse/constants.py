@@ -6,7 +6,7 @@ would evaluate them, in its own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ class Constants:
     Args:
         graph: the graph.
         attribute: gives a parameter or buffer by its qualified name; None for one that may be written to.
+        written: the nodes to whose memory any node may write.
     """
 
-    def __init__(self, graph: fx.Graph, attribute: Callable[[str], Any]) -> None:
+    def __init__(self, graph: fx.Graph, attribute: Callable[[str], Any], written: Set[fx.Node]) -> None:
         self._attribute = attribute
+        self._written = written
         self._known: set[fx.Node] = set()
         self._values: dict[fx.Node, Any] = {}
         for node in graph.nodes:
@@ -52,12 +54,21 @@ class Constants:
     def statistics_of(self, node: fx.Node) -> str | None:
         """The owner of the running variance from which `node`, one of the constants, is computed."""
         if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            return owner or node.name if name == "running_var" else None
+            owner, dot, name = str(node.target).rpartition(".")
+            is_statistic = name == "running_var" and self._has(f"{owner}{dot}running_mean")
+            return owner or node.name if is_statistic else None
         found = (self.statistics_of(source) for source in node.all_input_nodes)
         return next((owner for owner in found if owner is not None), None)
 
+    def _has(self, name: str) -> bool:
+        try:
+            return isinstance(self._attribute(name), Tensor)
+        except AttributeError:
+            return False
+
     def _is_constant(self, node: fx.Node) -> bool:
+        if node in self._written:
+            return False
         if node.op == "get_attr":
             return isinstance(self._attribute(str(node.target)), Tensor)
         inputs = node.all_input_nodes

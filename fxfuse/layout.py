@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from fxfuse.calls import operator_name
@@ -18,6 +19,11 @@ from fxfuse.ops import Reader
 from fxfuse.shapes import GraphShapes
 from fxfuse.transparent import Concat, Rearranged, Slice, Within
 
+VIEWS = {"view": "reshape", "_unsafe_view": "reshape", "view_as": "reshape_as"}
+_MINDING = {
+    *("as_strided", "view_as_complex", "stride", "is_contiguous", "storage_offset", "data_ptr"),
+    *("storage", "untyped_storage"),
+}
 # What gives values that lie in the order of their axes, or none.
 _ORDERED = (Linear, Norm, LeftNorm, Concat, Query)
 
@@ -61,18 +67,31 @@ def layouts(
         before = frozenset[fx.Node]().union(*(changed[each] for each in inputs))
         if node in gone:
             other_order[node] = other_order[gone[node]]
-            changed[node] = before | ({node} if other_order[node] else frozenset())
+            # An instance norm alone gives no channels-last memory.
+            moves = other_order[node] or (isinstance(op, Norm) and op.unbatched)
+            changed[node] = before | ({node} if moves else frozenset())
             continue
         other_order[node] = not ordered and (
             _reorders(node, reader, shapes) or any(other_order[each] for each in inputs)
         )
         changed[node] = frozenset() if ordered else before
-        is_view = isinstance(op, Rearranged) and operator_name(node) in ("view", "view_as")
-        if before and ((is_view and is_written(node)) or _is_unknown(node, reader)):
+        is_view = operator_name(node) in VIEWS and not _is_of_bits(node)
+        if before and ((is_view and is_written(node)) or _minds(node) or _is_unknown(node, reader)):
             found.stuck |= before
         elif before and is_view:
             found.views[node] = before
     return found
+
+
+def _is_of_bits(node: fx.Node) -> bool:
+    """Whether it is a view of the same memory as another dtype."""
+    return any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
+
+
+def _minds(node: fx.Node) -> bool:
+    """Whether it asks for the layout, or demands one that no other operator could make."""
+    name = operator_name(node)
+    return node.op != "call_module" and (name in _MINDING or (name in VIEWS and _is_of_bits(node)))
 
 
 def _reorders(node: fx.Node, reader: Reader, shapes: GraphShapes) -> bool:

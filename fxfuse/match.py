@@ -34,7 +34,7 @@ from fxfuse.plan import Barred, Direction, Move, Plan, Site
 from fxfuse.records import Refusal
 from fxfuse.refusals import Code
 from fxfuse.shapes import GraphShapes
-from fxfuse.transparent import Slice, Transparent
+from fxfuse.transparent import Rearranged, Slice, Transparent, Within
 from fxfuse.tree import attribute
 
 
@@ -55,8 +55,7 @@ def match(graph: fx.Graph, reader: Reader, shapes: GraphShapes, barred: Barred) 
         if node not in matcher.moves:
             matcher.place(node, "forward")
     refusals = [refusal for node in graph.nodes for refusal in matcher.refused(node)]
-    inputs = {node: move.source.input for node, move in matcher.moves.items()}
-    found = layouts(graph, reader, shapes, inputs, matcher.memory.is_written)
+    found = layouts(graph, reader, shapes, matcher.gone, matcher.memory.is_written)
     moves = tuple(matcher.moves.values())
     return Plan(moves, tuple(refusals), found.views, frozenset(found.stuck), matcher.written_out)
 
@@ -76,9 +75,10 @@ class _Matcher:
         self.shapes = shapes
         self.barred = barred
         self.moves: dict[fx.Node, Move] = {}
+        self.gone: dict[fx.Node, fx.Node] = {}
         self.stopped: dict[tuple[fx.Node, Direction], _Stop] = {}
         self.written_out = {node: parts for node in graph.nodes if (parts := self._written_out(node))}
-        self.memory = Memory(graph, reader, self.moves)
+        self.memory = Memory(graph, reader, self.gone)
 
     def place(self, node: fx.Node, direction: Direction) -> None:
         """Moves the map of `node` in that direction, if it can be."""
@@ -103,6 +103,7 @@ class _Matcher:
             for each in self.shapes.consulted:
                 assumed |= self.shapes.assumed(each)
             self.moves[node] = Move(node, source, direction, sites, frozenset(assumed))
+            self.gone[node] = source.input
 
     def _sites(
         self, node: fx.Node, source: Norm | Affine, channels: Channels, direction: Direction
@@ -115,6 +116,7 @@ class _Matcher:
             writer = self.memory.writer_between(source.input, node, [site.node for site in sites])
             if writer is not None:
                 raise _Stop(Code.STATE_MUTATED, writer.name)
+        self._check_parts(node, source.input)
         self._check_tensors(source, sites)
         if direction == "forward" and isinstance(source, Affine):
             self._check_dtype(source, sites)
@@ -187,9 +189,7 @@ class _Matcher:
         acted = [place - len(source.shape) for place, size in enumerate(source.shape) if size != 1]
         if len(acted) > 1:
             raise _Stop(Code.AXIS, source.input.name)
-        operator = self.reader.read(source.input)
-        least = operator.dims + 1 if isinstance(operator, Linear) else 1
-        if len(source.shape) > least:
+        if len(source.shape) > self.shapes.least_rank(source.input):
             shape = self.shapes.of(source.input)
             if shape is None or len(shape) < len(source.shape):
                 raise _Stop(Code.RANK_UNKNOWN if shape is None else Code.AXIS, source.input.name)
@@ -291,7 +291,7 @@ class _Matcher:
             elif isinstance(op, Linear) and op.input is value:
                 needs = channels.linearly(Code.PADDING) if op.bordered else channels
                 yield self._site(reader, "input", op, needs)
-            elif isinstance(op, Transparent):
+            elif isinstance(op, Transparent) and value in op.inputs:
                 part = op.forward(value, channels, self.shapes)
                 if isinstance(part, Code):
                     raise _Stop(part, reader.name)
@@ -319,6 +319,13 @@ class _Matcher:
                 raise _Stop(Code.AXIS, source.input.name)
 
     # ---- both ----
+
+    def _check_parts(self, node: fx.Node, value: fx.Node) -> None:
+        """Autograd lets nobody write to a part of a split, and to what `node` makes of it, it does."""
+        while isinstance(self.reader.read(value), (Slice, Within, Rearranged)) or value in self.gone:
+            value = value.all_input_nodes[0] if value not in self.gone else self.gone[value]
+            if isinstance(self.reader.read(value), Split) and self.memory.is_written(node):
+                raise _Stop(Code.STATE_MUTATED, value.name)
 
     def _site(self, node: fx.Node, side: Literal["output", "input"], op: Linear, channels: Channels) -> Site:
         size = op.channels if side == "output" else op.in_channels

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxfuse.aliases import is_query, roots
 from fxfuse.arithmetic import read_arithmetic
 from fxfuse.calls import (
     arguments,
     attribute_name,
+    gives_several,
     layer_input,
     operator_name,
-    origins,
     written_inputs,
 )
 from fxfuse.constants import Constants
@@ -37,15 +38,10 @@ from fxfuse.nodes import LeftNorm, Linear, Norm, Op, Opaque, Query, Split, Tenso
 from fxfuse.objects import modules_outside
 from fxfuse.refusals import Code
 from fxfuse.replica import is_plain
-from fxfuse.table import LAYERS, LAYERS_LIKE_INPUT, LIKE_BOTH, LIKE_INPUT, SPLITS, TRANSPARENT, Call, part
+from fxfuse.table import LAYERS, LAYERS_LIKE_INPUT, LIKE_ALL, LIKE_INPUT, SPLITS, TRANSPARENT, Call, part
 from fxfuse.tree import NORM_RANKS, attribute, has_hooks, joined
 
-_QUERY_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout"}
-_QUERIES = {
-    *("size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "element_size"),
-    *("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "sym_size"),
-}
-# Methods whose second argument gives its shape or dtype only.
+# Operators whose second argument gives its shape or dtype only.
 _BY_EXAMPLE = {"reshape_as", "view_as", "expand_as", "type_as"}
 
 
@@ -56,9 +52,13 @@ class Reader:
         self.root = root
         self._read: dict[fx.Node, Op] = {}
         self._tensors: dict[str, Tensor] = {}
-        self._origins = origins(graph)
+        self.graph = graph
+        self._roots = roots(graph, self.written_inputs, self.layer, {})
+        written = [each for node in graph.nodes for each in self.written_inputs(node)]
+        changed = frozenset[fx.Node]().union(*(self._roots[each] for each in written))
         self._written = {_storage(tensor) for node in graph.nodes for tensor in self._may_write_to(node)}
-        self.constants = Constants(graph, self._unwritten)
+        inconstant = {node for node in graph.nodes if self._roots[node] & changed}
+        self.constants = Constants(graph, self._unwritten, inconstant)
 
     def tensor(self, source: TensorName) -> Tensor:
         """A parameter or buffer by its qualified name, or the value of a constant node."""
@@ -73,8 +73,8 @@ class Reader:
 
     def is_query(self, user: fx.Node, value: fx.Node) -> bool:
         """Whether `user` wants no more of `value` than its shape, dtype or device."""
-        by_example = user.op == "call_method" and user.target in _BY_EXAMPLE and user.args[0] is not value
-        return by_example or isinstance(self.read(user), Query)
+        named = user.op != "call_module" and operator_name(user) in _BY_EXAMPLE
+        return (named and user.all_input_nodes[0] is not value) or isinstance(self.read(user), Query)
 
     def attribute(self, name: str) -> Any:
         """The parameter, buffer or module of that qualified name."""
@@ -101,13 +101,13 @@ class Reader:
         if node.op != "call_module":
             return written_inputs(node)
         module = attribute(self.root, str(node.target))
-        harmless = self.layer(node) is not None and is_known(module) and not getattr(module, "inplace", False)
-        return [] if harmless else node.all_input_nodes
+        known = self.layer(node) is not None and is_known(module) and not any(module.children())
+        return [] if known and not getattr(module, "inplace", False) else node.all_input_nodes
 
     def _may_write_to(self, node: fx.Node) -> list[Any]:
         """Tensors of the model that `node` may write to: all of its own, if it is a module not known here."""
-        names = [self._origins[source] for source in self.written_inputs(node)]
-        written: list[Any] = [attribute(self.root, name) for name in names if name is not None]
+        sources = {root for each in self.written_inputs(node) for root in self._roots[each]}
+        written = [attribute(self.root, str(each.target)) for each in sources if each.op == "get_attr"]
         called = attribute(self.root, str(node.target)) if node.op == "call_module" else None
         reached = set() if called is None or is_known(called) else modules_outside(called)
         written += [tensor for each in reached for tensor in (*each.parameters(), *each.buffers())]
@@ -259,12 +259,10 @@ class Reader:
 
     def _call(self, node: fx.Node) -> Op:
         name = operator_name(node)
-        if node in self.constants or not name:
-            asks = node.target is getattr and node.args[1] in _QUERY_ATTRIBUTES
-            asks |= node.target in (torch.is_tensor, torch.ops.aten._assert_tensor_metadata.default)
-            return Query() if asks else Opaque(detail=getattr(node.target, "__name__", str(node.target)))
-        if name in _QUERIES:
+        if is_query(node) or node.target in (torch.is_tensor, torch.ops.aten._assert_tensor_metadata.default):
             return Query()
+        if node in self.constants or not name or node.kwargs.get("out") is not None:
+            return Opaque(detail=getattr(node.target, "__name__", str(node.target)))
         return read_arithmetic(node, name, self.constants) or self._operator(node, name)
 
     def _operator(self, node: fx.Node, name: str) -> Op:
@@ -280,7 +278,8 @@ class Reader:
             return self._norm_function(node, bound, name)
         if name == "getitem" and isinstance(self.read(node.all_input_nodes[0]), Split):
             return self._part(node.all_input_nodes[0], bound["index"]) or Opaque(detail=node.name)
-        return self._passed(name, bound) or Opaque(detail=described, like=self._like(name, bound))
+        found = None if gives_several(node) else self._passed(name, bound)
+        return found or Opaque(detail=described, like=self._like(name, bound))
 
     def _passed(self, name: str, bound: Mapping[str, Any]) -> Op | None:
         first = next(iter(bound.values()), None)
@@ -299,8 +298,8 @@ class Reader:
         return part(Call(op.input, arguments(split).get), index)
 
     def _like(self, name: str, bound: Mapping[str, Any]) -> tuple[fx.Node, ...]:
-        operands = [value for value in [*bound.values()][:2] if isinstance(value, fx.Node)]
-        if name in LIKE_BOTH:
+        operands = [value for value in bound.values() if isinstance(value, fx.Node)]
+        if name in LIKE_ALL:
             return tuple(operands)
         return tuple(operands[:1]) if name in LIKE_INPUT else ()
 

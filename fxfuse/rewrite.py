@@ -15,8 +15,9 @@ from itertools import count
 import torch
 from torch import Tensor, fx, nn
 
-from fxfuse.calls import given_arguments
+from fxfuse.calls import given_arguments, operator_name
 from fxfuse.capture import Capture
+from fxfuse.layout import VIEWS
 from fxfuse.nodes import Linear, Norm
 from fxfuse.ops import Reader
 from fxfuse.plan import Plan
@@ -173,10 +174,8 @@ def _owners(name: str) -> list[str]:
 
 
 def _as_reshape(view: fx.Node) -> None:
-    if isinstance(view.target, str):
-        view.target = view.target.replace("view", "reshape")
-    else:
-        view.target = torch.ops.aten.reshape.default
+    name = VIEWS[operator_name(view)]
+    view.target = name if view.op == "call_method" else getattr(torch.ops.aten, name).default
     view.kwargs = {"shape" if name == "size" else name: value for name, value in view.kwargs.items()}
 
 
@@ -188,7 +187,7 @@ def _assert_rank(node: fx.Node, rank: int) -> None:
     with graph.inserting_after(query):
         test = graph.call_function(operator.eq, (query, rank))
     message = (
-        f"a norm after this operator was folded for values with {rank} axes, batch included; "
+        f"what came after this operator was folded for values with {rank} axes, batch included; "
         "with another number of axes it worked along another axis than the channels"
     )
     with graph.inserting_after(test):

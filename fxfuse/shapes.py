@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from fxfuse.channels import Shape, Size
 from fxfuse.nodes import Affine, Linear, Norm, Op, Opaque
 from fxfuse.ops import Reader
-from fxfuse.transparent import Concat, Rearranged, Transparent, Within, broadcast
+from fxfuse.transparent import Concat, Rearranged, Slice, Sum, Transparent, Within, broadcast
 
 _ARITHMETIC: Mapping[Any, Callable[[Any, Any], Any]] = {
     each: each for each in (operator.add, operator.sub, operator.mul, operator.floordiv)
@@ -54,18 +54,21 @@ class GraphShapes:
         self._observed = observed
         self._shapes: dict[fx.Node, Shape | None] = {}
         self._assumed: dict[fx.Node, frozenset[tuple[fx.Node, int]]] = {}
+        self._least: dict[fx.Node, int] = {}
         self._dtypes: dict[fx.Node, torch.dtype | None] = {}
-        self._swept = False
+        self._is_swept = False
         self.consulted: set[fx.Node] = set()
 
     def of(self, node: fx.Node) -> Shape | None:
         """The shape of a node's value; None if not even its number of axes is known."""
-        if not self._swept:
-            self._swept = True
-            self._sweep()
-            self.consulted.clear()
+        self._swept()
         self.consulted.add(node)
         return self._shapes.get(node)
+
+    def least_rank(self, node: fx.Node) -> int:
+        """How many axes a node's value has at least, with nothing assumed."""
+        self._swept()
+        return self._least[node]
 
     def dtype(self, node: fx.Node) -> torch.dtype | None:
         """The dtype of a node's value; None if it is not known."""
@@ -93,6 +96,27 @@ class GraphShapes:
         shape = None if source is None else self.of(source)
         return shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
 
+    def _swept(self) -> None:
+        if not self._is_swept:
+            self._is_swept = True
+            self._sweep()
+            self.consulted.clear()
+
+    def _least_rank(self, op: Op) -> int:
+        if isinstance(op, Linear):
+            return op.dims + 1
+        if isinstance(op, Norm):
+            return max(self._least[op.input], min(op.ranks or {2}))
+        if isinstance(op, Affine):
+            return max(self._least[op.input], len(op.shape))
+        if isinstance(op, Opaque):
+            return max((self._least[source] for source in op.like), default=0)
+        if isinstance(op, Rearranged):
+            return op.rank or 0
+        if isinstance(op, (Concat, Slice, Sum)) or (isinstance(op, Within) and not op.removes):
+            return max(self._least[source] for source in op.inputs)
+        return 0
+
     def _sweep(self) -> None:
         for node in self._graph.nodes:
             op = self._reader.read(node)
@@ -116,6 +140,7 @@ class GraphShapes:
                     shape = tuple(size if each == place else old for each, old in enumerate(shape))
                 shape = tuple((node, place) if size is None else size for place, size in enumerate(shape))
             self._shapes[node], self._assumed[node] = shape, assumed
+            self._least[node] = self._least_rank(op) if shape is None or assumed else len(shape)
             self._dtypes[node] = seen.dtype if dtype is None and seen is not None else dtype
 
     def _follow(self, node: fx.Node, op: Op) -> tuple[Shape | None, torch.dtype | None]:
@@ -162,11 +187,13 @@ class GraphShapes:
                 found.setdefault(node, _Rank(op.dims + 2, frozenset({(node, op.dims + 2)})))
             if node not in found:
                 continue
-            adds_axes = isinstance(op, Affine) and len(op.shape) > 1
-            keeps = isinstance(op, (Linear, Norm, Affine)) or (isinstance(op, Within) and not op.removes)
-            sources = op.inputs if isinstance(op, Concat) else ()
-            if isinstance(op, (Linear, Norm, Affine, Within)) and keeps and not adds_axes:
+            sources: Sequence[fx.Node] = ()
+            if isinstance(op, (Linear, Norm, Slice)):
                 sources = (op.input,)
+            elif isinstance(op, Affine):
+                sources = (op.input,) if len(op.shape) < found[node].number else ()
+            elif isinstance(op, Concat) or (isinstance(op, Within) and not op.removes):
+                sources = op.inputs
             for source in sources:
                 if source not in found or found[source].assumed:
                     found[source] = found[node]

@@ -374,7 +374,7 @@ LAYERS: Mapping[type[nn.Module], str] = {
 LIKE_INPUT = frozenset(
     {
         *("relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid"),
-        *("tanh", "hardswish", "hardsigmoid", "hardtanh", "softplus", "softsign", "clamp"),
+        *("tanh", "hardswish", "hardsigmoid", "hardtanh", "softplus", "softsign"),
         *("layer_norm", "group_norm", "normalize"),
     }
 )
@@ -383,5 +383,5 @@ LAYERS_LIKE_INPUT = (
     *(nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign),
     *(nn.LayerNorm, nn.GroupNorm),
 )
-# Element by element of two values, which are broadcast to each other.
-LIKE_BOTH = frozenset({"mul", "div", "true_divide", "truediv", "pow", "maximum", "minimum"})
+# Element by element of all values that it is given, which are broadcast to each other.
+LIKE_ALL = frozenset({"mul", "div", "true_divide", "truediv", "pow", "maximum", "minimum", "clamp"})

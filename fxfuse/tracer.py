@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy, TraceError
 
-from fxfuse.calls import origins, written_inputs
+from fxfuse.aliases import roots
+from fxfuse.calls import written_inputs
 from fxfuse.errors import CaptureError
 from fxfuse.guards import (
     SourceIsReadOnly,
@@ -205,10 +206,10 @@ def trace(model: nn.Module, fixed: Mapping[str, Any] | None = None) -> tuple[nn.
 
 def _no_writes_to_constants(graph: fx.Graph, model: nn.Module) -> None:
     """A tensor that forward makes without looking at its input is one tensor for all calls of the graph."""
-    names = origins(graph)
+    found = roots(graph, written_inputs, lambda _: None, {})
     for node in graph.nodes:
-        for source in written_inputs(node):
-            if not hasattr(model, (names[source] or "training").partition(".")[0]):
+        for root in frozenset[fx.Node]().union(*(found[each] for each in written_inputs(node))):
+            if root.op == "get_attr" and not hasattr(model, str(root.target).partition(".")[0]):
                 raise CaptureError(
                     f"forward writes to a tensor that it has made itself, at {node.format_node()}"
                 )

@@ -163,7 +163,7 @@ class Rearranged:
 
     def _pattern(self, shapes: Shapes) -> Pattern | None:
         shape = shapes.of(self.input)
-        return None if shape is None else self.pattern(shape, shapes)
+        return self.pattern(shape, shapes) if shape else None  # nor is there any for a single number
 
 
 @dataclass(frozen=True)
