@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,13 +65,14 @@ class Capture:
         return built
 
 
-def capture(model: nn.Module, fixed: Mapping[str, Any] | None = None) -> Capture:
+def capture(model: nn.Module, fixed: Mapping[str, Any] | None = None, given: Container[str] = ()) -> Capture:
     """Traces `model`, or takes its graph if it is a ``GraphModule``.
 
     Args:
         model: the module.
         fixed: values for arguments of ``forward``, since a trace can follow only one of the branches that
             these choose; the graph asserts that no others are given. Without it every option has its default.
+        given: the arguments that are known not to be None.
 
     Raises:
         UsageError: `model` is no module, or still has uninitialised (lazy) parameters.
@@ -79,7 +80,7 @@ def capture(model: nn.Module, fixed: Mapping[str, Any] | None = None) -> Capture
     """
     check_usable(model)
     _check_traceable(model)
-    root, graph = _copied(model) if isinstance(model, fx.GraphModule) else trace(model, fixed)
+    root, graph = _copied(model) if isinstance(model, fx.GraphModule) else trace(model, fixed, given)
     for node in graph.nodes:
         if node.op == "call_method" and node.target in _RESHAPED_IN_PLACE:
             raise CaptureError(f"forward changes the shape of a tensor in place, at {node.format_node()}")

@@ -10,7 +10,15 @@ class UsageError(FxfuseError):
 
 
 class CaptureError(FxfuseError):
-    """The model could not be turned into an FX graph; the message names the line and the reason."""
+    """The model could not be turned into an FX graph; the message names the line and the reason.
+
+    Attributes:
+        argument: the argument of forward of which code asks whether it is None, if that is the reason.
+    """
+
+    def __init__(self, message: str, argument: str = "") -> None:
+        super().__init__(message)
+        self.argument = argument
 
 
 class VerificationError(FxfuseError):

@@ -37,9 +37,10 @@ class KeepingReader(Reader):
     def __init__(self, captured: Capture, left: Mapping[str, Code]) -> None:
         super().__init__(captured.root, captured.graph)
         self.captured = captured
-        self.graph = captured.graph
         self._left = left
         self._kept: dict[fx.Node, Op] = {}
+        named = [node for node in self.graph.nodes if node.op in ("call_module", "get_attr")]
+        self._used = {node: parts_of(attribute(self.root, str(node.target))) for node in named}
 
     def read(self, node: fx.Node) -> Op:
         """What `node` is."""
@@ -112,15 +113,22 @@ class KeepingReader(Reader):
         return same and node is not known
 
     def _users(self, name: str) -> set[fx.Node]:
-        """The nodes that call the module, a module that it is in, or read its tensors."""
-        found: set[fx.Node] = set()
-        for node in self.graph.nodes:
-            target = str(node.target)
-            if node.op == "call_module" and (target == name or name.startswith(f"{target}.")):
-                found.add(node)
-            elif node.op == "get_attr" and target.startswith(f"{name}."):
-                found |= set(node.users)
-        return found
+        """The nodes that call the module, one that it is in or that shares a tensor with it, or read one."""
+        module = attribute(self.root, name)
+        own = {id(module), *map(id, (*module.parameters(), *module.buffers()))}
+        return {user for node, used in self._used.items() if used & own for user in used_by(node)}
+
+
+def parts_of(value: nn.Module | Tensor) -> frozenset[int]:
+    """The identities of a tensor, or of a module, all that is in it, and their tensors."""
+    if isinstance(value, Tensor):
+        return frozenset({id(value)})
+    return frozenset(map(id, (*value.modules(), *value.parameters(), *value.buffers())))
+
+
+def used_by(node: fx.Node) -> set[fx.Node]:
+    """Who uses what `node` names."""
+    return set(node.users) if node.op == "get_attr" else {node}
 
 
 def _takes_bias(module: nn.Module) -> bool:

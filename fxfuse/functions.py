@@ -41,30 +41,25 @@ def reads(function: FunctionType, variable: str) -> bool:
     return any(variable in _variables(each) for code in nested(function.__code__) for each in _steps(code))
 
 
-def compared_with_none(function: FunctionType) -> set[str]:
-    """The variables of which the code asks ``is None`` or ``is not None``."""
+@functools.lru_cache(maxsize=4096)
+def compared_by_identity(code: CodeType) -> frozenset[str]:
+    """The variables that code compares by ``is``: with None, a bool, a member of an enumeration."""
     found: set[str] = set()
-    for code in nested(function.__code__):
-        steps = _steps(code)
-        for number, step in enumerate(steps):
-            compared = steps[number - 1 : number] if "NONE" in step.opname else []  # a jump
-            if step.opname == "IS_OP":
-                compared = steps[number - 2 : number]
-                compared = compared if any(_is_none(each) for each in compared) else []
-            found |= {name for each in compared for name in _variables(each)}
-    return found
+    steps = _steps(code)
+    for number, step in enumerate(steps):
+        if "NONE" in step.opname:  # a jump
+            found |= {*_variables(steps[number - 1])}
+        elif step.opname == "IS_OP":
+            found |= {name for each in steps[max(0, number - 4) : number] for name in _variables(each)}
+    return frozenset(found)
 
 
 def _steps(code: CodeType) -> list[dis.Instruction]:
     return [*dis.get_instructions(code)]
 
 
-def _is_none(step: dis.Instruction) -> bool:
-    return step.opname == "LOAD_CONST" and step.argval is None
-
-
 def _variables(step: dis.Instruction) -> tuple[str, ...]:
-    """The variables that an instruction loads: several, in newer versions of Python."""
-    if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+    """The variables that an instruction loads or, before it compares, stores; newer versions join several."""
+    if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "STORE_FAST", "STORE_DEREF")):
         return ()
     return step.argval if isinstance(step.argval, tuple) else (step.argval,)

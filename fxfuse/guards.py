@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import operator
 import random
 import sys
 from collections import deque
 from collections.abc import Container, Iterable, Iterator
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx.proxy import Proxy, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxfuse.objects import is_torch, own_classes
 from fxfuse.tree import NORM_RANKS, named_tensors
 
 
@@ -93,24 +96,72 @@ def no_swapped_parameters() -> Iterator[None]:
 
 
 class SourceIsReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While the model is traced, nothing may write to the memory that its replica shares with it."""
+    """While the model is traced, nothing may write to the memory that its replica shares with it.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the source.
+        unread: whether nothing may read parameters and buffers either, but by way of the graph.
+    """
+
+    def __init__(self, model: nn.Module, *, unread: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         tensors = [tensor for _, tensor in named_tensors(model)]
+        self.unread = {_memory(tensor) for tensor in tensors if tensor.numel()} if unread else set()
         tensors += [
             each for module in model.modules() for each in vars(module).values() if isinstance(each, Tensor)
         ]
         self.memory = {_memory(tensor) for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable and any(
-            _memory(each) in self.memory for each in flat((args, kwargs or {}))
-        ):
+        given = {_memory(each) for each in flat((args, kwargs or {})) if isinstance(each, Tensor)}
+        if func._schema.is_mutable and not given.isdisjoint(self.memory):
             raise TraceError(
                 "forward writes to a parameter, buffer or tensor of the model while it is traced"
             )
+        if not given.isdisjoint(self.unread):
+            raise TraceError("forward reads a parameter or buffer in a way that a graph does not show")
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def objects_unchanged(model: nn.Module) -> Iterator[None]:
+    """What forward keeps in objects that are no modules, or in its class, would be proxies from then on."""
+    before = [(held, copy.copy(held)) for held in _held(model)]
+    changed = False
+    try:
+        yield
+    finally:
+        for held, saved in before:
+            if _identities(held) != _identities(saved):
+                changed = True
+                _restore(held, saved)
+    if changed:
+        raise TraceError("forward keeps state in an object or a class, which a graph does not record")
+
+
+def _held(model: nn.Module) -> Iterator[Any]:
+    """The containers in classes and in objects that are attributes of modules."""
+    for kind in {kind for module in model.modules() for kind in own_classes(module)}:
+        if not is_torch(kind.__module__):
+            yield from (value for value in vars(kind).values() if type(value) in _CONTAINERS)
+    for value in (value for module in model.modules() for value in vars(module).values()):
+        if hasattr(value, "__dict__") and not isinstance(value, _KNOWN):
+            yield vars(value)
+            yield from (inner for inner in vars(value).values() if type(inner) in _CONTAINERS)
+
+
+_CONTAINERS = (list, dict, set, deque)
+_KNOWN = (nn.Module, Tensor, type, FunctionType, MethodType, ModuleType)
+
+
+def _identities(container: Any) -> list[tuple[int, int]]:
+    pairs = container.items() if isinstance(container, dict) else enumerate(container)
+    return [(id(key) if isinstance(container, dict) else 0, id(value)) for key, value in pairs]
+
+
+def _restore(container: Any, saved: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(saved)
 
 
 def _memory(value: Any) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 from fxfuse.capture import Capture
 from fxfuse.errors import CaptureError
 from fxfuse.exposure import Kind, hooks_look, uses_of_submodules
-from fxfuse.layers import code_calls_norm, is_norm, is_torch_layer
+from fxfuse.layers import code_calls_norm, has_statistics, is_norm, is_torch_layer
 from fxfuse.ops import norms_inside
 from fxfuse.records import Fold, Refusal
 from fxfuse.refusals import Code
@@ -48,7 +48,7 @@ def fold_called(source: nn.Module, captured: Capture) -> Account:
     """Folds inside those modules of `captured` that its graph calls as a whole; `source` is not changed."""
     folder = _Folder(source, captured.root)
     for path in called_with_norms(captured):
-        folder.walk_called(path, Code.EXPOSED if looks_into(captured.graph, path) else None)
+        folder.walk_called(path, Code.EXPOSED if looks_into(captured, path) else None)
     return folder.folded()
 
 
@@ -73,7 +73,7 @@ class _Folder:
         if module in self._walked:
             return
         self._walked.add(module)
-        if is_norm(module):
+        if is_norm(module) or has_statistics(module):
             self._leave(path, Code.UNTRACED, place)
         elif path and (has_hooks(module) or is_torch_layer(module)):
             self._leave(path, Code.INSIDE_OPAQUE, place)
@@ -88,7 +88,9 @@ class _Folder:
             self._units.append((path, unit))
             exposed = Code.EXPOSED if unit.is_single else Code.OPTIONS
             for called in unit.called():
-                self.walk_called(joined(path, called), exposed if unit.looks_into(called) else None)
+                looked_into = exposed if unit.looks_into(called) else None
+                only_called = _is_only_called(module, called)
+                self.walk_called(joined(path, called), looked_into if only_called else Code.EXPOSED)
 
     def walk_called(self, path: str, exposed: Code | None) -> None:
         """As `walk`, for a module that a graph calls whole; `exposed` if a graph uses its inside as well."""
@@ -140,3 +142,15 @@ class _Folder:
                 if refusal.norm not in exposed:
                     self.account.refuse(replace(refusal, norm=joined(path, refusal.norm)))
         return self.account
+
+
+def _is_only_called(module: nn.Module, name: str) -> bool:
+    """Whether the code of `module`, and of those in it that hold `name`, does no more than call that one."""
+    uses = uses_of_submodules(module)
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        first, rest = ".".join(parts[:count]), ".".join(parts[count:])
+        if first in uses:
+            held = attribute(module, first)
+            return uses[first].kind is not Kind.EXPOSED and (not rest or _is_only_called(held, rest))
+    return False

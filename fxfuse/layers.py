@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -40,6 +40,7 @@ TUPLE_NORMS = {
     *("_batch_norm_impl_index", "_batch_norm_no_update", "_batch_norm_with_update"),
     *("_batch_norm_with_update_functional", "cudnn_batch_norm", "miopen_batch_norm"),
 }
+_STATISTICS = ("running_mean", "running_var")
 # What a subclass may not override and still be taken for the class that it comes from.
 _BEHAVIOUR = (
     *("__call__", "_call_impl", "forward", "_conv_forward", "_output_padding", "_check_input_dim"),
@@ -73,6 +74,12 @@ def is_replaced(module: nn.Module, kind: type[nn.Module]) -> bool:
         name in module.__dict__ or getattr(type(module), name, None) is not getattr(kind, name, None)
         for name in _BEHAVIOUR
     )
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether it is no norm of torch's and has what one has, as torchvision's FrozenBatchNorm2d."""
+    buffers = module._buffers
+    return not is_norm(module) and all(isinstance(buffers.get(each), Tensor) for each in _STATISTICS)
 
 
 def code_calls_norm(module: nn.Module) -> bool:

@@ -30,6 +30,7 @@ from fxfuse.layers import (
     NORM_FUNCTIONS,
     TUPLE_NORMS,
     code_calls_norm,
+    has_statistics,
     is_known,
     is_norm,
     is_replaced,
@@ -336,7 +337,7 @@ def norms_inside(module: nn.Module) -> list[str]:
             reader = Reader(child, child.graph)
             calls = [reader.read(node) for node in child.graph.nodes if node.op == "call_function"]
             found += [joined(path, op.name) for op in calls if isinstance(op, Norm | LeftNorm)]
-        elif code_calls_norm(child):
+        elif code_calls_norm(child) or has_statistics(child):
             found.append(path)
     return found
 

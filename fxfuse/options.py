@@ -8,46 +8,38 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
-from types import FunctionType
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxfuse.errors import CaptureError
-from fxfuse.functions import compared_with_none
-from fxfuse.objects import is_torch, own_classes
+from fxfuse.functions import compared_by_identity
+from fxfuse.objects import is_torch
 
 _MOST_VARIANTS = 16
 _GIVEN = object()
-_EMPTY = inspect.Parameter.empty
-_NOT_CALLED = ("__init__", "extra_repr")
+_OPTIONS = (bool, str, type(None), torch.dtype, torch.device)
 
 
 def defaults(model: nn.Module) -> dict[str, Any]:
     """The arguments of forward with defaults of the kinds by which code chooses branches."""
-    fixed = (bool, str, type(None), torch.dtype, torch.device)
-    return {
-        parameter.name: parameter.default
-        for parameter in _parameters(type(model).forward)
-        if isinstance(parameter.default, fixed)
-    }
+    parameters = _parameters(type(model).forward)
+    return {each.name: each.default for each in parameters if isinstance(each.default, _OPTIONS)}
 
 
 def choices(model: nn.Module) -> list[str]:
     """The arguments of forward of which a graph could hold one choice only."""
-    forward = type(model).forward
-    asked = _asked(forward)
-    required = [parameter.name for parameter in _parameters(forward) if parameter.default is _EMPTY][1:]
-    # An argument may be compared further below. Of a single one nobody expects that it may be None.
-    if len(required) > 1 and any(map(_asked, _functions_below(model))):
-        asked = {*required}
-    return [*defaults(model), *(name for name in required if name in asked)]
+    return [*dict.fromkeys([*defaults(model), *_asked(type(model).forward)])]
 
 
-def variants(module: nn.Module) -> list[dict[str, Any]]:
+def variants(module: nn.Module, asked: Iterable[str]) -> list[dict[str, Any]]:
     """Values for the options of forward that stand for every choice of them.
+
+    Args:
+        module: the module.
+        asked: more arguments that may be None.
 
     Raises:
         CaptureError: there are options of which not all values can be tried, or too many of them.
@@ -57,10 +49,7 @@ def variants(module: nn.Module) -> list[dict[str, Any]]:
     name, forward = type(module).__name__, type(module).forward
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in _parameters(forward)):
         raise CaptureError(f"forward of {name} takes any number of arguments")
-    for function in _functions_below(module):
-        if _asked(function):
-            raise CaptureError(f"{function.__qualname__} asks whether an argument is None")
-    values: dict[str, tuple[Any, ...]] = dict.fromkeys(_asked(forward), (None, _GIVEN))
+    values: dict[str, tuple[Any, ...]] = dict.fromkeys([*_asked(forward), *asked], (None, _GIVEN))
     for option, default in defaults(module).items():
         if default is not None and not isinstance(default, bool):
             raise CaptureError(f"forward of {name} takes an option {option}={default!r}")
@@ -74,26 +63,20 @@ def variants(module: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def _functions_below(model: nn.Module) -> set[FunctionType]:
-    """The methods to which forward may hand its arguments on."""
-    own = _methods(model) - {vars(type(model)).get("forward")}
-    return own.union(*(_methods(each) for each in model.modules() if each is not model))
+def _asked(forward: Callable[..., Any]) -> list[str]:
+    """The arguments, less those with None or a bool for a default, that the code compares by identity."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    compared = frozenset[str]() if code is None else compared_by_identity(code)
+    return [
+        p.name for p in _parameters(forward) if p.name in compared and not isinstance(p.default, _OPTIONS)
+    ]
 
 
-def _methods(module: nn.Module) -> set[Any]:
-    kinds = [kind for kind in own_classes(module) if not is_torch(kind.__module__)]
-    found = (value for kind in kinds for name, value in vars(kind).items() if name not in _NOT_CALLED)
-    return {value for value in found if isinstance(value, FunctionType)}
-
-
-def _asked(function: Callable[..., Any]) -> set[str]:
-    """The arguments without default that `function` compares with None."""
-    function = inspect.unwrap(function)
-    if not inspect.isfunction(function):
-        return set()
-    required = {parameter.name for parameter in _parameters(function) if parameter.default is _EMPTY}
-    return required & compared_with_none(function)
-
-
-def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    return [*inspect.signature(function).parameters.values()]
+def _parameters(forward: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Those that can be given: decorators by torch hand all arguments on, others may keep some."""
+    while hasattr(forward, "__wrapped__") and is_torch(getattr(forward, "__globals__", {}).get("__name__")):
+        forward = forward.__wrapped__
+    try:
+        return [*inspect.signature(forward, follow_wrapped=False).parameters.values()][1:]
+    except (TypeError, ValueError) as error:
+        raise CaptureError(f"the arguments of {forward} are not known: {error}") from error

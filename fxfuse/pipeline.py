@@ -108,7 +108,7 @@ def _folded(
             fused, report = _kept(model)
         elif hooks_look(model):
             fused, report = _kept(model, f"a hook looks at this {type(model).__name__}, so it was not folded")
-        elif not isinstance(model, fx.GraphModule) and (options := choices(model)):
+        elif not isinstance(model, fx.GraphModule) and (options := _choices(model)):
             note = f"forward takes options ({', '.join(options)}), so the modules were kept"
             fused, report = _kept(model, note)
         else:
@@ -117,6 +117,13 @@ def _folded(
         note = "the model is on the meta device: the graph was folded, numbers were not checked"
         report = replace(report, notes=(*report.notes, note))
     return fused, report
+
+
+def _choices(model: nn.Module) -> list[str]:
+    try:
+        return choices(model)
+    except CaptureError:
+        return []
 
 
 def _graph(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[nn.Module, Report]:
@@ -130,7 +137,9 @@ def _graph(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[nn.M
     plan, solution = planned(captured.graph, reader, shapes)
     folds, constants = rewrite(captured, plan, solution, reader)
     inside = fold_called(model, captured)
-    folded, refused = (*folds, *inside.folded), (*plan.refusals, *inside.refused)
+    known = {refusal.norm for refusal in plan.refusals}
+    refused = (*plan.refusals, *(refusal for refusal in inside.refused if refusal.norm not in known))
+    folded = (*folds, *inside.folded)
     name = type(model).__name__
     return captured.module(), Report(name, folded, refused, tuple(constants))
 

@@ -7,8 +7,10 @@ where its type is not known, asking is a TraceError.
 
 from __future__ import annotations
 
+import ast
 import linecache
 import operator
+import re
 import sys
 from collections.abc import Callable, Container
 from functools import cache
@@ -20,20 +22,39 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy, TraceError
 
 from fxfuse.calls import IN_PLACE
+from fxfuse.functions import definition
 from fxfuse.tree import attribute, has_hooks
 
 # Where fx and what it is built on ask for the class of a proxy, they mean the proxy.
 _INTERNAL = ("torch.fx", "torch.overrides", "torch.utils._pytree", "fxfuse.")
-
-
 _OWN_ATTRIBUTES = {"tracer", "node", "param", "name"}
+_ISINSTANCE = re.compile(rb"isinstance\s*\(")
+# Statements and functions to which a text is given that changes nothing.
+_FOR_PEOPLE = {
+    *("assert", "_assert", "print", "warn", "debug", "info", "warning", "error", "exception", "log"),
+}
 
 
 def _is_calling_isinstance(frame: FrameType) -> bool:
     """Whether the call that `frame` is making is one of isinstance, by its place in the source."""
+    if frame.f_globals.get("__name__") == "abc":
+        return True
     line, _, column, _ = [*frame.f_code.co_positions()][frame.f_lasti // 2]
     source = linecache.getline(frame.f_code.co_filename, line or 0).encode()
-    return source[column or 0 :].startswith(b"isinstance(")
+    return _ISINSTANCE.match(source, column or 0) is not None
+
+
+def _is_for_people(frame: FrameType) -> bool:
+    """Whether the text that `frame` makes is one for people: that of an assertion, an error or a log."""
+    line, _, column, _ = [*frame.f_code.co_positions()][frame.f_lasti // 2]
+    found = definition(frame.f_code)
+    for node in ast.walk(found) if found is not None else ():
+        if isinstance(node, (ast.Assert, ast.Raise, ast.Call)):
+            call = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else "assert"
+            start, end = (node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0)
+            if call in _FOR_PEOPLE and start <= (line or 0, column or 0) < end:
+                return True
+    return False
 
 
 class TypedProxy(Proxy):
@@ -51,7 +72,6 @@ class TypedProxy(Proxy):
         if not _is_calling_isinstance(asker):
             return type(self)  # C code asks, which would go on to take the proxy for a tensor's memory
         if self.stands_for is not None:
-            self._assert_tensor()
             return self.stands_for
         raise TraceError(f"the type of {self.node.name} is asked for and is known only at run time")
 
@@ -60,23 +80,33 @@ class TypedProxy(Proxy):
         raise TypeError("a proxy keeps its class")
 
     def __getattr__(self, k: str) -> Any:
-        if self.stands_for is not None and not hasattr(self.stands_for, k):
-            self._assert_tensor()
+        if hasattr(self.stands_for or Tensor, k):
+            return super().__getattr__(k)
+        if self.stands_for is not None:
             raise AttributeError(f"a tensor has no attribute {k!r}")
-        return super().__getattr__(k)
+        raise TraceError(f"whether {self.node.name} has an attribute {k!r} is known only at run time")
+
+    def __hash__(self) -> int:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(_INTERNAL):
+            return object.__hash__(self)
+        raise TraceError(f"{self.node.name} is looked up in a dict or set, and is known only at run time")
+
+    def __str__(self) -> str:
+        return self._text(sys._getframe(1))
+
+    def __format__(self, _: str) -> str:
+        return self._text(sys._getframe(1))
+
+    def _text(self, asker: FrameType) -> str:
+        inside = asker.f_globals.get("__name__", "").startswith(("torch", "fxfuse."))
+        if inside or _is_for_people(asker):
+            return repr(self)
+        raise TraceError(f"{self.node.name} is made a text, and is known only at run time")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OWN_ATTRIBUTES:
             raise TraceError(f"forward sets {name} of a tensor, which a graph does not record")
         super().__setattr__(name, value)
-
-    def _assert_tensor(self) -> None:
-        """An input is traced as a tensor; where the model asks, the graph asserts that it is one."""
-        if self.node.op != "placeholder" or any(user.target is torch.is_tensor for user in self.node.users):
-            return
-        test = self.tracer.create_node("call_function", torch.is_tensor, (self.node,), {})
-        message = f"{self.node.target} was taken for a tensor when the model was traced, and is none"
-        self.tracer.create_node("call_function", torch._assert, (test, message), {})
 
 
 def _in_place(name: str) -> Callable[[TypedProxy, Any], Proxy]:
@@ -111,7 +141,6 @@ _SEVERAL = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.AdaptiveLogSof
 def gives_tensor(node: fx.Node, root: nn.Module, tensors: Container[fx.Node]) -> bool:
     """Whether the value of `node`, in a graph over `root`, is certain to be a single tensor.
 
-    An input is taken for one, and asserted to be one where the model asks.
     `tensors` are the earlier nodes of which that is known.
     """
     if node.op == "call_module":
@@ -123,7 +152,7 @@ def gives_tensor(node: fx.Node, root: nn.Module, tensors: Container[fx.Node]) ->
         return node.target is not operator.getitem and any(each in tensors for each in inputs)
     if node.op == "call_function":
         return _returns_tensor(getattr(node.target, "__name__", ""))
-    return node.op != "call_method" or _returns_tensor(str(node.target))
+    return node.op == "call_method" and _returns_tensor(str(node.target))
 
 
 @cache

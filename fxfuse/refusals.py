@@ -171,6 +171,11 @@ class Code(Enum):
         "modules are kept, and whether it follows the operator depends on the arguments of forward",
         "nothing to do: the norm is needed for some of the calls that forward allows",
     )
+    METHODS = Explanation(
+        "FXF504",
+        "modules are kept, and a method other than forward gives the value between it and the operator",
+        "fold without keep_modules=True, or call the norm and the operator in the same method",
+    )
 
 
 def by_code(code: str) -> Code:

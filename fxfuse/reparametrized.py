@@ -63,7 +63,7 @@ def _evaluate_hooks(module: Any) -> None:
 def _constant(module: nn.Module, name: str) -> Tensor | None:
     """The computed tensor, if computing it twice gives the same and writes to nothing."""
     try:
-        with SourceIsReadOnly(module):
+        with SourceIsReadOnly(module, unread=False):
             first, second = getattr(module, name).detach(), getattr(module, name).detach()
     except TraceError:
         return None

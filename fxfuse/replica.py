@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
+from functools import partial
 from types import MethodType
 from typing import Any, TypeVar, cast
 
@@ -52,7 +53,7 @@ def _module(source: Any, memo: dict[int, Any]) -> Any:
     memo[id(source)] = twin
     for name, value in source.__dict__.items():
         twin.__dict__[name] = _own(value, memo)
-    twin.__dict__["_compiled_call_impl"] = None  # Module.compile() binds it to the source
+    twin.__dict__.pop("_compiled_call_impl", None)  # Module.compile() binds it to the source
     for tensors in (twin._parameters, twin._buffers):
         for name, tensor in tensors.items():
             tensors[name] = _tensor(tensor, memo)
@@ -68,6 +69,13 @@ def _own(value: Any, memo: dict[int, Any]) -> Any:
         return _module(value, memo)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
         return MethodType(value.__func__, _module(value.__self__, memo))
+    if type(value) is partial:
+        return partial(_own(value.func, memo), *_own(value.args, memo), **_own(value.keywords, memo))
+    if isinstance(value, tuple):
+        items = [_own(item, memo) for item in value]
+        if all(item is own for item, own in zip(value, items, strict=True)):
+            return value
+        return getattr(type(value), "_make", type(value))(items)
     if type(value) not in _CONTAINERS:
         return value
     if id(value) not in memo:

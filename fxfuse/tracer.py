@@ -17,8 +17,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import linecache
+import operator
+import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import FrameType, FunctionType
@@ -31,6 +33,7 @@ from torch.fx.proxy import Proxy, TraceError
 from fxfuse.aliases import roots
 from fxfuse.calls import written_inputs
 from fxfuse.errors import CaptureError
+from fxfuse.functions import compared_by_identity
 from fxfuse.guards import (
     SourceIsReadOnly,
     contents,
@@ -38,6 +41,7 @@ from fxfuse.guards import (
     no_attributes_set,
     no_random_numbers,
     no_swapped_parameters,
+    objects_unchanged,
     traceable_checks,
 )
 from fxfuse.options import defaults
@@ -46,17 +50,8 @@ from fxfuse.reparametrized import evaluate_weights
 from fxfuse.replica import replicate
 from fxfuse.tree import has_hooks, named_tensors
 
-# What a model's forward may raise when it meets a proxy, beyond fx's own TraceError (a ValueError).
-_TRACE_FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+# The entry of a node's meta that holds the calls of methods in which it came about.
+METHODS = "fxfuse_methods"
 
 
 class ModuleTracer(fx.Tracer):
@@ -68,9 +63,12 @@ class ModuleTracer(fx.Tracer):
         super().__init__()
         self.source: nn.Module | None = None
         self.kept: set[str] = set()
+        self.notes_methods = False
         self.asked = ""
+        self.argument = ""
         self._autocast = _autocast_state()
         self._tensors: set[fx.Node] = set()
+        self._frames: set[FrameType] = set()  # so that no two of them are at one address
         self._names: dict[int, str] = {}
         self._paths: dict[int, str] = {}
 
@@ -88,7 +86,8 @@ class ModuleTracer(fx.Tracer):
             return True
         if type(m).__call__ is not nn.Module.__call__:
             return False  # the call has been entered already, by the class's own __call__
-        if super().is_leaf_module(m, module_qualified_name) or has_hooks(m):
+        leaf = super().is_leaf_module(m, module_qualified_name) or isinstance(m, torch.jit.ScriptModule)
+        if leaf or has_hooks(m):
             return True
         forward = inspect.unwrap(type(m).forward)
         return forward.__module__.startswith("torch.nn.modules") and not isinstance(m, nn.Sequential)
@@ -130,7 +129,22 @@ class ModuleTracer(fx.Tracer):
         """As fx does; a graph cannot hold the autocast contexts that a forward enters."""
         if _autocast_state() != self._autocast:
             raise TraceError("autocast is switched inside forward, which a graph does not record")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        if self.notes_methods:
+            node.meta[METHODS] = tuple(self._methods_running())
+        return node
+
+    def _methods_running(self) -> Iterator[int]:
+        """The calls, going on, of methods by which others than forward can get at a value on its way."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            name, code = frame.f_code.co_name, frame.f_code
+            if name != "forward" and name[0] not in "_<" and code.co_varnames and _is_own_code(frame):
+                owner = frame.f_locals.get(code.co_varnames[0])
+                if isinstance(owner, nn.Module) and id(owner) in self._paths and hasattr(type(owner), name):
+                    self._frames.add(frame)
+                    yield id(frame)
+            frame = frame.f_back
 
     def create_arg(self, a: Any) -> Any:
         """As fx does, with the names of parameters and buffers looked up instead of searched for."""
@@ -154,23 +168,28 @@ def _autocast_state() -> list[Any]:
     ]
 
 
-def trace(model: nn.Module, fixed: Mapping[str, Any] | None = None) -> tuple[nn.Module, fx.Graph]:
+def trace(
+    model: nn.Module, fixed: Mapping[str, Any] | None = None, given: Container[str] = ()
+) -> tuple[nn.Module, fx.Graph]:
     """A replica of `model`, its computed weights evaluated, and the graph of a run on it.
 
     Args:
         model: the module; it is not changed.
-        fixed: values for arguments of its forward; without it every option has its default.
+        fixed: values for arguments of its forward; without it every option has its default. With it all
+            that the graph does not show is an error, since forward itself is going to be run.
+        given: the arguments that are known not to be None.
 
     Raises:
         CaptureError: the model cannot be traced; the message names the line and the reason.
     """
     leaves: list[_LeafFunction] = []
     kept: set[str] = set()
+    watched = fixed is not None
     while True:
         root = replicate(model)
         evaluate_weights(root)
         tracer = ModuleTracer()
-        tracer.source, tracer.kept = model, kept
+        tracer.source, tracer.kept, tracer.notes_methods = model, kept, fixed is not None
         try:
             before = {name: contents(module) for name, module in root.named_modules()}
             with contextlib.ExitStack() as stack:
@@ -180,9 +199,11 @@ def trace(model: nn.Module, fixed: Mapping[str, Any] | None = None) -> tuple[nn.
                     no_random_numbers(),
                     no_attributes_set({id(module) for each in (root, model) for module in each.modules()}),
                     no_swapped_parameters(),
-                    SourceIsReadOnly(model),
+                    SourceIsReadOnly(model, unread=fixed is not None),
+                    objects_unchanged(model),
                     traceable_checks(),
                     torch.no_grad(),
+                    _watching(tracer, given) if watched or leaves or kept else contextlib.nullcontext(),
                 ):
                     stack.enter_context(guard)
                 graph = tracer.trace(root, dict(defaults(model) if fixed is None else fixed))
@@ -192,16 +213,55 @@ def trace(model: nn.Module, fixed: Mapping[str, Any] | None = None) -> tuple[nn.
             if changed:
                 kept |= changed
                 continue
+            if not watched and _has_parts(graph):
+                watched = True
+                continue
             _no_writes_to_constants(graph, model)
             return root, graph
-        except _TRACE_FAILURES as error:
-            failed = _what_failed(error, leaves, tracer)
+        except CaptureError:
+            raise
+        except Exception as error:  # forward meets proxies, and may raise anything
+            failed = None if tracer.argument else _what_failed(error, leaves, tracer)
             if failed is None:
-                raise CaptureError(_explanation(model, error, by_value=bool(tracer.asked))) from error
+                message = _explanation(model, error, by_value=bool(tracer.asked))
+                raise CaptureError(message, tracer.argument) from error
             if isinstance(failed, str):
                 kept.add(failed)
             else:
                 leaves.append(failed)
+
+
+@contextlib.contextmanager
+def _watching(tracer: ModuleTracer, given: Container[str]) -> Iterator[None]:
+    """Notices questions whether a value is None that only the run could answer."""
+
+    def watch(frame: FrameType, event: str, _: Any) -> None:
+        if event not in ("call", "return") or not _is_own_code(frame):
+            return
+        for name in compared_by_identity(frame.f_code):
+            value = frame.f_locals.get(name)
+            if type(value) is TypedProxy:
+                argument = value.node.target if value.node.op == "placeholder" else ""
+                if argument not in given:
+                    tracer.asked = (
+                        f"{frame.f_code.co_qualname} asks whether {name} is None, or which object it is"
+                    )
+                    tracer.argument = str(argument)
+
+    previous = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        yield
+    finally:
+        sys.setprofile(previous)
+
+
+def _has_parts(graph: fx.Graph) -> bool:
+    """Whether an input may be missing: there are several, or one is a collection."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    users = (user for node in inputs for user in node.users)
+    picks = any(user.target is operator.getitem and isinstance(user.args[1], (int, str)) for user in users)
+    return len(inputs) > 1 or picks
 
 
 def _no_writes_to_constants(graph: fx.Graph, model: nn.Module) -> None:
@@ -266,8 +326,9 @@ def _submodule_of(frame: FrameType, tracer: ModuleTracer) -> str | None:
     module = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
     if not isinstance(module, nn.Module):
         return None
-    forward = inspect.unwrap(type(module).forward)
-    return tracer._paths.get(id(module)) if forward.__code__ is frame.f_code else None
+    forward: Any = inspect.unwrap(inspect.getattr_static(type(module), "forward", None))
+    is_forward = getattr(forward, "__code__", None) is frame.f_code
+    return tracer._paths.get(id(module)) if is_forward else None
 
 
 def _is_own_code(frame: FrameType) -> bool:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxfuse.calls import given_arguments, layer_input
 from fxfuse.capture import Capture, capture
 from fxfuse.errors import CaptureError
-from fxfuse.exchange import KeepingReader, exchange_norm
-from fxfuse.layers import is_torch_layer
-from fxfuse.nodes import Linear, Query
+from fxfuse.exchange import KeepingReader, exchange_norm, parts_of
+from fxfuse.nodes import Affine, Linear, Norm, Query
 from fxfuse.ops import Reader, norms_inside
 from fxfuse.options import variants
 from fxfuse.plan import Plan
@@ -29,6 +29,7 @@ from fxfuse.reparametrized import evaluate_weights
 from fxfuse.replica import replicate
 from fxfuse.shapes import GraphShapes
 from fxfuse.solve import Solution
+from fxfuse.tracer import METHODS
 from fxfuse.tree import attribute
 
 
@@ -57,7 +58,8 @@ class Unit:
     def __init__(self, module: nn.Module, shared: Iterable[str]) -> None:
         self.module = module
         self.left: dict[str, Code] = dict.fromkeys(shared, Code.SHARED)
-        self._captures = [(fixed, capture(module, fixed)) for fixed in variants(module)]
+        self._captures = _captures(module)
+        self._given = set[str]().union(*(fixed for fixed, _ in self._captures))
         self._variants: list[_Variant] = []
         for _, captured in self._captures:
             if any(node.target is torch.is_tensor for node in captured.graph.nodes):
@@ -76,7 +78,7 @@ class Unit:
 
     def looks_into(self, name: str) -> bool:
         """Whether the traced code uses something below the submodule `name`."""
-        return any(looks_into(captured.graph, name) for _, captured in self._captures)
+        return any(looks_into(captured, name) for _, captured in self._captures)
 
     def settle(self) -> None:
         """Finds the folds that hold in every variant."""
@@ -104,7 +106,7 @@ class Unit:
             for refusal in each.plan.refusals:
                 if refusal.norm in moved:
                     found[refusal.norm] = by_code(refusal.code) if self.is_single else Code.OPTIONS
-        found |= dict.fromkeys(self._hidden(), Code.OPTIONS)
+        found |= dict.fromkeys(self._hidden(), Code.OPTIONS) | dict.fromkeys(self._apart(), Code.METHODS)
         taken = [each.reader.taken_up(each.plan) for each in self._variants]
         for operator in set().union(*taken):
             versions = [operators[operator] for operators in taken if operator in operators]
@@ -123,6 +125,14 @@ class Unit:
                 if any(name.startswith(called) for name in (norm, *operators)):
                     yield norm
 
+    def _apart(self) -> Iterator[str]:
+        """The norms of which some operator is called in another method."""
+        for each in self._variants:
+            for move in each.plan.moves:
+                nodes = (move.node, *(site.node for site in move.sites))
+                if len({node.meta.get(METHODS) for node in nodes}) > 1:
+                    yield each.reader.norm(move.node)
+
     def _unproved(self) -> dict[str, Code]:
         """All norms that would go, if without them the module would compute something else besides."""
         moved = self._moved()
@@ -133,7 +143,7 @@ class Unit:
         for each in self._variants:
             sources = {move.node for move in each.plan.moves}
             try:
-                after = _outline(capture(twin, each.fixed), {*moved}, set())
+                after = _outline(capture(twin, each.fixed, self._given - each.fixed.keys()), {*moved}, set())
             except CaptureError:
                 return dict.fromkeys(moved, Code.NO_MODULE)
             if after != _outline(each.captured, set(), sources):
@@ -172,23 +182,56 @@ def called_with_norms(captured: Capture) -> list[str]:
     return [name for name in calls if norms_inside(attribute(captured.root, name))]
 
 
-def looks_into(graph: fx.Graph, name: str) -> bool:
-    """Whether `graph` uses something below the module `name`, which it calls as a whole."""
-    below = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
-    return any(target.startswith(f"{name}.") for target in below)
+def looks_into(captured: Capture, name: str) -> bool:
+    """Whether a graph uses something in the module `name`, which it calls as a whole."""
+    module = attribute(captured.root, name)
+    inside = parts_of(module)
+    named = [node for node in captured.graph.nodes if node.op in ("call_module", "get_attr")]
+    used = (attribute(captured.root, str(node.target)) for node in named)
+    return any(id(each) in inside for each in used if each is not module)
+
+
+def _captures(module: nn.Module) -> list[tuple[dict[str, Any], Capture]]:
+    """The traces for every choice of the options; what code asks for further below becomes one."""
+    asked: list[str] = []
+    while True:
+        choices = variants(module, asked)
+        given = {*asked}.union(*choices)
+        try:
+            return [(fixed, capture(module, fixed, given - fixed.keys())) for fixed in choices]
+        except CaptureError as error:
+            if not error.argument or error.argument in given:
+                raise
+            asked.append(error.argument)
 
 
 def _outline(captured: Capture, identities: set[str], without: set[fx.Node]) -> list[str]:
-    """What a graph calls, in order: all but constants, calls of `identities`, and the nodes `without`."""
+    """What a graph computes from what, less its norms: calls of `identities`, and the nodes `without`.
+
+    The weights and biases of operators are left out; they are what changes.
+    """
     reader = Reader(captured.root, captured.graph)
-    found = []
+    names: dict[fx.Node, str] = {}
+    found: list[str] = []
     for node in captured.graph.nodes:
-        identity = node.op == "call_module" and str(node.target) in identities
-        unused = not node.users and isinstance(reader.read(node), Query)
-        if node.op == "get_attr" or node in reader.constants or identity or unused or node in without:
+        op = reader.read(node)
+        if node in without:
+            assert isinstance(op, (Norm, Affine))
+            names[node] = names[op.input]
             continue
-        # An operator may have got a bias as an argument; layers have no other than their input.
-        layer = node.op == "call_module" and is_torch_layer(attribute(captured.root, str(node.target)))
-        given = () if layer or isinstance(reader.read(node), Linear) else (node.args, node.kwargs)
-        found.append(f"{node.op} {node.target} {fx.node.map_arg(given, lambda _: 0)}")
+        if node.op == "call_module" and str(node.target) in identities:
+            names[node] = names[layer_input(node)]
+            continue
+        given: Any = (node.args, node.kwargs)
+        if isinstance(op, Linear) and node.op == "call_function":
+            given = {key: value for key, value in given_arguments(node).items() if key not in _CHANGED}
+        described = f"{node.op} {node.target} {fx.node.map_arg(given, names.__getitem__)}"
+        if node.op == "get_attr" or node in reader.constants or (not node.users and isinstance(op, Query)):
+            names[node] = f"({described})"
+        else:
+            names[node] = f"%{len(found)}"
+            found.append(described)
     return found
+
+
+_CHANGED = ("weight", "bias")

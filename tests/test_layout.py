@@ -119,3 +119,70 @@ def test_code_that_is_not_traced_may_mind():
         fused = fxfuse.fuse(model, keep_modules=keep_modules)
         assert [left.code for left in fxfuse.report(fused).refused] == ["FXF109"]
         assert_exact(model(X), fused(X))
+
+
+class Sliced(nn.Module):
+    """Some channels of what a convolution gives, normalised, and read in a way that minds the layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        return self.after(self.bn(self.conv(x)[:, :2]))
+
+
+READS = {
+    "view of one size": lambda _, y: y.view(-1),
+    "view of a shape": lambda _, y: y.view((y + 1).shape),
+    "unsafe view": lambda _, y: torch.ops.aten._unsafe_view.default(y, [-1]),
+    "aten view": lambda _, y: torch.ops.aten.view.default(y, [-1]),
+    "aten view_as": lambda _, y: torch.ops.aten.view_as.default(y, (y + 1).flatten(1)),
+    "as strided": lambda _, y: torch.as_strided(y, (2, 4), (8, 1)),
+    "complex": lambda _, y: torch.view_as_complex(y[..., :2]).abs(),
+    "bits": lambda _, y: y.view(torch.int64),
+    "stride": lambda _, y: y * float(y.stride()[0]),
+}
+
+
+@pytest.mark.parametrize("after", READS.values(), ids=READS.keys())
+@pytest.mark.parametrize("keep_modules", [True, False])
+def test_whoever_minds_the_layout_gets_what_it_expects(keep_modules, after):
+    model = randomise(type("Sliced", (Sliced,), {"after": after})())
+    x = noise(2, 3, 4, 4)
+    assert_exact(model(x), fxfuse.fuse(model, keep_modules=keep_modules)(x))
+
+
+@pytest.mark.parametrize("keep_modules", [True, False])
+def test_an_instance_norm_gives_no_channels_last_memory(keep_modules):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)).view(x.shape[0], -1)
+
+    model = randomise(Normed())
+    fused = fxfuse.fuse(model, keep_modules=keep_modules)
+    x = noise(2, 3, 6, 6)
+    for each in (x, x.to(memory_format=torch.channels_last)):
+        assert_exact(model(each), fused(each))
+
+
+def test_a_hook_may_put_a_value_into_another_order():
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.q = nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU())
+            self.bn, self.b = nn.BatchNorm2d(4), nn.Conv1d(4, 3, 1)
+
+        def forward(self, x):
+            y = self.bn(self.q(self.a(x)))
+            return self.b(y.view(y.shape[0], y.shape[1], -1))
+
+    model = randomise(Hooked())
+    model.q.register_forward_hook(lambda _module, _args, output: output.transpose(2, 3))
+    x = noise(2, 3, 4, 5)
+    assert_exact(model(x), fxfuse.fuse(model)(x))
