@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fxfuse.capture import Capture, capture
-from fxfuse.channels import Channels
+from fxfuse.channels import Channels, Shape
 from fxfuse.errors import CaptureError
 from fxfuse.nodes import Affine, LeftNorm, Linear, Norm, Op, Opaque
 from fxfuse.ops import Reader
@@ -55,7 +56,7 @@ class KeepingReader(Reader):
 
     def operator(self, node: fx.Node) -> str:
         """The name of the module of the linear operator at `node`."""
-        return str(node.target) if node.op == "call_module" else _caller(node)
+        return str(node.target) if node.op == "call_module" else caller(node)
 
     def sources(self, plan: Plan) -> dict[str, None]:
         """The norms of which the plan moves something."""
@@ -78,12 +79,20 @@ class KeepingReader(Reader):
             return op if code is None else LeftNorm(op.name, code)
         if isinstance(op, Affine):
             whole = op.norm is not None and self._stays(node, op.norm) is None
-            return op if whole else Opaque(detail=node.name)
+            return self._with_its_axes(op) if whole else Opaque(detail=node.name)
         if isinstance(op, Linear):
             name = self.operator(node)
             code = self._stays(node, name)
             return op if code is None else Opaque(code, name)
         return op
+
+    def _with_its_axes(self, affine: Affine) -> Affine:
+        """Without the batch axis that the constant may add, which the exchanged norm goes on adding."""
+        before = super().read(affine.input)
+        while isinstance(before, Affine) and before.norm == affine.norm:
+            before = super().read(before.input)
+        adds = isinstance(before, Linear) and len(affine.shape) == before.dims + 2 and affine.shape[0] == 1
+        return replace(affine, shape=affine.shape[1:]) if adds else affine
 
     def _stays(self, node: fx.Node, name: str) -> Code | None:
         """Why the module `name`, of whose forward `node` is a part, cannot be exchanged."""
@@ -92,10 +101,10 @@ class KeepingReader(Reader):
         users = self._users(name)
         if node.op == "call_module":
             return None if users <= {node} else Code.SHARED
-        if _caller(node) != name or not name:
+        if caller(node) != name or not name:
             return Code.NO_MODULE
         module = attribute(self.root, name)
-        inside = {each for each in self.graph.nodes if _caller(each) == name}
+        inside = {each for each in self.graph.nodes if caller(each) == name}
         if not users <= inside or any(self._is_another(each, node) for each in inside):
             return Code.SHARED
         op = super().read(node)
@@ -155,11 +164,32 @@ def _without_norm(module: nn.Module) -> fx.GraphModule | None:
     except CaptureError:
         return None
     reader = Reader(captured.root, captured.graph)
-    read = {node: reader.read(node) for node in captured.graph.nodes}
-    inputs = {node: op.input for node, op in read.items() if isinstance(op, (Norm, Affine))}
+    inputs: dict[fx.Node, fx.Node] = {}
+    seen: set[Shape] = set()
+    for node in [*captured.graph.nodes]:
+        op = reader.read(node)
+        if isinstance(op, (Norm, Affine)):
+            inputs[node] = op.input
+        if isinstance(op, Affine) and op.shape not in seen and len(op.shape) > 1:
+            seen.add(op.shape)
+            inputs[node] = _broadcast(node, op)
     bypass(captured.graph, inputs)
     drop_unused(captured.graph, reader)
     return replace(captured, name="WithoutNorm").module().eval()
+
+
+def _broadcast(node: fx.Node, op: Affine) -> fx.Node:
+    """Gives the input of `node` the axes that its constant may add, and nothing else."""
+    ones = tuple(1 for _ in op.shape)
+    with node.graph.inserting_before(node):
+        shape = node.graph.call_function(getattr, (op.input, "shape"))
+        broadcast = node.graph.call_function(torch.broadcast_shapes, (shape, ones))
+        return node.graph.call_method("expand", (op.input, broadcast))
+
+
+def is_broadcast(node: fx.Node) -> bool:
+    """Whether `node` is a part of what an exchanged norm does to the shape of its input."""
+    return node.target is torch.broadcast_shapes or node.target == "expand"
 
 
 def exchange_norm(norm: nn.Module) -> None:
@@ -171,7 +201,7 @@ def exchange_norm(norm: nn.Module) -> None:
     norm.__dict__ = rest.eval().__dict__
 
 
-def _caller(node: fx.Node) -> str:
+def caller(node: fx.Node) -> str:
     """The module in whose forward `node` is; for a call of a module that module."""
     stack = node.meta.get("nn_module_stack") or {"": None}
     return str(next(reversed(stack)))

@@ -78,8 +78,8 @@ def is_replaced(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def has_statistics(module: nn.Module) -> bool:
     """Whether it is no norm of torch's and has what one has, as torchvision's FrozenBatchNorm2d."""
-    buffers = module._buffers
-    return not is_norm(module) and all(isinstance(buffers.get(each), Tensor) for each in _STATISTICS)
+    found = (getattr(module, name, None) for name in _STATISTICS)
+    return not is_norm(module) and all(isinstance(each, Tensor) for each in found)
 
 
 def code_calls_norm(module: nn.Module) -> bool:

@@ -121,6 +121,9 @@ class Reader:
 
     def _module(self, node: fx.Node) -> Op:
         module = attribute(self.root, str(node.target))
+        name = f"{node.target} ({type(module).__name__})"
+        if not node.all_input_nodes:
+            return Opaque(detail=name)  # nothing that a graph could change goes in
         for kind in type(module).__mro__:
             if kind in NORM_RANKS:
                 return self._norm_module(node, module, kind)
@@ -128,8 +131,7 @@ class Reader:
                 return self._linear_module(node, module, kind)
         if is_norm(module):
             return LeftNorm(str(node.target), Code.NORM_OWN_FORWARD, type(module).__name__)
-        name = f"{node.target} ({type(module).__name__})"
-        if self.layer(node) is None or not node.all_input_nodes:
+        if self.layer(node) is None:
             return Opaque(detail=name)
         if type(module) in LAYERS:
             call = Call(layer_input(node), lambda argument: getattr(module, argument, None))

@@ -17,7 +17,7 @@ from torch import fx, nn
 from fxfuse.calls import given_arguments, layer_input
 from fxfuse.capture import Capture, capture
 from fxfuse.errors import CaptureError
-from fxfuse.exchange import KeepingReader, exchange_norm, parts_of
+from fxfuse.exchange import KeepingReader, caller, exchange_norm, is_broadcast, parts_of
 from fxfuse.nodes import Affine, Linear, Norm, Query
 from fxfuse.ops import Reader, norms_inside
 from fxfuse.options import variants
@@ -222,11 +222,14 @@ def _outline(captured: Capture, identities: set[str], without: set[fx.Node]) -> 
         if node.op == "call_module" and str(node.target) in identities:
             names[node] = names[layer_input(node)]
             continue
+        if caller(node) in identities and is_broadcast(node):
+            names[node] = names[node.all_input_nodes[0]]
+            continue
         given: Any = (node.args, node.kwargs)
         if isinstance(op, Linear) and node.op == "call_function":
             given = {key: value for key, value in given_arguments(node).items() if key not in _CHANGED}
         described = f"{node.op} {node.target} {fx.node.map_arg(given, names.__getitem__)}"
-        if node.op == "get_attr" or node in reader.constants or (not node.users and isinstance(op, Query)):
+        if node.op == "get_attr" or node in reader.constants or isinstance(op, Query):
             names[node] = f"({described})"
         else:
             names[node] = f"%{len(found)}"

@@ -109,6 +109,18 @@ def small(factor):
     return changed(model.eval().half(), lambda m: (m[1].weight.fill_(factor), m[1].running_var.fill_(1.0)))
 
 
+class WithMethod(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def features(self, x):
+        return self.conv(x)
+
+    def forward(self, x):
+        return self.norm(self.features(x))
+
+
 # For each code a model and an input. FXF106 is what a model that does not run is told.
 MODELS = {
     Code.OTHER_USERS: (lambda: written(used_elsewhere), X),
@@ -150,6 +162,7 @@ KEPT = {
     Code.SHARED: (lambda: written(called_twice), X),
     Code.NO_MODULE: (lambda: written(called_as_a_function), X),
     Code.OPTIONS: (lambda: randomise(WithOption()), X),
+    Code.METHODS: (lambda: randomise(WithMethod()), X),
 }
 
 
