@@ -56,6 +56,8 @@ class Capture:
             built.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = carried
         built._is_full_backward_hook = self.root._is_full_backward_hook
         for path, module in built.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # whose buffers are TorchScript's
             module._non_persistent_buffers_set |= getattr(
                 attribute(self.root, path), "_non_persistent_buffers_set", set()
             ) & {*module._buffers}
