@@ -235,29 +235,38 @@ def do_not_scale_the_bias() -> None:
 
 @bug(*NUMBERS)
 def swap_the_axes_of_a_transposed_conv() -> None:
-    def by_row(original: Any, scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
-        rows = original(scale, weight, transposed, groups)
-        square = transposed and rows.shape[0] == rows.shape[1]
-        return rows.transpose(0, 1).contiguous() if square else rows
+    def scale(
+        original: Any, weight: Tensor, before: Any, after: Any, transposed: bool, groups: int
+    ) -> Tensor:
+        found = original(weight, before, after, transposed, groups)
+        square = transposed and found.shape[0] == found.shape[1]
+        return found.transpose(0, 1).contiguous() if square else found
 
-    wrap(folding, "_by_row", by_row)
+    wrap(folding, "_scale", scale)
 
 
 @bug(*NUMBERS)
 def ignore_the_groups_of_a_transposed_conv() -> None:
-    def by_row(original: Any, scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
-        first = scale.view(groups, -1)[:1].expand(groups, -1).flatten() if transposed else scale
-        return original(first, weight, transposed, groups)
+    def scale(
+        original: Any, weight: Tensor, before: Any, after: Any, transposed: bool, groups: int
+    ) -> Tensor:
+        if transposed and after is not None:
+            after = replace(after, scale=_of_the_first_group(after.scale, groups))
+        return original(weight, before, after, transposed, groups)
 
-    wrap(folding, "_by_row", by_row)
+    wrap(folding, "_scale", scale)
 
 
 @bug(*PATHS, *CHAINS)
 def ignore_the_groups_on_the_input_side() -> None:
-    def by_column(original: Any, scale: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
-        return original(_of_the_first_group(scale, groups), weight, transposed, groups)
+    def scale(
+        original: Any, weight: Tensor, before: Any, after: Any, transposed: bool, groups: int
+    ) -> Tensor:
+        if before is not None:
+            before = replace(before, scale=_of_the_first_group(before.scale, groups))
+        return original(weight, before, after, transposed, groups)
 
-    wrap(folding, "_by_column", by_column)
+    wrap(folding, "_scale", scale)
 
 
 @bug(*PATHS, *CHAINS)
@@ -457,7 +466,7 @@ def name_copies_at_random() -> None:
 
 @bug(*ACCOUNTS)
 def forget_the_norms_that_are_left() -> None:
-    wrap(solve, "match", lambda original, *args: replace(original(*args), refusals=()))
+    wrap(planner, "match", lambda original, *args: replace(original(*args), refusals=()))
 
 
 @bug(*ACCOUNTS)
@@ -741,7 +750,7 @@ def trust_modules_that_hold_others() -> None:
 
 @bug(*KEPT_MODULES)
 def take_required_arguments_for_given() -> None:
-    wrap(options, "compared_with_none", lambda *_: set())
+    wrap(options, "compared_by_identity", lambda *_: frozenset())
 
 
 @bug(*LAYOUTS)
