@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
 from torch import fx, nn
 
 from fxfuse.calls import IN_PLACE, operator_name
 from fxfuse.layers import LINEAR_FUNCTIONS, NORM_FUNCTIONS, is_known
+from fxfuse.proxies import gives_tensor
 from fxfuse.table import LAYERS, LIKE_ALL, LIKE_INPUT, TRANSPARENT
+from fxfuse.tree import attribute, has_hooks, storage
 
 Roots = Mapping[fx.Node, frozenset[fx.Node]]
 
@@ -18,7 +20,7 @@ _QUERIES = {
     *("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "sym_size"),
 }
 # Operators whose value is new memory, unless they write in place.
-_FRESH = {
+FRESH = {
     *(*IN_PLACE, "div", "divide", "true_divide", "multiply", "subtract", "rsub", "neg"),
     *("cat", "concat", "concatenate"),
     *(*LINEAR_FUNCTIONS, *NORM_FUNCTIONS, *LIKE_ALL, *LIKE_INPUT),
@@ -32,43 +34,52 @@ def is_query(node: fx.Node) -> bool:
     return node.op != "call_module" and operator_name(node) in _QUERIES
 
 
+def plain_layer(root: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module that `node` calls, if the call does what the module's class says and nothing more."""
+    module = attribute(root, str(node.target)) if node.op == "call_module" else None
+    return None if module is None or has_hooks(module) or "forward" in module.__dict__ else module
+
+
 def roots(
     graph: fx.Graph,
+    root: nn.Module,
     written_inputs: Callable[[fx.Node], Iterable[fx.Node]],
-    layer: Callable[[fx.Node], nn.Module | None],
     gone: Mapping[fx.Node, fx.Node],
 ) -> Roots:
     """For each node those whose memory its value may share: itself, or what it may be a view of.
 
     Args:
         graph: the graph.
+        root: the modules that it calls.
         written_inputs: the inputs that a node may write to.
-        layer: the torch.nn layer that a node calls, with nothing besides, or None.
         gone: nodes that are to go, and the node that is read in the place of each.
     """
     found: dict[fx.Node, frozenset[fx.Node]] = {}
-    attributes: dict[str, fx.Node] = {}
+    stored: dict[int, fx.Node] = {}
+    tensors: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "get_attr":
-            found[node] = frozenset({attributes.setdefault(str(node.target), node)})
+            found[node] = frozenset({stored.setdefault(storage(attribute(root, str(node.target))), node)})
         elif node in gone:
             found[node] = found[gone[node]]
         else:
-            sources = _sources(node, [*written_inputs(node)], layer(node))
+            written = [*written_inputs(node)]
+            sources = written or _viewed(node, plain_layer(root, node), tensors)
             found[node] = frozenset({node}).union(*(found[each] for each in sources))
+        if node.op == "get_attr" or gives_tensor(node, root, tensors):
+            tensors.add(node)
     return found
 
 
-def _sources(node: fx.Node, written: list[fx.Node], layer: nn.Module | None) -> Iterable[fx.Node]:
-    """The inputs of which the value of `node` may be a view."""
-    if written:
-        return written
+def _viewed(node: fx.Node, layer: nn.Module | None, tensors: Container[fx.Node]) -> Iterable[fx.Node]:
+    """The inputs of which the value of `node`, if it writes to none, may be a view."""
     if is_query(node):
         return ()
     if node.op == "call_module":
         fresh = layer is not None and is_known(layer) and type(layer) not in LAYERS
         return () if fresh else node.all_input_nodes
     name = operator_name(node)
-    if name in _FRESH:
+    joins = getattr(node.target, "__module__", "") == "_operator"  # x + y, of tuples too
+    if name in FRESH and not (joins and any(each not in tensors for each in node.all_input_nodes)):
         return ()
     return node.all_input_nodes[:1] if name in TRANSPARENT else node.all_input_nodes

@@ -177,8 +177,12 @@ def _may_write(node: fx.Node) -> bool:
         return bound.get("training", bound.get("use_input_stats", updates)) is not False
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
+    if isinstance(target, torch._ops.OpOverloadPacket) and torch_name(target) is None:
+        return any(getattr(target, overload)._schema.is_mutable for overload in target.overloads())  # type: ignore[no-untyped-call]
     given = _given(node)
-    if given.get("inplace") is True or any(given.get(each) is not None for each in ("out", "max_norm")):
+    if given.get("inplace") not in (None, False) or any(
+        given.get(each) is not None for each in ("out", "max_norm")
+    ):
         return True
     package = str(getattr(target, "__module__", None)).partition(".")[0]
     if node.op == "call_function" and package not in _HARMLESS:

@@ -19,7 +19,7 @@ from torch.fx.proxy import Proxy, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse.objects import is_torch, own_classes
-from fxfuse.tree import NORM_RANKS, named_tensors
+from fxfuse.tree import NORM_RANKS, named_tensors, storage
 
 
 @contextlib.contextmanager
@@ -106,14 +106,14 @@ class SourceIsReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module, *, unread: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         tensors = [tensor for _, tensor in named_tensors(model)]
-        self.unread = {_memory(tensor) for tensor in tensors if tensor.numel()} if unread else set()
+        self.unread = {storage(tensor) for tensor in tensors if tensor.numel()} if unread else set()
         tensors += [
             each for module in model.modules() for each in vars(module).values() if isinstance(each, Tensor)
         ]
-        self.memory = {_memory(tensor) for tensor in tensors}
+        self.memory = {storage(tensor) for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_memory(each) for each in flat((args, kwargs or {})) if isinstance(each, Tensor)}
+        given = {storage(each) for each in flat((args, kwargs or {})) if isinstance(each, Tensor)}
         if func._schema.is_mutable and not given.isdisjoint(self.memory):
             raise TraceError(
                 "forward writes to a parameter, buffer or tensor of the model while it is traced"
@@ -162,12 +162,6 @@ def _identities(container: Any) -> list[tuple[int, int]]:
 def _restore(container: Any, saved: Any) -> None:
     container.clear()
     (container.extend if isinstance(container, (list, deque)) else container.update)(saved)
-
-
-def _memory(value: Any) -> int:
-    """The address of a tensor's storage; something unique for anything else."""
-    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
-    return value.untyped_storage().data_ptr() if plain else id(value)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from fxfuse.calls import operator_name
 from fxfuse.nodes import LeftNorm, Linear, Norm, Opaque, Query
 from fxfuse.ops import Reader
 from fxfuse.shapes import GraphShapes
+from fxfuse.table import LAYERS
 from fxfuse.transparent import Concat, Rearranged, Slice, Within
 
 VIEWS = {"view": "reshape", "_unsafe_view": "reshape", "view_as": "reshape_as"}
@@ -24,7 +25,11 @@ _MINDING = {
     *("as_strided", "view_as_complex", "stride", "is_contiguous", "storage_offset", "data_ptr"),
     *("storage", "untyped_storage"),
 }
-# What gives values that lie in the order of their axes, or none.
+_COPYING = {
+    *("reshape", "reshape_as", "flatten", "unflatten", "ravel", "contiguous", "to", "type_as"),
+    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"),
+}
+# What gives values in the order of their axes, or channels-last, as a batch norm leaves them; or no values.
 _ORDERED = (Linear, Norm, LeftNorm, Concat, Query)
 
 
@@ -63,7 +68,6 @@ def layouts(
     changed: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in graph.nodes:
         op, inputs = reader.read(node), node.all_input_nodes
-        ordered = isinstance(op, _ORDERED) or operator_name(node) == "contiguous"
         before = frozenset[fx.Node]().union(*(changed[each] for each in inputs))
         if node in gone:
             other_order[node] = other_order[gone[node]]
@@ -71,16 +75,32 @@ def layouts(
             moves = other_order[node] or (isinstance(op, Norm) and op.unbatched)
             changed[node] = before | ({node} if moves else frozenset())
             continue
-        other_order[node] = not ordered and (
+        other_order[node] = not isinstance(op, _ORDERED) and (
             _reorders(node, reader, shapes) or any(other_order[each] for each in inputs)
         )
-        changed[node] = frozenset() if ordered else before
+        changed[node] = frozenset() if _orders(node, op) else before
         is_view = operator_name(node) in VIEWS and not _is_of_bits(node)
-        if before and ((is_view and is_written(node)) or _minds(node) or _is_unknown(node, reader)):
+        may_copy = before and _may_copy(node, reader) and is_written(node)
+        if before and (may_copy or _minds(node) or _is_unknown(node, reader)):
             found.stuck |= before
         elif before and is_view:
             found.views[node] = before
     return found
+
+
+def _orders(node: fx.Node, op: object) -> bool:
+    """Whether the layout of what `node` gives does not depend on that of its input."""
+    name = operator_name(node)
+    if name == "contiguous":
+        return len(node.args) == 1 and not node.kwargs
+    return (isinstance(op, Query) and not name.endswith("_like")) or (isinstance(op, Linear) and op.dims == 0)
+
+
+def _may_copy(node: fx.Node, reader: Reader) -> bool:
+    """Whether it depends on the layout of its input if it gives a view or a copy."""
+    layer = reader.layer(node)
+    name = LAYERS.get(type(layer), "") if layer is not None else operator_name(node)
+    return name in _COPYING or name in VIEWS
 
 
 def _is_of_bits(node: fx.Node) -> bool:

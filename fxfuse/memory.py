@@ -21,7 +21,7 @@ class Memory:
     """
 
     def __init__(self, graph: fx.Graph, reader: Reader, gone: Mapping[fx.Node, fx.Node]) -> None:
-        self._roots = partial(roots, graph, reader.written_inputs, reader.layer, gone)
+        self._roots = partial(roots, graph, reader.root, reader.written_inputs, gone)
         self._order = {node: number for number, node in enumerate(graph.nodes)}
         writes = ((node, {*reader.written_inputs(node)}) for node in graph.nodes)
         self._writes: list[tuple[fx.Node, set[fx.Node]]] = [each for each in writes if each[1]]

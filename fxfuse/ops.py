@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxfuse.aliases import is_query, roots
+from fxfuse.aliases import is_query, plain_layer, roots
 from fxfuse.arithmetic import read_arithmetic
 from fxfuse.calls import (
     arguments,
@@ -40,7 +40,7 @@ from fxfuse.objects import modules_outside
 from fxfuse.refusals import Code
 from fxfuse.replica import is_plain
 from fxfuse.table import LAYERS, LAYERS_LIKE_INPUT, LIKE_ALL, LIKE_INPUT, SPLITS, TRANSPARENT, Call, part
-from fxfuse.tree import NORM_RANKS, attribute, has_hooks, joined
+from fxfuse.tree import NORM_RANKS, attribute, has_hooks, joined, storage
 
 # Operators whose second argument gives its shape or dtype only.
 _BY_EXAMPLE = {"reshape_as", "view_as", "expand_as", "type_as"}
@@ -54,10 +54,10 @@ class Reader:
         self._read: dict[fx.Node, Op] = {}
         self._tensors: dict[str, Tensor] = {}
         self.graph = graph
-        self._roots = roots(graph, self.written_inputs, self.layer, {})
+        self._roots = roots(graph, root, self.written_inputs, {})
         written = [each for node in graph.nodes for each in self.written_inputs(node)]
         changed = frozenset[fx.Node]().union(*(self._roots[each] for each in written))
-        self._written = {_storage(tensor) for node in graph.nodes for tensor in self._may_write_to(node)}
+        self._written = {storage(tensor) for node in graph.nodes for tensor in self._may_write_to(node)}
         inconstant = {node for node in graph.nodes if self._roots[node] & changed}
         self.constants = Constants(graph, self._unwritten, inconstant)
 
@@ -83,7 +83,7 @@ class Reader:
 
     def _unwritten(self, name: str) -> Any:
         value = attribute(self.root, name)
-        return None if isinstance(value, Tensor) and _storage(value) in self._written else value
+        return None if isinstance(value, Tensor) and storage(value) in self._written else value
 
     def read(self, node: fx.Node) -> Op:
         """What `node` is, or was when it was first read."""
@@ -94,8 +94,7 @@ class Reader:
 
     def layer(self, node: fx.Node) -> nn.Module | None:
         """The module that `node` calls, if the call does what the module's class says and nothing more."""
-        module = attribute(self.root, str(node.target)) if node.op == "call_module" else None
-        return None if module is None or has_hooks(module) or "forward" in module.__dict__ else module
+        return plain_layer(self.root, node)
 
     def written_inputs(self, node: fx.Node) -> list[fx.Node]:
         """The inputs that `node` may write to: all, if it is a module that is not known here."""
@@ -252,7 +251,7 @@ class Reader:
         """Why one of these cannot be folded, and which."""
         for name in names:
             tensor = None if name is None else self.tensor(name)
-            if tensor is not None and _storage(tensor) in self._written:
+            if tensor is not None and storage(tensor) in self._written:
                 return Code.STATE_MUTATED, str(name)
             if tensor is not None and not _is_plain(tensor):
                 return Code.OPERATOR_COMPUTED, str(name)
@@ -342,12 +341,6 @@ def norms_inside(module: nn.Module) -> list[str]:
         elif code_calls_norm(child) or has_statistics(child):
             found.append(path)
     return found
-
-
-def _storage(tensor: Any) -> int:
-    """What two tensors have in common if writing to one may change the other."""
-    plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
-    return tensor.untyped_storage().data_ptr() if plain else id(tensor)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -216,7 +216,7 @@ def trace(
             if not watched and _has_parts(graph):
                 watched = True
                 continue
-            _no_writes_to_constants(graph, model)
+            _no_writes_to_constants(graph, root, model)
             return root, graph
         except CaptureError:
             raise
@@ -264,9 +264,9 @@ def _has_parts(graph: fx.Graph) -> bool:
     return len(inputs) > 1 or picks
 
 
-def _no_writes_to_constants(graph: fx.Graph, model: nn.Module) -> None:
+def _no_writes_to_constants(graph: fx.Graph, traced: nn.Module, model: nn.Module) -> None:
     """A tensor that forward makes without looking at its input is one tensor for all calls of the graph."""
-    found = roots(graph, written_inputs, lambda _: None, {})
+    found = roots(graph, traced, written_inputs, {})
     for node in graph.nodes:
         for root in frozenset[fx.Node]().union(*(found[each] for each in written_inputs(node))):
             if root.op == "get_attr" and not hasattr(model, str(root.target).partition(".")[0]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # The norms of torch.nn that have running statistics, and how many axes they let their input have; None:
@@ -56,3 +57,9 @@ def attribute(root: nn.Module, name: str) -> Any:
     for atom in name.split(".") if name else ():
         value = getattr(value, atom)
     return value
+
+
+def storage(value: Any) -> int:
+    """What two tensors have in common if writing to one may change the other; something unique otherwise."""
+    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+    return value.untyped_storage().data_ptr() if plain else id(value)

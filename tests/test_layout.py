@@ -186,3 +186,60 @@ def test_a_hook_may_put_a_value_into_another_order():
     model.q.register_forward_hook(lambda _module, _args, output: output.transpose(2, 3))
     x = noise(2, 3, 4, 5)
     assert_exact(model(x), fxfuse.fuse(model)(x))
+
+
+def flattened(self, y):
+    return y, self.relu(y.flatten(1))
+
+
+def reshaped(self, y):
+    return y, self.relu(y.reshape(y.shape[0], -1))
+
+
+def copied_back(_self, y):
+    z = y.permute(0, 3, 2, 1).contiguous()
+    return y, z.relu_()
+
+
+def by_a_layer(self, y):
+    return y, self.relu(nn.Flatten()(y))
+
+
+@pytest.mark.parametrize("after", [flattened, reshaped, copied_back, by_a_layer])
+@pytest.mark.parametrize("keep_modules", [True, False])
+def test_what_may_be_a_view_or_a_copy_is_the_same_for_who_writes_to_it(keep_modules, after):
+    model = transposed(after)
+    fused = fxfuse.fuse(model, keep_modules=keep_modules)
+    with torch.no_grad():
+        assert_exact(model(X), fused(X))
+
+
+class Instances(nn.Module):
+    """Instance norms between convolutions, which hand channels-last memory on."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+        self.i = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.after(x, torch.relu(self.i(self.a(x))))
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda self, x, y: self.b(y).view(x.shape[0], -1),
+        lambda self, x, y: self.bn(y).view(x.shape[0], -1),
+        lambda _, x, y: torch.cat([y, y], 1).view(x.shape[0], -1),
+        lambda _, x, y: torch.ones_like(y).view(x.shape[0], -1) * y.flatten(1),
+    ],
+)
+@pytest.mark.parametrize("keep_modules", [True, False])
+def test_a_layout_goes_on_through_operators_that_hand_it_on(keep_modules, after):
+    model = randomise(type("Model", (Instances,), {"after": after})())
+    fused = fxfuse.fuse(model, keep_modules=keep_modules)
+    x = noise(2, 3, 8, 8)
+    for each in (x, x.to(memory_format=torch.channels_last)):
+        assert_exact(model(each), fused(each))

@@ -118,9 +118,51 @@ def weight_through_another(m, x):
     return m.bn(m.b(m.a(x)))
 
 
+LIBRARY = torch.library.Library("fxfuse_tests", "DEF")
+LIBRARY.define("act(Tensor(a!) x) -> Tensor(a!)")
+LIBRARY.impl("act", lambda x: x.mul_(3), "CPU")
+
+
+def by_a_custom_operator(m, x):
+    h = torch.tanh(m.a(x))
+    y = m.bn(h)
+    return m.b(y), torch.ops.fxfuse_tests.act(h)
+
+
+def in_a_tuple(m, x):
+    h = torch.tanh(m.a(x))
+    parts = h.chunk(2, 1) + (x,)  # noqa: RUF005
+    y = m.bn(h)
+    return m.b(y), parts[0].mul_(3)
+
+
+def by_a_number(m, x):
+    h = torch.tanh(m.a(x))
+    y = m.bn(h)
+    return m.b(y), F.relu(h, inplace=1)
+
+
+def through_another_buffer(m, x):
+    h = m.cache.copy_(torch.tanh(m.a(x)))
+    y = m.bn(h)
+    m.seen.mul_(3)
+    return m.b(y)
+
+
+def test_two_buffers_over_one_storage_are_one():
+    model = Forward(through_another_buffer, **parts())
+    model.register_buffer("cache", torch.zeros(2, 4, 6, 4, dtype=torch.float64))
+    model.register_buffer("seen", model.cache.view(-1))
+    model = randomise(model)
+    fused = fxfuse.fuse(model)
+    with torch.no_grad():
+        assert_exact(model(X), fused(X))
+
+
 RUNS = [
     *(skip_in_place, result_of_a_method, result_of_add, second_of_several, positional_in_place),
     *(out_of_a_sum, out_of_a_concat, out_of_a_mean),
+    *(by_a_custom_operator, in_a_tuple, by_a_number),
 ]
 
 
