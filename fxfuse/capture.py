@@ -62,7 +62,7 @@ class Capture:
                 attribute(self.root, path), "_non_persistent_buffers_set", set()
             ) & {*module._buffers}
         if isinstance(self.root, fx.GraphModule):
-            built.meta = {**self.root.meta, **built.meta}
+            built.meta = {**getattr(self.root, "meta", {}), **built.meta}
             built.__dict__.update({k: v for k, v in self.root.__dict__.items() if k not in built.__dict__})
         return built
 

@@ -38,23 +38,38 @@ def definition(code: CodeType) -> ast.FunctionDef | None:
 
 def reads(function: FunctionType, variable: str) -> bool:
     """Whether the code of `function` uses its variable of that name."""
-    return any(variable in _variables(each) for code in nested(function.__code__) for each in _steps(code))
+    return any(variable in _variables(each) for code in nested(function.__code__) for each in steps_of(code))
 
 
 @functools.lru_cache(maxsize=4096)
 def compared_by_identity(code: CodeType) -> frozenset[str]:
     """The variables that code compares by ``is``: with None, a bool, a member of an enumeration."""
     found: set[str] = set()
-    steps = _steps(code)
+    steps = steps_of(code)
     for number, step in enumerate(steps):
+        reach = 4 if step.opname == "IS_OP" else 0
         if "NONE" in step.opname:  # a jump
-            found |= {*_variables(steps[number - 1])}
-        elif step.opname == "IS_OP":
-            found |= {name for each in steps[max(0, number - 4) : number] for name in _variables(each)}
+            reach = 4 if steps[number - 1].opname.startswith("BINARY_") else 1  # x[0] is None, x is None
+        found |= {name for each in steps[max(0, number - reach) : number] for name in _variables(each)}
     return frozenset(found)
 
 
-def _steps(code: CodeType) -> list[dis.Instruction]:
+@functools.lru_cache(maxsize=4096)
+def compared_with_values(code: CodeType) -> frozenset[str]:
+    """The variables that code compares with anything but None, or looks up in something."""
+    found: set[str] = set()
+    steps = steps_of(code)
+    for number, step in enumerate(steps):
+        before = steps[max(0, number - 4) : number]
+        with_none = any(each.opname == "LOAD_CONST" and each.argval is None for each in before[-2:])
+        if step.opname in ("COMPARE_OP", "CONTAINS_OP") or (step.opname == "IS_OP" and not with_none):
+            found |= {name for each in before for name in _variables(each)}
+    return frozenset(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def steps_of(code: CodeType) -> list[dis.Instruction]:
+    """The instructions of `code`."""
     return [*dis.get_instructions(code)]
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import operator
 import random
 import sys
 from collections import deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx.proxy import Proxy, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfuse.objects import is_torch, own_classes
+from fxfuse.objects import STATE, is_torch, own_classes
 from fxfuse.tree import NORM_RANKS, named_tensors, storage
 
 
@@ -126,7 +125,7 @@ class SourceIsReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @contextlib.contextmanager
 def objects_unchanged(model: nn.Module) -> Iterator[None]:
     """What forward keeps in objects that are no modules, or in its class, would be proxies from then on."""
-    before = [(held, copy.copy(held)) for held in _held(model)]
+    before = [(held, dict(held) if isinstance(held, dict) else [*held]) for held in _held(model)]
     changed = False
     try:
         yield
@@ -139,19 +138,34 @@ def objects_unchanged(model: nn.Module) -> Iterator[None]:
         raise TraceError("forward keeps state in an object or a class, which a graph does not record")
 
 
-def _held(model: nn.Module) -> Iterator[Any]:
-    """The containers in classes and in objects that are attributes of modules."""
-    for kind in {kind for module in model.modules() for kind in own_classes(module)}:
-        if not is_torch(kind.__module__):
-            yield from (value for value in vars(kind).values() if type(value) in _CONTAINERS)
-    for value in (value for module in model.modules() for value in vars(module).values()):
-        if hasattr(value, "__dict__") and not isinstance(value, _KNOWN):
-            yield vars(value)
-            yield from (inner for inner in vars(value).values() if type(inner) in _CONTAINERS)
+def _held(model: nn.Module) -> list[Any]:
+    """The containers that classes, and objects that are no modules, lead to."""
+    classes = {kind for module in model.modules() for kind in own_classes(module)}
+    waiting: list[Any] = [[*vars(kind).values()] for kind in classes if not is_torch(kind.__module__)]
+    waiting += [[v for name, v in vars(module).items() if name not in STATE] for module in model.modules()]
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+    while waiting and len(seen) < _MOST_OBJECTS:
+        inner = waiting.pop()
+        values = inner.values() if isinstance(inner, Mapping) else inner
+        for value in values:
+            if id(value) in seen or isinstance(value, _KNOWN):
+                continue
+            seen.add(id(value))
+            if isinstance(value, _CONTAINERS):
+                found[id(value)] = value
+                waiting.append(value)
+            elif isinstance(value, tuple):
+                waiting.append(value)
+            elif hasattr(value, "__dict__"):
+                found[id(vars(value))] = vars(value)
+                waiting.append(vars(value))
+    return [*found.values()]
 
 
+_MOST_OBJECTS = 10_000
 _CONTAINERS = (list, dict, set, deque)
-_KNOWN = (nn.Module, Tensor, type, FunctionType, MethodType, ModuleType)
+_KNOWN = (nn.Module, Tensor, type, FunctionType, MethodType, ModuleType, str, int, float, type(None))
 
 
 def _identities(container: Any) -> list[tuple[int, int]]:

@@ -61,7 +61,7 @@ def layouts(
         reader: reads its nodes.
         shapes: what is known of the shapes of its values.
         gone: the nodes that are to go, and what those who read them get instead.
-        is_written: whether anybody may write to a value, or to what it is a view of.
+        is_written: whether anybody may write to a value, or to what it is a view of, once there is one.
     """
     found = Layouts()
     other_order: dict[fx.Node, bool] = {}

@@ -55,7 +55,7 @@ def match(graph: fx.Graph, reader: Reader, shapes: GraphShapes, barred: Barred) 
         if node not in matcher.moves:
             matcher.place(node, "forward")
     refusals = [refusal for node in graph.nodes for refusal in matcher.refused(node)]
-    found = layouts(graph, reader, shapes, matcher.gone, matcher.memory.is_written)
+    found = layouts(graph, reader, shapes, matcher.gone, matcher.memory.is_written_after)
     moves = tuple(matcher.moves.values())
     return Plan(moves, tuple(refusals), found.views, frozenset(found.stuck), matcher.written_out)
 
@@ -324,7 +324,7 @@ class _Matcher:
         """Autograd lets nobody write to a part of a split, and to what `node` makes of it, it does."""
         while isinstance(self.reader.read(value), (Slice, Within, Rearranged)) or value in self.gone:
             value = value.all_input_nodes[0] if value not in self.gone else self.gone[value]
-            if isinstance(self.reader.read(value), Split) and self.memory.is_written(node):
+            if isinstance(self.reader.read(value), Split) and self.memory.is_written_after(node):
                 raise _Stop(Code.STATE_MUTATED, value.name)
 
     def _site(self, node: fx.Node, side: Literal["output", "input"], op: Linear, channels: Channels) -> Site:

@@ -26,9 +26,9 @@ class Memory:
         writes = ((node, {*reader.written_inputs(node)}) for node in graph.nodes)
         self._writes: list[tuple[fx.Node, set[fx.Node]]] = [each for each in writes if each[1]]
 
-    def is_written(self, value: fx.Node) -> bool:
-        """Whether anybody may write to `value`, or to what it is a view of."""
-        return any(self._writers(value, 0, len(self._order)))
+    def is_written_after(self, value: fx.Node) -> bool:
+        """Whether anybody may write to `value`, or to what it is a view of, once there is one."""
+        return any(self._writers(value, self._order[value] + 1, len(self._order)))
 
     def writer_between(self, value: fx.Node, first: fx.Node, last: Iterable[fx.Node]) -> fx.Node | None:
         """Who may write to `value` after `first` has read it, and before all of `last` have."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterable
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxfuse.errors import CaptureError
-from fxfuse.functions import compared_by_identity
+from fxfuse.functions import compared_by_identity, compared_with_values
 from fxfuse.objects import is_torch
 
 _MOST_VARIANTS = 16
@@ -54,6 +55,8 @@ def variants(module: nn.Module, asked: Iterable[str]) -> list[dict[str, Any]]:
         if default is not None and not isinstance(default, bool):
             raise CaptureError(f"forward of {name} takes an option {option}={default!r}")
         values[option] = (None, _GIVEN) if default is None else (False, True)
+        if option in _compared(forward, with_none=default is not None):
+            values[option] = (None, False, True, _GIVEN)
     combinations = [*itertools.product(*values.values())]
     if len(combinations) > _MOST_VARIANTS:
         raise CaptureError(f"forward of {name} takes {len(values)} options")
@@ -64,12 +67,24 @@ def variants(module: nn.Module, asked: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def _asked(forward: Callable[..., Any]) -> list[str]:
-    """The arguments, less those with None or a bool for a default, that the code compares by identity."""
-    code = getattr(inspect.unwrap(forward), "__code__", None)
+    """The arguments, less those with None or a bool for a default, that the code compares with None."""
+    others = (each for each in _parameters(forward) if not isinstance(each.default, _OPTIONS))
+    code = _code(forward)
     compared = frozenset[str]() if code is None else compared_by_identity(code)
-    return [
-        p.name for p in _parameters(forward) if p.name in compared and not isinstance(p.default, _OPTIONS)
-    ]
+    return [each.name for each in others if each.name in compared]
+
+
+def _compared(forward: Callable[..., Any], *, with_none: bool) -> frozenset[str]:
+    """The variables that the code compares with values, `with_none` or without."""
+    code = _code(forward)
+    if code is None:
+        return frozenset()
+    return compared_with_values(code) | (compared_by_identity(code) if with_none else frozenset())
+
+
+def _code(forward: Callable[..., Any]) -> CodeType | None:
+    found: CodeType | None = getattr(inspect.unwrap(forward), "__code__", None)
+    return found
 
 
 def _parameters(forward: Callable[..., Any]) -> list[inspect.Parameter]:

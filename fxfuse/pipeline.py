@@ -61,8 +61,9 @@ def fuse(
     # Pickling a module keeps its attributes; deepcopy of a GraphModule those that this entry of meta names.
     fused.__dict__[_RECORD] = report.to_dict()
     if isinstance(fused, fx.GraphModule):
-        kept = fused.meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {})
-        fused.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {**kept, _RECORD: report.to_dict()}
+        meta = fused.__dict__.setdefault("meta", {})  # which those that torchvision makes do not have
+        kept = meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {})
+        meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {**kept, _RECORD: report.to_dict()}
     return fused
 
 
@@ -82,8 +83,8 @@ def report(fused: nn.Module) -> Report:
     Raises:
         UsageError: `fused` was not made by fxfuse.
     """
-    kept = fused.meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {}) if isinstance(fused, fx.GraphModule) else {}
-    record = getattr(fused, _RECORD, kept.get(_RECORD))
+    meta = getattr(fused, "meta", {}) if isinstance(fused, fx.GraphModule) else {}
+    record = getattr(fused, _RECORD, meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {}).get(_RECORD))
     if record is None:
         raise UsageError(
             f"this {type(fused).__name__} was not made by fxfuse.fuse; use fxfuse.explain(model) instead"

@@ -8,9 +8,8 @@ where its type is not known, asking is a TraceError.
 from __future__ import annotations
 
 import ast
-import linecache
+import dis
 import operator
-import re
 import sys
 from collections.abc import Callable, Container
 from functools import cache
@@ -22,26 +21,41 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy, TraceError
 
 from fxfuse.calls import IN_PLACE
-from fxfuse.functions import definition
+from fxfuse.functions import definition, steps_of
 from fxfuse.tree import attribute, has_hooks
 
 # Where fx and what it is built on ask for the class of a proxy, they mean the proxy.
 _INTERNAL = ("torch.fx", "torch.overrides", "torch.utils._pytree", "fxfuse.")
-_OWN_ATTRIBUTES = {"tracer", "node", "param", "name"}
-_ISINSTANCE = re.compile(rb"isinstance\s*\(")
+_OWN_ATTRIBUTES = {"tracer", "node", "param", "name", "root", "attr", "_node"}
+_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD", "LOAD_FAST", "LOAD_DEREF")
 # Statements and functions to which a text is given that changes nothing.
 _FOR_PEOPLE = {
     *("assert", "_assert", "print", "warn", "debug", "info", "warning", "error", "exception", "log"),
 }
 
 
-def _is_calling_isinstance(frame: FrameType) -> bool:
-    """Whether the call that `frame` is making is one of isinstance, by its place in the source."""
+def _is_asking(frame: FrameType, *functions: str) -> bool:
+    """Whether `frame` is calling one of these functions, by the code; if it cannot be told, it is."""
     if frame.f_globals.get("__name__") == "abc":
+        return "isinstance" in functions
+    steps = steps_of(frame.f_code)
+    call = next((step for step in steps if step.offset == frame.f_lasti), None)
+    if call is None or not call.opname.startswith("CALL"):
+        return False
+    if _place(call) is None:
         return True
-    line, _, column, _ = [*frame.f_code.co_positions()][frame.f_lasti // 2]
-    source = linecache.getline(frame.f_code.co_filename, line or 0).encode()
-    return _ISINSTANCE.match(source, column or 0) is not None
+    loads = (step for step in steps if step.opname in _LOADS and _place(step) == _place(call))
+    return any(step.argval in functions for step in loads)
+
+
+def _place(step: dis.Instruction) -> tuple[int, int | None] | None:
+    """Line and column at which the expression begins that an instruction belongs to."""
+    place = step.positions
+    return None if place is None or place.lineno is None else (place.lineno, place.col_offset)
+
+
+def _is_internal(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith(_INTERNAL)
 
 
 def _is_for_people(frame: FrameType) -> bool:
@@ -67,9 +81,9 @@ class TypedProxy(Proxy):
         asker: FrameType | None = sys._getframe(1)
         while asker is not None and asker.f_globals.get("__name__") == "torch.nn.parameter":
             asker = asker.f_back  # isinstance(x, nn.Parameter) asks by way of a metaclass
-        if asker is None or asker.f_globals.get("__name__", "").startswith(_INTERNAL):
+        if asker is None or _is_internal(asker):
             return type(self)
-        if not _is_calling_isinstance(asker):
+        if not _is_asking(asker, "isinstance"):
             return type(self)  # C code asks, which would go on to take the proxy for a tensor's memory
         if self.stands_for is not None:
             return self.stands_for
@@ -80,14 +94,21 @@ class TypedProxy(Proxy):
         raise TypeError("a proxy keeps its class")
 
     def __getattr__(self, k: str) -> Any:
-        if hasattr(self.stands_for or Tensor, k):
-            return super().__getattr__(k)
+        asker = sys._getframe(1)
+        direct = _is_internal(asker) or not _is_asking(asker, "hasattr", "getattr")
+        known = self.stands_for is not None or direct
+        if known and hasattr(self.stands_for or Tensor, k):
+            return TypedAttribute(self, k)
         if self.stands_for is not None:
             raise AttributeError(f"a tensor has no attribute {k!r}")
         raise TraceError(f"whether {self.node.name} has an attribute {k!r} is known only at run time")
 
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        """Raises a TraceError: what is called is not known."""
+        raise TraceError(f"{self.node.name} is called, and is known only at run time")
+
     def __hash__(self) -> int:
-        if sys._getframe(1).f_globals.get("__name__", "").startswith(_INTERNAL):
+        if _is_internal(sys._getframe(1)):
             return object.__hash__(self)
         raise TraceError(f"{self.node.name} is looked up in a dict or set, and is known only at run time")
 
@@ -99,7 +120,8 @@ class TypedProxy(Proxy):
 
     def _text(self, asker: FrameType) -> str:
         inside = asker.f_globals.get("__name__", "").startswith(("torch", "fxfuse."))
-        if inside or _is_for_people(asker):
+        names_a_cache = type(self) is TypedAttribute and self.attr == "device"  # of constants, mostly
+        if inside or names_a_cache or _is_for_people(asker):
             return repr(self)
         raise TraceError(f"{self.node.name} is made a text, and is known only at run time")
 
@@ -107,6 +129,10 @@ class TypedProxy(Proxy):
         if name not in _OWN_ATTRIBUTES:
             raise TraceError(f"forward sets {name} of a tensor, which a graph does not record")
         super().__setattr__(name, value)
+
+
+class TypedAttribute(fx.proxy.Attribute, TypedProxy):
+    """An attribute of a value, or a method that is about to be called."""
 
 
 def _in_place(name: str) -> Callable[[TypedProxy, Any], Proxy]:

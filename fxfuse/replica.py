@@ -51,12 +51,11 @@ def _module(source: Any, memo: dict[int, Any]) -> Any:
         return memo[id(source)]
     twin = nn.Module.__new__(type(source))  # not type(source).__new__: a GraphModule's makes a new class
     memo[id(source)] = twin
+    for tensor in (*source._parameters.values(), *source._buffers.values()):
+        _tensor(tensor, memo)
     for name, value in source.__dict__.items():
         twin.__dict__[name] = _own(value, memo)
     twin.__dict__.pop("_compiled_call_impl", None)  # Module.compile() binds it to the source
-    for tensors in (twin._parameters, twin._buffers):
-        for name, tensor in tensors.items():
-            tensors[name] = _tensor(tensor, memo)
     return twin
 
 
@@ -71,21 +70,30 @@ def _own(value: Any, memo: dict[int, Any]) -> Any:
         return MethodType(value.__func__, _module(value.__self__, memo))
     if type(value) is partial:
         return partial(_own(value.func, memo), *_own(value.args, memo), **_own(value.keywords, memo))
-    if isinstance(value, tuple):
-        items = [_own(item, memo) for item in value]
-        if all(item is own for item, own in zip(value, items, strict=True)):
-            return value
-        return getattr(type(value), "_make", type(value))(items)
+    if isinstance(value, Tensor):
+        return memo.get(id(value), value)
+    if isinstance(value, (tuple, frozenset)):
+        return _same_or_new(value, [_own(item, memo) for item in value])
     if type(value) not in _CONTAINERS:
         return value
     if id(value) not in memo:
         memo[id(value)] = twin = value.copy()
+        twin.clear()
         if isinstance(twin, dict):
-            twin.update({key: _own(item, memo) for key, item in value.items()})
-        elif not isinstance(twin, set):
-            for place, item in enumerate(value):
-                twin[place] = _own(item, memo)
+            twin.update({_own(key, memo): _own(item, memo) for key, item in value.items()})
+        else:
+            items = [_own(item, memo) for item in value]
+            twin.update(items) if isinstance(twin, set) else twin.extend(items)
     return memo[id(value)]
+
+
+def _same_or_new(value: Any, items: list[Any]) -> Any:
+    """`value` with other items; itself if they are the same, or if nobody knows how it is made."""
+    if all(item is own for item, own in zip(value, items, strict=True)):
+        return value
+    if type(value) in (tuple, frozenset):
+        return type(value)(items)
+    return type(value)._make(items) if hasattr(type(value), "_make") else value
 
 
 def _tensor(source: Any, memo: dict[int, Any]) -> Any:

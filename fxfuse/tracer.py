@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from types import FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ class ModuleTracer(fx.Tracer):
             node.meta[METHODS] = tuple(self._methods_running())
         return node
 
-    def _methods_running(self) -> Iterator[int]:
+    def _methods_running(self) -> Iterator[tuple[int, CodeType]]:
         """The calls, going on, of methods by which others than forward can get at a value on its way."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
@@ -143,7 +143,7 @@ class ModuleTracer(fx.Tracer):
                 owner = frame.f_locals.get(code.co_varnames[0])
                 if isinstance(owner, nn.Module) and id(owner) in self._paths and hasattr(type(owner), name):
                     self._frames.add(frame)
-                    yield id(frame)
+                    yield id(frame), code
             frame = frame.f_back
 
     def create_arg(self, a: Any) -> Any:
@@ -235,25 +235,25 @@ def trace(
 def _watching(tracer: ModuleTracer, given: Container[str]) -> Iterator[None]:
     """Notices questions whether a value is None that only the run could answer."""
 
-    def watch(frame: FrameType, event: str, _: Any) -> None:
-        if event not in ("call", "return") or not _is_own_code(frame):
-            return
+    def enter(frame: FrameType, _event: str, _arg: Any) -> Any:
+        return look if _is_own_code(frame) and compared_by_identity(frame.f_code) else None
+
+    def look(frame: FrameType, _event: str, _arg: Any) -> Any:
         for name in compared_by_identity(frame.f_code):
             value = frame.f_locals.get(name)
             if type(value) is TypedProxy:
                 argument = value.node.target if value.node.op == "placeholder" else ""
                 if argument not in given:
-                    tracer.asked = (
-                        f"{frame.f_code.co_qualname} asks whether {name} is None, or which object it is"
-                    )
+                    tracer.asked = f"{frame.f_code.co_qualname} asks whether {name} is None"
                     tracer.argument = str(argument)
+        return look
 
-    previous = sys.getprofile()
-    sys.setprofile(watch)
+    previous = sys.gettrace()
+    sys.settrace(enter)
     try:
         yield
     finally:
-        sys.setprofile(previous)
+        sys.settrace(previous)
 
 
 def _has_parts(graph: fx.Graph) -> bool:

@@ -7,8 +7,9 @@ did before, less the norms.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fxfuse.calls import given_arguments, layer_input
 from fxfuse.capture import Capture, capture
 from fxfuse.errors import CaptureError
 from fxfuse.exchange import KeepingReader, caller, exchange_norm, is_broadcast, parts_of
+from fxfuse.methods import others, separates
 from fxfuse.nodes import Affine, Linear, Norm, Query
 from fxfuse.ops import Reader, norms_inside
 from fxfuse.options import variants
@@ -126,12 +128,28 @@ class Unit:
                     yield norm
 
     def _apart(self) -> Iterator[str]:
-        """The norms of which some operator is called in another method."""
+        """The norms that a method besides forward calls without their operators, or the other way round."""
         for each in self._variants:
+            traced = {code for node in each.reader.graph.nodes for _, code in node.meta.get(METHODS, ())}
             for move in each.plan.moves:
+                norm = each.reader.norm(move.node)
                 nodes = (move.node, *(site.node for site in move.sites))
-                if len({node.meta.get(METHODS) for node in nodes}) > 1:
-                    yield each.reader.norm(move.node)
+                operators = [each.reader.operator(site.node) for site in move.sites]
+                backward = move.direction == "backward"
+                pairs = [(name, norm) if backward else (norm, name) for name in operators]
+                apart = len({node.meta.get(METHODS) for node in nodes}) > 1
+                if apart or any(self._is_separated(*pair, traced) for pair in pairs):
+                    yield norm
+
+    def _is_separated(self, first: str, second: str, traced: Container[CodeType]) -> bool:
+        """Whether a method that was not traced calls one of these submodules without the other."""
+        one, other = first.split("."), second.split(".")
+        common = 0
+        while common < min(len(one), len(other)) and one[common] == other[common]:
+            common += 1
+        owner = attribute(self.module, ".".join(one[:common]))
+        names = ["".join(path[common : common + 1]) for path in (one, other)]
+        return any(separates(method, *names) for method in others(owner, traced))
 
     def _unproved(self) -> dict[str, Code]:
         """All norms that would go, if without them the module would compute something else besides."""
@@ -213,6 +231,7 @@ def _outline(captured: Capture, identities: set[str], without: set[fx.Node]) -> 
     reader = Reader(captured.root, captured.graph)
     names: dict[fx.Node, str] = {}
     found: list[str] = []
+    captured.graph.lint()
     for node in captured.graph.nodes:
         op = reader.read(node)
         if node in without:
@@ -225,7 +244,7 @@ def _outline(captured: Capture, identities: set[str], without: set[fx.Node]) -> 
         if caller(node) in identities and is_broadcast(node):
             names[node] = names[node.all_input_nodes[0]]
             continue
-        given: Any = (node.args, node.kwargs)
+        given: Any = node.args[:1] if node.target is torch._assert else (node.args, node.kwargs)
         if isinstance(op, Linear) and node.op == "call_function":
             given = {key: value for key, value in given_arguments(node).items() if key not in _CHANGED}
         described = f"{node.op} {node.target} {fx.node.map_arg(given, names.__getitem__)}"

@@ -26,6 +26,7 @@ from fxfuse import (
     rewrite,
     solve,
     table,
+    tracer,
     transparent,
     unit,
 )
@@ -750,7 +751,8 @@ def trust_modules_that_hold_others() -> None:
 
 @bug(*KEPT_MODULES)
 def take_required_arguments_for_given() -> None:
-    wrap(options, "compared_by_identity", lambda *_: frozenset())
+    for place in (options, tracer):
+        wrap(place, "compared_by_identity", lambda *_: frozenset())
 
 
 @bug(*LAYOUTS)

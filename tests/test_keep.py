@@ -404,7 +404,7 @@ def test_a_forward_that_asks_about_its_modules_gets_the_same_answer(question):
     type(model).question = question
     randomise(model)
     fused = fxfuse.fuse(model, keep_modules=True)
-    assert [left.code for left in fxfuse.report(fused).refused] in (["FXF502"], ["FXF210"])
+    assert [left.code for left in fxfuse.report(fused).refused] in (["FXF502"], ["FXF210"], ["FXF504"])
     assert_exact(model(X), fused(X))
 
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "fxfuse"
 LAYERS = [
     ["_version", "errors", "refusals", "tree", "replica", "calls", "affine", "functions"],
     ["objects"],
-    ["guards", "options"],
+    ["guards", "options", "methods"],
     ["proxies", "reparametrized", "exposure", "fold", "records", "layers", "channels", "constants"],
     ["transparent", "patterns", "comparison"],
     ["table", "nodes"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Mapping, Sequence
@@ -547,3 +548,245 @@ def test_frozen_norms_are_accounted_for(keep_modules, branches):
     fused = right(randomise(Model()), *calls, keep_modules=keep_modules)
     assert fxfuse.report(fused).norms == 1
     assert len(fxfuse.report(fused).folded) == (not branches)
+
+
+# ---- found by a second attack ----
+
+
+def asked_by_name(self, x):
+    import builtins
+
+    y = self.conv(x)
+    if builtins.isinstance(y, torch.Tensor):
+        y = torch.relu(y)
+    return self.bn(y)
+
+
+@MODES
+def test_isinstance_is_answered_whatever_its_source(keep_modules):
+    space = {"torch": torch}
+    exec(
+        "def forward(self, x):\n"
+        "    y = self.conv(x)\n"
+        "    if isinstance(y, torch.Tensor): y = torch.relu(y)\n"
+        "    return self.bn(y)\n",
+        space,
+    )
+    right(of_class(space["forward"]), (X,), keep_modules=keep_modules, folded=0)
+    right(of_class(asked_by_name), (X,), keep_modules=keep_modules, folded=0)
+
+
+class Embedding(Base):
+    def embed(self, x):
+        return self.conv(x)
+
+
+class Neck(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Linear(3, 2)
+
+    def encode(self, x, normalize=True):
+        y = self.conv(x)
+        return self.bn(y) if normalize else y
+
+    def together(self, x):
+        x = self.conv(x)
+        x = self.bn(x)
+        return torch.relu(x)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.encode(x)).mean((2, 3)))
+
+
+class Together(Neck):
+    def encode(self, x, *, double=False):
+        x = self.bn(self.conv(x))
+        return x * 2 if double else x
+
+
+def test_methods_that_forward_does_not_call_give_what_they_gave():
+    model = randomise(Embedding())
+    fused = right(model, (X,), keep_modules=True, folded=0)
+    assert_exact(model.embed(X), fused.embed(X))
+    model = randomise(Neck())
+    fused = right(model, (X,), keep_modules=True, folded=0)
+    assert_exact(model.encode(X, normalize=False), fused.encode(X, normalize=False))
+    model = randomise(Together())
+    fused = right(model, (X,), keep_modules=True, folded=1)
+    assert_exact(model.encode(X, double=True), fused.encode(X, double=True))
+    assert_exact(model.together(X), fused.together(X))
+
+
+class Keyed(nn.Module):
+    """Its modules and parameters are keys and members."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Base(), Base()])
+        self.scale, self.special = {self.layers[0]: 2.0}, {self.layers[1]}
+        self.frozen, self.weights = frozenset({self.layers[0].bn}), {self.layers[0].conv.weight: 0.5}
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) * self.scale.get(layer, 1.0) * self.weights.get(layer.conv.weight, 1.0)
+            x = x + 1 if layer in self.special else x
+            x = x * 3 if layer.bn in self.frozen else x
+        return x
+
+
+@MODES
+def test_modules_that_are_keys_are_those_of_the_copy(keep_modules):
+    right(randomise(Keyed()), (X,), keep_modules=keep_modules)
+
+
+def part_of_a_pair(self, inputs):
+    y = self.conv(inputs[0])
+    return y if inputs[1] is None else self.bn(y) * inputs[1]
+
+
+def part_of_a_dict(self, batch):
+    y = self.conv(batch["x"])
+    return y if batch["mask"] is None else self.bn(y) * batch["mask"]
+
+
+@MODES
+def test_a_part_of_an_input_is_compared_in_place(keep_modules):
+    right(of_class(part_of_a_pair), ((X, None),), ((X, 2.0),), keep_modules=keep_modules)
+    calls = [({"x": X, "mask": mask},) for mask in (None, 2.0)]
+    right(of_class(part_of_a_dict), *calls, keep_modules=keep_modules)
+
+
+def overwritten(self, x):
+    y, aux = self.pair(x)
+    if aux is not None:
+        y = y + aux
+    aux = self.conv(y)
+    return self.bn(aux)
+
+
+@MODES
+def test_a_variable_that_is_overwritten_later(keep_modules):
+    right(of_class(overwritten, pair=Pair()), (X.abs(),), (-X.abs(),), keep_modules=keep_modules)
+
+
+def raw(self, x, ret=False):
+    y = self.conv(x)
+    return y if ret == "raw" else self.bn(y)
+
+
+def third(self, x, flag=False):
+    y = self.conv(x)
+    return y if flag is None else self.bn(y)
+
+
+def one_of(self, x, mode=None):
+    y = self.conv(x)
+    return y if mode in ("raw", "plain") else self.bn(y)
+
+
+@MODES
+@pytest.mark.parametrize("forward", [raw, third, one_of])
+def test_options_with_more_than_two_values(forward, keep_modules):
+    values = ({}, {"ret": "raw"}, {"flag": None}, {"mode": "raw"}, {"ret": True}, {"flag": True})
+    known = [{"x": X, **each} for each in values if {*each} <= {*forward.__code__.co_varnames}]
+    right(of_class(forward), *known, keep_modules=keep_modules)
+
+
+def of_a_shape(self, x):
+    y = self.conv(x if hasattr(x, "shape") else x[0])
+    return self.bn(y) if hasattr(x, "shape") else y
+
+
+def called(self, x):
+    if callable(x):
+        x = x()
+    return self.bn(self.conv(x))
+
+
+@MODES
+def test_what_an_input_has_or_does(keep_modules):
+    right(of_class(of_a_shape), (X,), ([X],), keep_modules=keep_modules)
+    right(of_class(called), (X,), (lambda: X,), keep_modules=keep_modules)
+
+
+DEVICES = {torch.device("cpu"): 2.0}
+
+
+def by_device(self, x):
+    return self.bn(self.conv(x)) * DEVICES.get(x.device, 1.0)
+
+
+def by_kind_of_device(self, x):
+    return self.bn(self.conv(x)) * (3.0 if x.device.type in {"cpu", "cuda"} else 1.0)
+
+
+@MODES
+@pytest.mark.parametrize("forward", [by_device, by_kind_of_device])
+def test_attributes_of_values_are_known_at_run_time_only(forward, keep_modules):
+    right(of_class(forward), (X,), keep_modules=keep_modules)
+
+
+class Memory:
+    last = None
+
+
+class Deep(Base):
+    def __init__(self):
+        super().__init__()
+        self.memories = [Memory()]
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        if self.memories[0].last is not None:
+            y = y + self.memories[0].last
+        self.memories[0].last = y.detach()
+        return y
+
+
+@MODES
+def test_state_in_objects_in_lists_is_not_touched(keep_modules):
+    model = randomise(Deep())
+    fused = fxfuse.fuse(model, keep_modules=keep_modules)
+    assert model.memories[0].last is None
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for _ in range(2):
+            assert_exact(twin(X), fused(X))
+
+
+def test_a_profiler_changes_nothing():
+    import cProfile
+
+    profile = cProfile.Profile()
+    profile.enable()
+    try:
+        fused = fxfuse.fuse(randomise(Base()), keep_modules=True)
+    finally:
+        profile.disable()
+    assert len(fxfuse.report(fused).folded) == 1
+
+
+def test_graph_modules_without_meta_are_taken():
+    graph = torch.fx.symbolic_trace(randomise(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))))
+    del graph.__dict__["meta"]
+    assert len(fxfuse.report(fxfuse.fuse(graph)).folded) == 1
+
+
+def test_assertions_with_messages_fold_in_kept_modules_too():
+    class Checked(nn.BatchNorm2d):
+        def forward(self, x):
+            torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+            return super().forward(x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), Checked(3)
+
+        def forward(self, x):
+            y = self.bn(self.conv(x))
+            torch._assert(y.ndim == 4, f"expected {y.ndim}")
+            return y
+
+    right(randomise(Model()), (X,), keep_modules=True, folded=1)
