@@ -211,10 +211,10 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def _numpy_state() -> str:
-    """The state of numpy's random numbers; empty if nobody has imported it."""
+def _numpy_state() -> tuple[bytes, int] | None:
+    """The state of numpy's random numbers; None if nobody has imported it."""
     numpy = sys.modules.get("numpy")
-    return "" if numpy is None else str(numpy.random.get_state()[1:3])
+    return None if numpy is None else (numpy.random.get_state()[1].tobytes(), numpy.random.get_state()[2])
 
 
 def flat(value: Any) -> Iterator[Any]:

@@ -52,6 +52,7 @@ class Reader:
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         self.root = root
         self._read: dict[fx.Node, Op] = {}
+        self._writes: dict[fx.Node, list[fx.Node]] = {}
         self._tensors: dict[str, Tensor] = {}
         self.graph = graph
         self._roots = roots(graph, root, self.written_inputs, {})
@@ -98,6 +99,11 @@ class Reader:
 
     def written_inputs(self, node: fx.Node) -> list[fx.Node]:
         """The inputs that `node` may write to: all, if it is a module that is not known here."""
+        if node not in self._writes:
+            self._writes[node] = self._written_inputs(node)
+        return self._writes[node]
+
+    def _written_inputs(self, node: fx.Node) -> list[fx.Node]:
         if node.op != "call_module":
             return written_inputs(node)
         module = attribute(self.root, str(node.target))

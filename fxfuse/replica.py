@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 _M = TypeVar("_M", bound=nn.Module)
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set, deque})
 
 
@@ -64,6 +65,11 @@ def _own(value: Any, memo: dict[int, Any]) -> Any:
 
     A model that appends to a list in its forward must append to its own list, however deep it lies.
     """
+    kind = type(value)
+    if kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value)):
+        return value
+    if kind in _CONTAINERS and not value:
+        return memo.setdefault(id(value), value.copy())
     if isinstance(value, nn.Module):
         return _module(value, memo)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):

@@ -55,7 +55,9 @@ def attribute(root: nn.Module, name: str) -> Any:
     """The module, parameter or buffer of that qualified name; `root` itself for the empty name."""
     value: Any = root
     for atom in name.split(".") if name else ():
-        value = getattr(value, atom)
+        modules = vars(value).get("_modules")
+        inside = modules.get(atom) if isinstance(modules, dict) else None  # TorchScript's are none
+        value = getattr(value, atom) if inside is None else inside
     return value
 
 
