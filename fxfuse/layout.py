@@ -64,19 +64,22 @@ def layouts(
         is_written: whether anybody may write to a value, or to what it is a view of, once there is one.
     """
     found = Layouts()
+    remaining = {*gone}
     other_order: dict[fx.Node, bool] = {}
     changed: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in graph.nodes:
         op, inputs = reader.read(node), node.all_input_nodes
         before = frozenset[fx.Node]().union(*(changed[each] for each in inputs))
         if node in gone:
+            remaining.discard(node)
             other_order[node] = other_order[gone[node]]
             # An instance norm alone gives no channels-last memory.
             moves = other_order[node] or (isinstance(op, Norm) and op.unbatched)
             changed[node] = before | ({node} if moves else frozenset())
             continue
-        other_order[node] = not isinstance(op, _ORDERED) and (
-            _reorders(node, reader, shapes) or any(other_order[each] for each in inputs)
+        matters = bool(remaining) and not isinstance(op, _ORDERED)
+        other_order[node] = matters and (
+            any(other_order[each] for each in inputs) or _reorders(node, reader, shapes)
         )
         changed[node] = frozenset() if _orders(node, op) else before
         is_view = operator_name(node) in VIEWS and not _is_of_bits(node)

@@ -68,29 +68,30 @@ def _own(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value)):
         return value
-    if kind in _CONTAINERS and not value:
-        return memo.setdefault(id(value), value.copy())
+    if kind in _CONTAINERS:
+        return memo[id(value)] if id(value) in memo else _container(value, memo)
     if isinstance(value, nn.Module):
         return _module(value, memo)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
         return MethodType(value.__func__, _module(value.__self__, memo))
-    if type(value) is partial:
+    if kind is partial:
         return partial(_own(value.func, memo), *_own(value.args, memo), **_own(value.keywords, memo))
-    if isinstance(value, Tensor):
-        return memo.get(id(value), value)
     if isinstance(value, (tuple, frozenset)):
         return _same_or_new(value, [_own(item, memo) for item in value])
-    if type(value) not in _CONTAINERS:
-        return value
-    if id(value) not in memo:
-        memo[id(value)] = twin = value.copy()
-        twin.clear()
-        if isinstance(twin, dict):
-            twin.update({_own(key, memo): _own(item, memo) for key, item in value.items()})
-        else:
-            items = [_own(item, memo) for item in value]
-            twin.update(items) if isinstance(twin, set) else twin.extend(items)
-    return memo[id(value)]
+    return memo.get(id(value), value) if isinstance(value, Tensor) else value
+
+
+def _container(value: Any, memo: dict[int, Any]) -> Any:
+    memo[id(value)] = twin = value.copy()
+    if not value:
+        return twin
+    twin.clear()
+    if isinstance(twin, dict):
+        twin.update({_own(key, memo): _own(item, memo) for key, item in value.items()})
+    else:
+        items = [_own(item, memo) for item in value]
+        twin.update(items) if isinstance(twin, set) else twin.extend(items)
+    return twin
 
 
 def _same_or_new(value: Any, items: list[Any]) -> Any:

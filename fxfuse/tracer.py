@@ -266,13 +266,12 @@ def _has_parts(graph: fx.Graph) -> bool:
 
 def _no_writes_to_constants(graph: fx.Graph, traced: nn.Module, model: nn.Module) -> None:
     """A tensor that forward makes without looking at its input is one tensor for all calls of the graph."""
-    found = roots(graph, traced, written_inputs, {})
-    for node in graph.nodes:
-        for root in frozenset[fx.Node]().union(*(found[each] for each in written_inputs(node))):
-            if root.op == "get_attr" and not hasattr(model, str(root.target).partition(".")[0]):
-                raise CaptureError(
-                    f"forward writes to a tensor that it has made itself, at {node.format_node()}"
-                )
+    attributes = (node for node in graph.nodes if node.op == "get_attr")
+    made = {each for each in attributes if not hasattr(model, str(each.target).partition(".")[0])}
+    found = roots(graph, traced, written_inputs, {}) if made else {}
+    for node in graph.nodes if made else ():
+        if any(found[each] & made for each in written_inputs(node)):
+            raise CaptureError(f"forward writes to a tensor that it has made itself, at {node.format_node()}")
 
 
 @dataclass(frozen=True)
