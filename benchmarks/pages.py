@@ -38,13 +38,13 @@ beside `torch.fx.experimental.optimization.fuse`. A norm is a module of the sour
 torchvision's frozen one included. torch.fx has removed it if its result neither holds it nor calls
 `F.batch_norm` in its place; fxfuse, if its report has it as folded and never as left. Norms that eval mode
 never calls are in neither result: they count as removed by torch.fx, not by fxfuse. A model is free of norms
-if its result calls none. On the meta device no norm is left for the values of weights (FXF4xx). Whether the
-outputs stay the same is the matter of `{record["command"]} --numbers`.
+if its result calls none. On the meta device no norm is left for the values of weights (FXF4xx). Percentages
+are rounded down. Whether the outputs stay the same is the matter of `{record["command"]} --numbers`.
 
 ![Share of norms removed, by library and family](reach.svg)
 
 {table(_total_rows(record["totals"]))}
-- Without a norm: {record["without_norms"]} more architectures of timm, {len(bare)} models of torchvision.
+- Without a batch norm: {record["without_norms"]} more architectures of timm, {len(bare)} of torchvision.
 - fxfuse raises on {_raises(bare)} of the latter.
 - Quantised models (`{INT8}`): {len(int8)}, of which fxfuse raises on {_raises(int8)}.
 - Errors that are not fxfuse's own: {len(bugs)}.

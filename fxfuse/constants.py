@@ -45,6 +45,10 @@ class Constants:
             self._values[node] = self._evaluated(node)
         return self._values[node]
 
+    def forget(self) -> None:
+        """Evaluates all constants anew from now on."""
+        self._values.clear()
+
     def trains(self, node: fx.Node) -> bool:
         """Whether a parameter from which `node`, one of the constants, is computed needs gradients."""
         if node.op == "get_attr":

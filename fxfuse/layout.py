@@ -123,7 +123,7 @@ def _reorders(node: fx.Node, reader: Reader, shapes: GraphShapes) -> bool:
     if isinstance(op, Rearranged):
         return not op.keeps_order(shapes)
     if isinstance(op, Within):
-        return op.removes
+        return op.removes or op.view
     if isinstance(op, Opaque) and node.op == "call_module":
         return _is_unknown(node, reader)
     if isinstance(op, Opaque):

@@ -73,6 +73,11 @@ class Reader:
         assert isinstance(value, Tensor)
         return value
 
+    def forget_tensors(self) -> None:
+        """Reads all tensors anew from now on; what the nodes are stays."""
+        self._tensors.clear()
+        self.constants.forget()
+
     def is_query(self, user: fx.Node, value: fx.Node) -> bool:
         """Whether `user` wants no more of `value` than its shape, dtype or device."""
         named = user.op != "call_module" and operator_name(user) in _BY_EXAMPLE

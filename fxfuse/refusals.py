@@ -34,7 +34,7 @@ class Code(Enum):
     NOTHING_BEFORE = Explanation(
         "FXF103",
         "it normalises an input of the model",
-        "nothing to do: its map could only go into the operators after it",
+        "nothing to do: its map could only go into the operators after it, which cannot take it",
     )
     AXIS = Explanation(
         "FXF104",
@@ -44,7 +44,7 @@ class Code(Enum):
     RANK_UNKNOWN = Explanation(
         "FXF105",
         "its input may have two axes or more, and which one it normalises depends on that",
-        "pass example_inputs=..., from which the number of axes is read",
+        "pass example_inputs=... (--input), from which it is read; modules that are kept cannot assert it",
     )
     CHANNELS = Explanation(
         "FXF106",
@@ -59,7 +59,7 @@ class Code(Enum):
     MIXED = Explanation(
         "FXF108",
         "an operator between it and the linear operator mixes the channels, or may",
-        "normalise before it; or give a reshape fixed sizes, so that the channel axis is certain",
+        "normalise before it; or write a reshape with the sizes of its input: view(x.shape[0], 8, -1)",
     )
     LAYOUT = Explanation(
         "FXF109",
@@ -138,8 +138,8 @@ class Code(Enum):
     )
     PADDING = Explanation(
         "FXF305",
-        "zeros are padded, or sums taken, between it and the operator after it, and its shift is not zero",
-        "pad before the norm, or with another padding mode",
+        "zeros are padded, or sums taken, between it and the operator, and its shift is not zero",
+        "put the norm next to the operator before it, repeat pixels instead of zeros, or take a mean",
     )
     NEGATIVE_SCALE = Explanation(
         "FXF306",

@@ -235,11 +235,11 @@ def _indexed(call: Call) -> Transparent | None:
     if all(item is None for item in places.values()):
         return Rearranged(call.input, lambda shape, _: patterns.with_ones(shape, [*places]))
     if all(type(item) is int for item in places.values()):
-        return Within(call.input, lambda _: tuple(places), removes=True)
+        return Within(call.input, lambda _: tuple(places), removes=True, view=True)
     if not all(isinstance(item, slice) for item in places.values()):
         return None
     if len(places) > 1:
-        return Within(call.input, lambda _: tuple(places))
+        return Within(call.input, lambda _: tuple(places), view=True)
     ((axis, item),) = places.items()
     return _taken(call, axis, item.start, item.stop, item.step)
 
@@ -264,7 +264,7 @@ def _narrowed(call: Call) -> Transparent | None:
 
 def _selected(call: Call) -> Transparent | None:
     axis = call.integers("dim")
-    return None if axis is None else Within(call.input, lambda _: axis, removes=True)
+    return None if axis is None else Within(call.input, lambda _: axis, removes=True, view=True)
 
 
 def part(call: Call, number: Any) -> Slice | None:

@@ -43,6 +43,7 @@ class Within:
         stops_shift: the reason why only a scale passes, if it does not map constants to themselves.
         size: how many elements there are afterwards along each of the axes, if that is known.
         monotone: it is not linear, but passes any map that keeps the order, as a maximum does.
+        view: whether it may give a view, which lies in memory in another order than that of its axes.
     """
 
     input: fx.Node
@@ -51,6 +52,7 @@ class Within:
     stops_shift: Code | None = None
     monotone: bool = False
     size: int | None = None
+    view: bool = False
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:

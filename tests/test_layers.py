@@ -25,7 +25,7 @@ LAYERS = [
     ["rewrite"],
     ["exchange"],
     ["unit"],
-    ["keep"],
+    ["keep", "backend"],
     ["pipeline"],
     ["__init__"],
     ["zoo"],

@@ -132,6 +132,13 @@ class Sliced(nn.Module):
         return self.after(self.bn(self.conv(x)[:, :2]))
 
 
+class Cropped(Sliced):
+    """Some pixels of what a convolution gives."""
+
+    def forward(self, x):
+        return self.after(self.bn(self.conv(x)[:, :2, ::2, 1:]))
+
+
 READS = {
     "view of one size": lambda _, y: y.view(-1),
     "view of a shape": lambda _, y: y.view((y + 1).shape),
@@ -147,9 +154,10 @@ READS = {
 
 @pytest.mark.parametrize("after", READS.values(), ids=READS.keys())
 @pytest.mark.parametrize("keep_modules", [True, False])
-def test_whoever_minds_the_layout_gets_what_it_expects(keep_modules, after):
-    model = randomise(type("Sliced", (Sliced,), {"after": after})())
-    x = noise(2, 3, 4, 4)
+@pytest.mark.parametrize("base", [Sliced, Cropped])
+def test_whoever_minds_the_layout_gets_what_it_expects(base, keep_modules, after):
+    model = randomise(type("Model", (base,), {"after": after})())
+    x = noise(2, 3, 4, 4) if base is Sliced else noise(2, 3, 8, 5)
     assert_exact(model(x), fxfuse.fuse(model, keep_modules=keep_modules)(x))
 
 
