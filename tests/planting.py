@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxfuse import (
+    backend,
     channels,
     exchange,
     keep,
@@ -758,6 +759,11 @@ def take_required_arguments_for_given() -> None:
 @bug(*LAYOUTS)
 def leave_views_as_they_are() -> None:
     wrap(match, "layouts", lambda *_: Layouts())
+
+
+@bug("tests/test_backend.py")
+def never_fold_again() -> None:
+    wrap(backend._Following, "_fold_again", lambda *_: None)
 
 
 if os.environ.get("FXFUSE_PLANT"):
