@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_a_real_network_is_folded_whole():
 
 
 @torch.no_grad()
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="Inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
 def test_inductor_compiles_what_is_left():
     model = randomise(Net())
