@@ -40,7 +40,7 @@ def _is_asking(frame: FrameType, *functions: str) -> bool:
         return "isinstance" in functions
     steps = steps_of(frame.f_code)
     call = next((step for step in steps if step.offset == frame.f_lasti), None)
-    if call is None or not call.opname.startswith("CALL"):
+    if call is None or not call.opname.startswith(("CALL", "PRECALL")):  # code that is hot calls earlier
         return False
     if _place(call) is None:
         return True

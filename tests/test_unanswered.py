@@ -576,6 +576,22 @@ def test_isinstance_is_answered_whatever_its_source(keep_modules):
     right(of_class(asked_by_name), (X,), keep_modules=keep_modules, folded=0)
 
 
+def asked_in_hot_code(self, x):
+    y = self.conv(x)
+    if isinstance(y, torch.Tensor):
+        y = torch.relu(y)
+    return self.bn(y)
+
+
+@MODES
+def test_isinstance_is_answered_in_code_that_is_hot(keep_modules):
+    """The interpreter specialises it, and calls from another instruction."""
+    model = of_class(asked_in_hot_code)
+    for _ in range(200):
+        model(X[:1, :, :1, :1])
+    right(model, (X,), keep_modules=keep_modules, folded=0)
+
+
 class Embedding(Base):
     def embed(self, x):
         return self.conv(x)
