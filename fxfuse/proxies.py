@@ -34,10 +34,10 @@ _FOR_PEOPLE = {
 }
 
 
-def _is_asking(frame: FrameType, *functions: str) -> bool:
-    """Whether `frame` is calling one of these functions, by the code; if it cannot be told, it is."""
+def _is_asking(frame: FrameType, function: str, arguments: int = 2) -> bool:
+    """Whether `frame` is calling that function, by the code; if it cannot be told, it is."""
     if frame.f_globals.get("__name__") == "abc":
-        return "isinstance" in functions
+        return function == "isinstance"
     steps = steps_of(frame.f_code)
     call = next((step for step in steps if step.offset == frame.f_lasti), None)
     if call is None or not call.opname.startswith(("CALL", "PRECALL")):  # code that is hot calls earlier
@@ -45,7 +45,7 @@ def _is_asking(frame: FrameType, *functions: str) -> bool:
     if _place(call) is None:
         return True
     loads = (step for step in steps if step.opname in _LOADS and _place(step) == _place(call))
-    return any(step.argval in functions for step in loads)
+    return call.arg == arguments and any(step.argval == function for step in loads)
 
 
 def _place(step: dis.Instruction) -> tuple[int, int | None] | None:
@@ -95,7 +95,8 @@ class TypedProxy(Proxy):
 
     def __getattr__(self, k: str) -> Any:
         asker = sys._getframe(1)
-        direct = _is_internal(asker) or not _is_asking(asker, "hasattr", "getattr")
+        asks = _is_asking(asker, "hasattr") or _is_asking(asker, "getattr", arguments=3)
+        direct = _is_internal(asker) or not asks
         known = self.stands_for is not None or direct
         if known and hasattr(self.stands_for or Tensor, k):
             return TypedAttribute(self, k)

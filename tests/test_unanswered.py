@@ -592,6 +592,18 @@ def test_isinstance_is_answered_in_code_that_is_hot(keep_modules):
     right(model, (X,), keep_modules=keep_modules, folded=0)
 
 
+def by_the_name_of_a_method(self, x):
+    return self.bn(self.conv(getattr(x, "contiguous")()))  # noqa: B009
+
+
+@MODES
+def test_getattr_without_a_default_is_an_access_as_any(keep_modules):
+    model = of_class(by_the_name_of_a_method)
+    for _ in range(200):
+        model(X[:1, :, :1, :1])
+    right(model, (X,), keep_modules=keep_modules, folded=1)
+
+
 class Embedding(Base):
     def embed(self, x):
         return self.conv(x)
