@@ -60,12 +60,10 @@ def backend(
     names = _static_inputs(graph_module, example_inputs)
     trains = torch.is_grad_enabled() and any(example_inputs[place].requires_grad for place in names.values())
     if trains or not names:
-        _LOG.info(
-            "a graph needs gradients of its parameters and is not folded" if trains else "no parameters"
-        )
+        reason = "is to give gradients of its parameters" if trains else "has no parameters"
+        _LOG.info("a graph is not folded: it %s", reason)
         return then(graph_module, example_inputs)
-    with torch.no_grad():
-        return _Following(graph_module, example_inputs, names, then)
+    return _Following(graph_module, example_inputs, names, then)
 
 
 class _Following:
