@@ -37,7 +37,6 @@ class KeepingReader(Reader):
 
     def __init__(self, captured: Capture, left: Mapping[str, Code]) -> None:
         super().__init__(captured.root, captured.graph)
-        self.captured = captured
         self._left = left
         self._kept: dict[fx.Node, Op] = {}
         named = [node for node in self.graph.nodes if node.op in ("call_module", "get_attr")]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx.proxy import Proxy, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfuse.objects import STATE, is_torch, own_classes
+from fxfuse.objects import STATE, user_classes
 from fxfuse.tree import NORM_RANKS, named_tensors, storage
 
 
@@ -140,8 +140,8 @@ def objects_unchanged(model: nn.Module) -> Iterator[None]:
 
 def _held(model: nn.Module) -> list[Any]:
     """The containers that classes, and objects that are no modules, lead to."""
-    classes = {kind for module in model.modules() for kind in own_classes(module)}
-    waiting: list[Any] = [[*vars(kind).values()] for kind in classes if not is_torch(kind.__module__)]
+    classes = {kind for module in model.modules() for kind in user_classes(module)}
+    waiting: list[Any] = [[*vars(kind).values()] for kind in classes]
     waiting += [[v for name, v in vars(module).items() if name not in STATE] for module in model.modules()]
     found: dict[int, Any] = {}
     seen: set[int] = set()

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fxfuse.calls import operator_name
+from fxfuse.layers import is_known
 from fxfuse.nodes import LeftNorm, Linear, Norm, Opaque, Query
 from fxfuse.ops import Reader
 from fxfuse.shapes import GraphShapes
@@ -134,6 +135,6 @@ def _reorders(node: fx.Node, reader: Reader, shapes: GraphShapes) -> bool:
 def _is_unknown(node: fx.Node, reader: Reader) -> bool:
     if node.op == "call_module":
         layer = reader.layer(node)
-        return layer is None or not type(layer).__module__.startswith("torch.nn.modules")
+        return layer is None or not is_known(layer)
     foreign = node.op == "call_function" and not operator_name(node)
     return foreign and not isinstance(reader.read(node), Query)

@@ -15,13 +15,13 @@ from types import CodeType, FunctionType
 from torch import nn
 
 from fxfuse.functions import definition
-from fxfuse.objects import is_torch, own_classes
+from fxfuse.objects import user_classes
 
 
 def others(module: nn.Module, traced: Container[CodeType]) -> Iterator[FunctionType]:
     """The public methods that are not in `traced`, or that take options."""
-    for kind in own_classes(module):
-        for name, value in vars(kind).items() if not is_torch(kind.__module__) else ():
+    for kind in user_classes(module):
+        for name, value in vars(kind).items():
             public = name != "forward" and not name.startswith("_")
             if isinstance(value, FunctionType) and public and getattr(type(module), name) is value:
                 options = any(p.default is not p.empty for p in inspect.signature(value).parameters.values())

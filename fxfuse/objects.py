@@ -19,6 +19,11 @@ def own_classes(module: nn.Module) -> list[type]:
     return [kind for kind in type(module).__mro__ if kind not in (nn.Module, object)]
 
 
+def user_classes(module: nn.Module) -> list[type]:
+    """Those of them that are not torch's."""
+    return [kind for kind in own_classes(module) if not is_torch(kind.__module__)]
+
+
 def is_torch(name: Any) -> bool:
     """Whether a module of that name is a part of torch."""
     return str(name).partition(".")[0] == "torch"
@@ -26,9 +31,8 @@ def is_torch(name: Any) -> bool:
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What a module holds, itself and by its classes, less its submodules and the hooks of its state_dict."""
-    for kind in own_classes(module):
-        if not is_torch(kind.__module__):
-            yield from vars(kind).items()
+    for kind in user_classes(module):
+        yield from vars(kind).items()
     for name, value in vars(module).items():
         if name != "_modules" and not (name in STATE and "state_dict" in name):
             yield name, value

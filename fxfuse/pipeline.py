@@ -33,9 +33,8 @@ def fuse(
     """A new module that computes the same function as `model`, with the norms folded away.
 
     It is a ``torch.fx.GraphModule`` where the whole model can be traced. Where it cannot, or where forward
-    takes options (arguments that default to None, a bool, a str, a dtype or a device, or that it
-    compares with None), of which a graph
-    could hold one choice only, it is a module of the same class, folded inside.
+    takes options (arguments that default to None, a bool, a str, a dtype or a device, or that it compares
+    with None), of which a graph could hold one choice only, it is a module of the same class, folded inside.
 
     The source is untouched. The weights of layers that were not folded share their memory with the
     source, so an in-place change of one shows in the other; ``copy.deepcopy`` of the result parts them.

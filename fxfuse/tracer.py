@@ -216,6 +216,7 @@ def trace(
             if not watched and _has_parts(graph):
                 watched = True
                 continue
+            graph.lint()  # no value is left of an earlier trace
             _no_writes_to_constants(graph, root, model)
             return root, graph
         except CaptureError:
