@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from torch import fx, nn
 
 from fxfuse.calls import IN_PLACE, operator_name
-from fxfuse.layers import LINEAR_FUNCTIONS, NORM_FUNCTIONS, is_known
+from fxfuse.layers import LINEAR_NAMES, NORM_FUNCTIONS, is_known
 from fxfuse.proxies import gives_tensor
 from fxfuse.table import LAYERS, LIKE_ALL, LIKE_INPUT, TRANSPARENT
 from fxfuse.tree import attribute, has_hooks, storage
@@ -23,7 +23,7 @@ _QUERIES = {
 FRESH = {
     *(*IN_PLACE, "div", "divide", "true_divide", "multiply", "subtract", "rsub", "neg"),
     *("cat", "concat", "concatenate"),
-    *(*LINEAR_FUNCTIONS, *NORM_FUNCTIONS, *LIKE_ALL, *LIKE_INPUT),
+    *(*LINEAR_NAMES, *NORM_FUNCTIONS, *LIKE_ALL, *LIKE_INPUT),
 }
 
 

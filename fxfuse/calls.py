@@ -48,6 +48,13 @@ def given_arguments(node: fx.Node) -> dict[str, Any]:
     return _bound(node).arguments
 
 
+def set_argument(node: fx.Node, name: str, value: fx.Node) -> None:
+    """Gives a call another argument of that name; the others stay as they are."""
+    call = _bound(node)
+    call.arguments[name] = value
+    node.args, node.kwargs = call.args, call.kwargs
+
+
 def _bound(node: fx.Node) -> inspect.BoundArguments:
     """Raises a TypeError if the call fits none of the signatures that are known for its target."""
     args = node.args
@@ -96,8 +103,14 @@ def operator_name(node: fx.Node) -> str:
     if node.op == "call_function" and getattr(target, "__module__", "") == "_operator":
         name = str(target.__name__)
         return name[1:] if name[1:] in IN_PLACE else name
-    name = str(target) if node.op == "call_method" else torch_name(target) or ""
-    return name.removesuffix("_")
+    return called_name(node).removesuffix("_")
+
+
+def called_name(node: fx.Node) -> str:
+    """The name of the method, or of the function of torch's own, that a node calls; empty for any other."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return str(node.target) if node.op == "call_method" else torch_name(node.target) or ""
 
 
 @cache
@@ -124,7 +137,7 @@ def gives_several(node: fx.Node) -> bool:
     target: Any = node.target
     if inspect.isfunction(target) or getattr(target, "__module__", "") == "_operator":
         return False
-    name = str(target) if node.op == "call_method" else torch_name(target) or ""
+    name = called_name(node)
     schemas = [target._schema] if isinstance(target, torch._ops.OpOverload) else _schemas(name)
     return any(len(schema.returns) > 1 for schema in schemas)
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
+from fxfuse.calls import called_name
 from fxfuse.errors import CaptureError, UsageError
 from fxfuse.reparametrized import evaluate_weights
 from fxfuse.replica import replicate
@@ -83,9 +84,9 @@ def capture(model: nn.Module, fixed: Mapping[str, Any] | None = None, given: Con
     check_usable(model)
     _check_traceable(model)
     root, graph = _copied(model) if isinstance(model, fx.GraphModule) else trace(model, fixed, given)
-    for node in graph.nodes:
-        if node.op == "call_method" and node.target in _RESHAPED_IN_PLACE:
-            raise CaptureError(f"forward changes the shape of a tensor in place, at {node.format_node()}")
+    reshaped = reshaped_in_place(graph)
+    if reshaped is not None:
+        raise CaptureError(f"forward changes the shape of a tensor in place, at {reshaped.format_node()}")
     called = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
     taken = sorted({name.partition(".")[0] for name in called} & _RESERVED)
     if taken:
@@ -93,10 +94,13 @@ def capture(model: nn.Module, fixed: Mapping[str, Any] | None = None, given: Con
     return Capture(root, graph, type(model).__name__)
 
 
+def reshaped_in_place(graph: fx.Graph) -> fx.Node | None:
+    """The first node after which an earlier value has another shape than when it was made."""
+    return next((node for node in graph.nodes if called_name(node) in _RESHAPED_IN_PLACE), None)
+
+
 def check_usable(model: object) -> None:
     """Raises a UsageError for what cannot be folded in any way."""
-    if isinstance(model, torch.export.ExportedProgram):
-        raise UsageError("expected a torch.nn.Module, got an ExportedProgram; pass program.module()")
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"expected a torch.nn.Module, got {type(model).__name__}; "

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.testing._comparison import default_tolerances
 from torch.utils import _pytree as pytree
 
 from fxfuse.errors import UsageError
 from fxfuse.records import Comparison, Worst
 from fxfuse.replica import isolated
-from fxfuse.tree import is_training
+from fxfuse.tree import as_module, is_training
 
 # A folded model rounds in other places than its source, so its error is like the source's but not equal.
 _ROUNDING_FACTOR = 4.0
@@ -29,6 +30,8 @@ _FAR = 0.25
 # Differences up to this count as none: in float64 the reference's own rounding cannot be measured.
 _ZERO = 1e-12
 
+
+Tolerances = tuple[float | None, float | None]
 
 # What a model's forward raises when it gets inputs that it cannot take.
 REJECTIONS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
@@ -41,8 +44,8 @@ def rejection(inputs: Sequence[Any], error: BaseException) -> str:
 
 
 def verify(
-    reference: nn.Module,
-    candidate: nn.Module,
+    reference: nn.Module | ExportedProgram,
+    candidate: nn.Module | ExportedProgram,
     inputs: Sequence[Any],
     *,
     rtol: float | None = None,
@@ -57,8 +60,8 @@ def verify(
     tolerances replace all of that.
 
     Args:
-        reference: the model that counts as right, in eval mode.
-        candidate: the model to be checked.
+        reference: the model that counts as right: a module in eval mode, or an exported program.
+        candidate: the model to be checked, either of the two.
         inputs: positional inputs. A ``torch.Size`` stands for a standard normal float tensor of that shape,
             drawn with `seed`, in the dtype and on the device of the reference.
         rtol: relative tolerance instead of the default one.
@@ -68,11 +71,17 @@ def verify(
     Raises:
         UsageError: a model is in training mode, or the reference rejects the inputs.
     """
+    if not isinstance(inputs, (list, tuple)):
+        raise UsageError(f"inputs is a {type(inputs).__name__}; pass a tuple of positional inputs, (x,)")
+    return _verified(as_module(reference), as_module(candidate), inputs, (rtol, atol), seed)
+
+
+def _verified(
+    reference: nn.Module, candidate: nn.Module, inputs: Sequence[Any], tolerances: Tolerances, seed: int
+) -> Comparison:
     for name, model in (("reference", reference), ("candidate", candidate)):
         if is_training(model):
             raise UsageError(f"the {name} is in training mode; call {name}.eval()")
-    if not isinstance(inputs, (list, tuple)):
-        raise UsageError(f"inputs is a {type(inputs).__name__}; pass a tuple of positional inputs, (x,)")
     values = drawn(reference, inputs, seed)
     if any(tensor.is_meta for model in (reference, candidate) for tensor in model.parameters()):
         return _unmeasured(ok=True, note="the model is on the meta device: nothing to compare")
@@ -88,7 +97,7 @@ def verify(
     if mismatch:
         return _unmeasured(ok=False, note=mismatch)
     truth, note = _float64_run(reference, values, seed, expected)
-    return _compared(expected, actual, truth, (rtol, atol), [*_doubts(reference, expected)], note)
+    return _compared(expected, actual, truth, tolerances, [*_doubts(reference, expected)], note)
 
 
 def _unmeasured(*, ok: bool, note: str) -> Comparison:
@@ -109,7 +118,6 @@ def drawn(model: nn.Module, inputs: Sequence[Any], seed: int) -> list[Any]:
 
 
 Outputs = dict[str, Any]
-Tolerances = tuple[float | None, float | None]
 
 
 @contextmanager

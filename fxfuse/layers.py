@@ -31,14 +31,25 @@ LINEAR_FUNCTIONS: dict[str, tuple[int, bool]] = {
     "conv_transpose2d": (2, True),
     "conv_transpose3d": (3, True),
 }
+# Convolutions of any number of spatial axes, transposed or not: the weight and an argument tell.
+CONVOLUTIONS = frozenset({"convolution", "_convolution"})
+# Products of two matrices, the second of which is a weight (in, out) → the arguments that are input, weight
+# and bias.
+PRODUCTS: dict[str, tuple[str, str, str | None]] = {
+    "addmm": ("mat1", "mat2", "self"),
+    "mm": ("self", "mat2", None),
+}
+LINEAR_NAMES = frozenset({*LINEAR_FUNCTIONS, *CONVOLUTIONS, *PRODUCTS})
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-# Norm function → the argument that says whether statistics of the input are used instead of the given ones.
-NORM_FUNCTIONS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
-# Norms that return a tuple: (normalised, statistics saved for the backward pass, ...).
-TUPLE_NORMS = {
-    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
-    *("_batch_norm_impl_index", "_batch_norm_no_update", "_batch_norm_with_update"),
-    *("_batch_norm_with_update_functional", "cudnn_batch_norm", "miopen_batch_norm"),
+# Norm function → whether statistics of the input are used instead of the given ones, or the argument that says
+# it. Those below the first line return a tuple: (normalised, statistics saved for the backward pass, ...).
+NORM_FUNCTIONS: dict[str, str | bool] = {
+    **{"batch_norm": "training", "instance_norm": "use_input_stats"},
+    **dict.fromkeys(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"), "training"),
+    **dict.fromkeys(("_native_batch_norm_legit", "_native_batch_norm_legit_functional"), "training"),
+    **dict.fromkeys(("_native_batch_norm_legit_no_training", "_batch_norm_no_update"), False),
+    **dict.fromkeys(("_batch_norm_with_update", "_batch_norm_with_update_functional"), True),
+    "_batch_norm_impl_index": "training",
 }
 _STATISTICS = ("running_mean", "running_var")
 # What a subclass may not override and still be taken for the class that it comes from.
@@ -94,7 +105,7 @@ def calls_norm(function: Any, seen: frozenset[Any] = frozenset()) -> bool:
     code = getattr(function, "__code__", None)
     if code is None or code in seen:
         return False
-    if not {*NORM_FUNCTIONS, *TUPLE_NORMS}.isdisjoint(code.co_names):
+    if not NORM_FUNCTIONS.keys().isdisjoint(code.co_names):
         return True
     called = [function.__globals__.get(name) for name in code.co_names]
     return any(

@@ -30,6 +30,7 @@ class Linear:
         transposed: whether the weight's axes are those of a transposed convolution.
         groups: number of groups.
         bordered: whether its borders see something else than its input: zeros, or less than the kernel.
+        rank: how many axes its input must have, if it is a product of matrices; None if it does not check.
     """
 
     input: fx.Node
@@ -41,6 +42,7 @@ class Linear:
     transposed: bool = False
     groups: int = 1
     bordered: bool = False
+    rank: int | None = None
 
 
 @dataclass(frozen=True)

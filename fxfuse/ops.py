@@ -6,7 +6,9 @@ norms are read here. What lets a map pass is in `fxfuse.table`, where operators 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,11 +26,13 @@ from fxfuse.calls import (
 )
 from fxfuse.constants import Constants
 from fxfuse.layers import (
+    CONVOLUTIONS,
     INSTANCE_NORMS,
     LINEAR_FUNCTIONS,
     LINEAR_LAYERS,
+    LINEAR_NAMES,
     NORM_FUNCTIONS,
-    TUPLE_NORMS,
+    PRODUCTS,
     code_calls_norm,
     has_statistics,
     is_known,
@@ -40,6 +44,7 @@ from fxfuse.objects import modules_outside
 from fxfuse.refusals import Code
 from fxfuse.replica import is_plain
 from fxfuse.table import LAYERS, LAYERS_LIKE_INPUT, LIKE_ALL, LIKE_INPUT, SPLITS, TRANSPARENT, Call, part
+from fxfuse.transparent import Within
 from fxfuse.tree import NORM_RANKS, attribute, has_hooks, joined, storage
 
 # Operators whose second argument gives its shape or dtype only.
@@ -199,10 +204,40 @@ class Reader:
         return self._linear(layer_input(node), names, LINEAR_LAYERS[kind], module.__dict__ | settings)
 
     def _linear_function(self, bound: Mapping[str, Any], name: str) -> Op:
-        names = [self._source(bound[part]) for part in ("weight", "bias")]
-        if names[0] is None or (names[1] is None and bound["bias"] is not None):
-            return Opaque(Code.OPERATOR_COMPUTED, str(bound["weight"] if names[0] is None else bound["bias"]))
-        return self._linear(bound["input"], (names[0], names[1]), LINEAR_FUNCTIONS[name], bound)
+        weight, bias = self._source(bound["weight"]), self._source(bound["bias"])
+        if weight is None or (bias is None and bound["bias"] is not None):
+            return Opaque(Code.OPERATOR_COMPUTED, str(bound["weight"] if weight is None else bound["bias"]))
+        if name in CONVOLUTIONS:
+            kind = (self.tensor(weight).dim() - 2, bound["transposed"])
+        else:
+            kind = LINEAR_FUNCTIONS[name]
+        return self._linear(bound["input"], (weight, bias), kind, bound)
+
+    def _product(self, bound: Mapping[str, Any], name: str) -> Op:
+        """A linear layer as the product of two matrices; the second is often a parameter, transposed."""
+        source, matrix, added = (None if each is None else bound[each] for each in PRODUCTS[name])
+        attribute = self._transposed_attribute(matrix)
+        weight, bias = attribute or self._source(matrix), self._source(added)
+        scaled = any(bound.get(factor, 1) != 1 for factor in ("alpha", "beta"))
+        if weight is None or (bias is None and added is not None) or scaled:
+            return Opaque(Code.OPERATOR_COMPUTED, str(matrix if weight is None else added))
+        op = self._linear(source, (weight, bias), (0, attribute is None), {})
+        if not isinstance(op, Linear):
+            return op
+        if bias is not None and self.tensor(bias).shape != (op.channels,):
+            return Opaque(Code.OPERATOR_COMPUTED, str(added))
+        return replace(op, rank=2)
+
+    def _transposed_attribute(self, value: Any) -> str | None:
+        """The name of the matrix of which `value` is the transpose, if it has one."""
+        if value not in self.constants or value.op == "get_attr" or len(value.all_input_nodes) != 1:
+            return None
+        name = attribute_name(value.all_input_nodes[0])
+        matrix, given = None if name is None else self.tensor(name), self.tensor(value)
+        if matrix is None or matrix.dim() != 2 or storage(matrix) != storage(given):
+            return None
+        same = given.stride() == matrix.t().stride() and given.storage_offset() == matrix.storage_offset()
+        return name if same and given.shape == matrix.t().shape else None
 
     def _source(self, value: Any) -> TensorName | None:
         """A constant as a name, if it is a parameter or buffer, or as a node, if it is computed."""
@@ -225,28 +260,37 @@ class Reader:
         out, into = weight.shape[0], weight.shape[1] * groups
         if transposed:
             out, into = weight.shape[1] * groups, weight.shape[0]
-        bordered = transposed or (dims > 0 and _pads_with_zeros(settings, weight.shape[2:]))
+        bordered = dims > 0 and (transposed or _pads_with_zeros(settings, weight.shape[2:]))
         return Linear(source, *names, out, into, dims, transposed, groups, bordered)
 
     def _norm_function(self, node: fx.Node, bound: Mapping[str, Any], kind: str) -> Op:
         name = _norm_name(node, bound)
-        if kind == "instance_norm" and bound[NORM_FUNCTIONS[kind]] is True:
+        trains = NORM_FUNCTIONS[kind]
+        trains = bound[trains] if isinstance(trains, str) else trains
+        if kind == "instance_norm" and trains is True:
             return Opaque(detail=f"{name} (instance_norm without running statistics)")
-        if bound["running_mean"] is None or bound["running_var"] is None:
+        if bound.get("running_mean") is None or bound["running_var"] is None:
             return LeftNorm(name, Code.BATCH_STATISTICS)
-        if bound[NORM_FUNCTIONS[kind]] is not False:
+        if trains is not False:
             return LeftNorm(name, Code.NORM_TRAINING)
+        if gives_several(node) and not self._gives_first_only(node):
+            return LeftNorm(name, Code.TUPLE_OUTPUT)
         parts = {part: bound[part] for part in ("running_mean", "running_var", "weight", "bias")}
         names = {part: attribute_name(value) for part, value in parts.items()}
         mean, var = names["running_mean"], names["running_var"]
         computed = any(names[part] is None and value is not None for part, value in parts.items())
-        if computed or mean is None or var is None or not isinstance(bound["eps"], (int, float)):
+        eps = bound.get("eps", bound.get("epsilon"))
+        if computed or mean is None or var is None or not isinstance(eps, (int, float)):
             return LeftNorm(name, Code.NORM_COMPUTED)
         channels = self.tensor(mean).numel()
         return self._if_constant(
-            Norm(
-                bound["input"], name, mean, var, names["weight"], names["bias"], float(bound["eps"]), channels
-            )
+            Norm(bound["input"], name, mean, var, names["weight"], names["bias"], float(eps), channels)
+        )
+
+    def _gives_first_only(self, node: fx.Node) -> bool:
+        """Whether of the values that `node` gives nobody reads any but the first."""
+        return all(
+            user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users
         )
 
     def _if_constant(self, norm: Norm) -> Op:
@@ -283,16 +327,25 @@ class Reader:
         bound = _bound(node)
         if bound is None:
             return Opaque(detail=described)
-        if node.op == "call_function" and name in LINEAR_FUNCTIONS:
-            return self._linear_function(bound, name)
-        if name in TUPLE_NORMS:
-            return LeftNorm(_norm_name(node, bound), Code.TUPLE_OUTPUT)
+        if node.op == "call_function" and name in LINEAR_NAMES:
+            return self._product(bound, name) if name in PRODUCTS else self._linear_function(bound, name)
         if node.op == "call_function" and name in NORM_FUNCTIONS:
             return self._norm_function(node, bound, name)
-        if name == "getitem" and isinstance(self.read(node.all_input_nodes[0]), Split):
-            return self._part(node.all_input_nodes[0], bound["index"]) or Opaque(detail=node.name)
-        found = None if gives_several(node) else self._passed(name, bound)
+        if name == "getitem":
+            found = self._item(node, bound)
+        else:
+            passes = not gives_several(node) or self._gives_first_only(node)
+            found = self._passed(name, bound) if passes else None
         return found or Opaque(detail=described, like=self._like(name, bound))
+
+    def _item(self, node: fx.Node, bound: Mapping[str, Any]) -> Op | None:
+        source = bound["input"]
+        if isinstance(source, fx.Node) and isinstance(self.read(source), Split):
+            return self._part(source, bound["index"])
+        if isinstance(source, fx.Node) and gives_several(source):
+            # The operator is read as if it gave its first value alone; nobody reads the others.
+            return Within(source) if self._gives_first_only(source) else None
+        return self._passed("getitem", bound)
 
     def _passed(self, name: str, bound: Mapping[str, Any]) -> Op | None:
         first = next(iter(bound.values()), None)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from fxfuse.capture import Capture, capture, check_usable
@@ -18,6 +19,7 @@ from fxfuse.keep import fold_called, fold_inside
 from fxfuse.ops import Reader
 from fxfuse.options import choices
 from fxfuse.planner import planned
+from fxfuse.program import fold_program
 from fxfuse.records import Report
 from fxfuse.replica import isolated, replicate
 from fxfuse.rewrite import rewrite
@@ -27,12 +29,29 @@ from fxfuse.tree import is_training
 _RECORD = "fxfuse_report"
 
 
+@overload
 def fuse(
-    model: nn.Module, *, example_inputs: Sequence[Any] | None = None, keep_modules: bool = False
-) -> nn.Module:
+    model: ExportedProgram, *, example_inputs: Sequence[Any] | None = ..., keep_modules: bool = ...
+) -> ExportedProgram: ...
+
+
+@overload
+def fuse(
+    model: nn.Module, *, example_inputs: Sequence[Any] | None = ..., keep_modules: bool = ...
+) -> nn.Module: ...
+
+
+def fuse(
+    model: nn.Module | ExportedProgram,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    keep_modules: bool = False,
+) -> nn.Module | ExportedProgram:
     """A new module that computes the same function as `model`, with the norms folded away.
 
-    It is a ``torch.fx.GraphModule`` where the whole model can be traced. Where it cannot, or where forward
+    Of an exported program, in the ATen dialect, before or after ``run_decompositions``, it is an exported
+    program with the same inputs, outputs and dynamic shapes; parameters that are no longer used are gone from
+    its signature and state_dict. Of a module it is a ``torch.fx.GraphModule`` where the whole model can be traced. Where it cannot, or where forward
     takes options (arguments that default to None, a bool, a str, a dtype or a device, or that it compares
     with None), of which a graph could hold one choice only, it is a module of the same class, folded inside.
 
@@ -40,7 +59,7 @@ def fuse(
     source, so an in-place change of one shows in the other; ``copy.deepcopy`` of the result parts them.
 
     Args:
-        model: a module in eval mode, or a ``torch.fx.GraphModule``.
+        model: a module in eval mode, a ``torch.fx.GraphModule``, or a ``torch.export.ExportedProgram``.
         example_inputs: positional inputs; a ``torch.Size`` stands for a random tensor of that shape. With
             them the number of axes of every value is known, which some norms after linear layers need,
             and the result is verified before it is returned.
@@ -49,7 +68,7 @@ def fuse(
 
     Raises:
         UsageError: the model is in training mode, is no module, has lazy parameters that are not
-            initialised, or rejects the example inputs.
+            initialised, or rejects the example inputs; or modules of an exported program are to be kept.
         VerificationError: the result differs from `model` on the example inputs.
     """
     fused, report = _folded(model, example_inputs, keep_modules)
@@ -67,7 +86,10 @@ def fuse(
 
 
 def explain(
-    model: nn.Module, *, example_inputs: Sequence[Any] | None = None, keep_modules: bool = False
+    model: nn.Module | ExportedProgram,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    keep_modules: bool = False,
 ) -> Report:
     """The report that ``fuse`` would give, less the verification; nothing is changed.
 
@@ -76,7 +98,7 @@ def explain(
     return _folded(model, example_inputs, keep_modules)[1]
 
 
-def report(fused: nn.Module) -> Report:
+def report(fused: nn.Module | ExportedProgram) -> Report:
     """What became of every norm of the model that `fused` was made from.
 
     Raises:
@@ -92,11 +114,16 @@ def report(fused: nn.Module) -> Report:
 
 
 def _folded(
-    model: nn.Module, example_inputs: Sequence[Any] | None, keep_modules: bool
-) -> tuple[nn.Module, Report]:
+    model: nn.Module | ExportedProgram, example_inputs: Sequence[Any] | None, keep_modules: bool
+) -> tuple[nn.Module | ExportedProgram, Report]:
     if example_inputs is not None and not isinstance(example_inputs, (list, tuple)):
         found = type(example_inputs).__name__
         raise UsageError(f"example_inputs is a {found}; pass a tuple of positional inputs, (x,)")
+    if isinstance(model, ExportedProgram):
+        if keep_modules:
+            raise UsageError("an exported program has no modules to keep; fold it without keep_modules=True")
+        with torch.inference_mode(False), torch.no_grad():
+            return fold_program(model)
     check_usable(model)
     if is_training(model):
         raise UsageError(

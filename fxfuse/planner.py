@@ -43,3 +43,12 @@ def planned(
         if not failed:
             return plan, solution
         barred |= {(move.node, move.direction): code for move, code in failed.items()}
+
+
+def nothing_planned(
+    graph: fx.Graph, reader: Reader, shapes: GraphShapes, code: Code
+) -> tuple[Plan, Solution]:
+    """A plan without moves: all norms are left, for that reason if there is no other."""
+    directions: tuple[Direction, ...] = ("backward", "forward")
+    barred = {(node, direction): code for node in graph.nodes for direction in directions}
+    return match(graph, reader, shapes, barred), Solution()

@@ -66,6 +66,16 @@ class Code(Enum):
         "without it a value would lie in memory in an order that the code after it may not accept",
         "write reshape instead of view, or call contiguous() before the norm",
     )
+    RESHAPED = Explanation(
+        "FXF110",
+        "an operator changes the shape of a tensor in place, after which no shape in the graph is certain",
+        "write transpose, squeeze, ... instead of transpose_, squeeze_, ...",
+    )
+    GRADIENTS = Explanation(
+        "FXF111",
+        "the graph is to give gradients of its parameters, which do not get through a fold",
+        'call the model under torch.no_grad(), or compile it with options={"refold": "always"}',
+    )
     BATCH_STATISTICS = Explanation(
         "FXF201",
         "it has no running statistics and normalises by those of the batch",

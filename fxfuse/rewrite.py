@@ -15,8 +15,9 @@ from itertools import count
 import torch
 from torch import Tensor, fx, nn
 
-from fxfuse.calls import given_arguments, operator_name
+from fxfuse.calls import given_arguments, gives_several, operator_name, set_argument
 from fxfuse.capture import Capture
+from fxfuse.layers import PRODUCTS
 from fxfuse.layout import VIEWS
 from fxfuse.nodes import Linear, Norm
 from fxfuse.ops import Reader
@@ -44,7 +45,7 @@ def rewrite(
         _assert_rank(node, rank)
     for view in plan.views:
         _as_reshape(view)
-    bypass(capture.graph, {move.node: move.source.input for move in plan.moves})
+    bypass(capture.graph, gone(plan))
     drop_unused(capture.graph, reader)
     moved = {move.node for move in plan.moves}
     whole = {first: parts for first, parts in plan.written_out.items() if moved.issuperset(parts)}
@@ -60,6 +61,12 @@ def rewrite(
         elif move.node not in rest:
             constants.append(Fold(move.node.name, names, move.direction))
     return norms, constants
+
+
+def gone(plan: Plan) -> dict[fx.Node, fx.Node]:
+    """The nodes that `plan` takes away, and what is read in the place of each."""
+    found = {move.node: move.source.input for move in plan.moves}
+    return found | {user: node for node in found if gives_several(node) for user in node.users}
 
 
 class _Editor:
@@ -99,17 +106,29 @@ class _Editor:
         return node.target
 
     def _set_arguments(self, node: fx.Node, linear: Linear, weight: Tensor, bias: Tensor | None) -> str:
-        names = {"weight": self._own_name(node, linear.weight) or self._fresh(f"{node.name}.weight")}
-        self._set(names["weight"], weight)
+        _, weight_argument, bias_argument = PRODUCTS.get(operator_name(node), ("input", "weight", "bias"))
+        given = given_arguments(node)[weight_argument]
+        # Of a linear layer that is a product of matrices the weight is often transposed in the graph.
+        transposes = isinstance(linear.weight, str) and given.op != "get_attr"
+        reader = given if transposes and set(given.users) == {node} else node
+        name = self._own_name(reader, linear.weight) or self._fresh(f"{node.name}.weight")
+        self._set(name, weight)
+        with self.graph.inserting_before(node):
+            new = self.graph.get_attr(name)
+            moved = self.graph.node_copy(given, lambda _: new) if transposes else new
+        set_argument(node, weight_argument, moved)
         if bias is not None:
             own = None if linear.bias is None else self._own_name(node, linear.bias, copy=False)
-            names["bias"] = own or self._bias_name(names["weight"])
-            self._set(names["bias"], bias)
-        with self.graph.inserting_before(node):
-            attributes = {argument: self.graph.get_attr(name) for argument, name in names.items()}
-        node.kwargs = {**given_arguments(node), **attributes}
-        node.args = ()
-        return names["weight"].removesuffix(".weight")
+            bias_name = own or self._bias_name(name)
+            self._set(bias_name, bias)
+            with self.graph.inserting_before(node):
+                added = self.graph.get_attr(bias_name)
+            if bias_argument is None:
+                node.target = torch.addmm if node.target is torch.mm else torch.ops.aten.addmm.default
+                node.args = (added, *node.args)
+            else:
+                set_argument(node, bias_argument, added)
+        return name.removesuffix(".weight")
 
     def _own_name(self, node: fx.Node, name: str | fx.Node, *, copy: bool = True) -> str | None:
         """`name` if it is one that `node` alone uses, else that of a copy; None for what has no name."""

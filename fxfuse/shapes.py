@@ -7,6 +7,9 @@ a number only where weights or arguments fix it; any other is a symbol, which eq
 The number of axes of a value comes from what made it; or from a norm or an assertion that checks it; or from
 a run with example inputs; or, for a convolution, from the assumption that its input has a batch axis. The
 last two are assumed, not known: whoever uses them asks `assumed` for what the graph has to assert.
+
+A compiler's graph is different: Dynamo and torch.export guard what they have seen. There the number of axes
+is known, and every size: it is a number, or an expression of the compiler's symbols, equal to those alike.
 """
 
 from __future__ import annotations
@@ -46,12 +49,16 @@ class GraphShapes:
         reader: reads its nodes.
         observed: the values' shapes and dtypes on a run with example inputs, of which only the number of
             axes and the dtype are used. Those on the run of torch.export are in the graph itself.
+        guarded: whether the graph is never run on other shapes than those observed, up to symbols in them.
     """
 
-    def __init__(self, graph: fx.Graph, reader: Reader, observed: Mapping[fx.Node, Tensor]) -> None:
+    def __init__(
+        self, graph: fx.Graph, reader: Reader, observed: Mapping[fx.Node, Any], *, guarded: bool = False
+    ) -> None:
         self._graph = graph
         self._reader = reader
         self._observed = observed
+        self._guarded = guarded
         self._shapes: dict[fx.Node, Shape | None] = {}
         self._assumed: dict[fx.Node, frozenset[tuple[fx.Node, int]]] = {}
         self._least: dict[fx.Node, int] = {}
@@ -79,6 +86,10 @@ class GraphShapes:
         """The shape that `node` had on the run with example inputs."""
         return self._observed[node].shape if node in self._observed else None
 
+    def _value(self, node: fx.Node) -> Tensor | None:
+        value = self._observed.get(node, node.meta.get("val"))
+        return value if isinstance(value, Tensor) and node not in self._reader.constants else None
+
     def assumed(self, node: fx.Node) -> frozenset[tuple[fx.Node, int]]:
         """The numbers of axes that are assumed, of some nodes, where the shape of `node` is known."""
         self.of(node)
@@ -88,6 +99,8 @@ class GraphShapes:
         """The number that an argument of a call is: a number, a known size, or arithmetic of those."""
         if not isinstance(value, fx.Node):
             return value if isinstance(value, int) else None
+        if self._guarded and (seen := self._observed.get(value, value.meta.get("val"))) is not None:
+            return _guarded_size(seen)
         if value.target in _ARITHMETIC and not value.kwargs:
             left, right = (self.size(argument) for argument in value.args)
             known = isinstance(left, int) and isinstance(right, int)
@@ -104,7 +117,7 @@ class GraphShapes:
 
     def _least_rank(self, op: Op) -> int:
         if isinstance(op, Linear):
-            return op.dims + 1
+            return op.rank or op.dims + 1
         if isinstance(op, Norm):
             return max(self._least[op.input], min(op.ranks or {2}))
         if isinstance(op, Affine):
@@ -124,12 +137,13 @@ class GraphShapes:
             assumed = frozenset[tuple[fx.Node, int]]().union(
                 *(self._assumed[each] for each in node.all_input_nodes)
             )
-            seen = self._observed.get(node, node.meta.get("val"))
-            seen = seen if isinstance(seen, Tensor) and node not in self._reader.constants else None
+            seen = self._value(node)
             rank = self._checked.get(node)
             if rank is not None and rank.assumed and (shape is not None or seen is not None):
                 rank = None
-            if rank is None and shape is None and seen is not None:
+            if seen is not None and self._guarded:
+                shape, rank, assumed = tuple(map(_guarded_size, seen.shape)), None, frozenset()
+            elif rank is None and shape is None and seen is not None:
                 rank = _Rank(seen.dim(), frozenset({(node, seen.dim())}))
             if rank is not None and (shape is None or len(shape) == rank.number):
                 shape, assumed = shape or (None,) * rank.number, rank.assumed
@@ -183,6 +197,8 @@ class GraphShapes:
                 found[op.input] = _Rank(op.takes)
             if asserted is not None:
                 found[node] = _Rank(asserted)
+            elif isinstance(op, Linear) and op.rank is not None:
+                found[op.input] = found[node] = _Rank(op.rank)
             elif isinstance(op, Linear) and op.dims:
                 found.setdefault(node, _Rank(op.dims + 2, frozenset({(node, op.dims + 2)})))
             if node not in found:
@@ -210,6 +226,14 @@ class GraphShapes:
             elif isinstance(op, Norm) and not op.unbatched:
                 found.setdefault(op.input, []).append((1, op.channels))
         return found
+
+
+def _guarded_size(size: Any) -> Size:
+    """The expression of one of the compiler's symbols; None for what is no size."""
+    if isinstance(size, torch.SymInt):
+        expression = size.node.expr
+        return int(expression) if expression.is_Integer else expression
+    return size if type(size) is int else None
 
 
 def _with_channels(shape: Shape, op: Op) -> Shape:

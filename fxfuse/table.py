@@ -304,10 +304,11 @@ def _named(builder: Builder, *names: str) -> dict[str, Builder]:
 TRANSPARENT: Mapping[str, Builder] = {
     **_named(_same, "contiguous", "clone", "identity"),
     **_named(_dropout, "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"),
-    **_named(_dropout, "alpha_dropout", "feature_alpha_dropout"),
+    **_named(_dropout, "alpha_dropout", "feature_alpha_dropout", "native_dropout"),
     **{f"avg_pool{dims}d": _average_pool(dims) for dims in (1, 2, 3)},
     **{f"{head}adaptive_avg_pool{d}d": _adaptive_average_pool(d) for d in (1, 2, 3) for head in ("", "_")},
     **{f"{head}max_pool{dims}d": _max_pool(dims) for dims in (1, 2, 3) for head in ("", "adaptive_")},
+    **{f"max_pool{dims}d_with_indices": _max_pool(dims) for dims in (2, 3)},
     "mean": _reduced(),
     "sum": _reduced(stops_shift=Code.PADDING),
     "amax": _reduced(monotone=True),
@@ -375,7 +376,7 @@ LIKE_INPUT = frozenset(
     {
         *("relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid"),
         *("tanh", "hardswish", "hardsigmoid", "hardtanh", "softplus", "softsign"),
-        *("layer_norm", "group_norm", "normalize"),
+        *("layer_norm", "group_norm", "normalize", "native_layer_norm", "native_group_norm"),
     }
 )
 LAYERS_LIKE_INPUT = (

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 # The norms of torch.nn that have running statistics, and how many axes they let their input have; None:
 # they do not check. Those of instance norms may lack the batch axis.
@@ -36,6 +37,11 @@ def is_below(name: str, owner: str) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` runs more than its forward."""
     return any(getattr(module, hooks, None) for hooks in HOOKS)
+
+
+def as_module(model: nn.Module | ExportedProgram) -> nn.Module:
+    """The module that runs an exported program; anything else as it is."""
+    return model.module() if isinstance(model, ExportedProgram) else model
 
 
 def is_training(model: nn.Module) -> bool:

@@ -1,0 +1,95 @@
+"""Graphs whose parameters and buffers are inputs, as compilers make them: with attributes in their place, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxfuse.capture import Capture
+from fxfuse.tree import attribute
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """A copy of a graph, in which parameters and buffers are attributes.
+
+    Attributes:
+        capture: the copy. The inputs are still there, read by nobody.
+        inputs: the inputs of the copy that stood for the attributes of these names.
+    """
+
+    capture: Capture
+    inputs: Mapping[str, fx.Node]
+
+
+def lift(source: fx.GraphModule, names: Mapping[int, str], tensors: Mapping[str, Tensor]) -> Lifted:
+    """Makes attributes of inputs.
+
+    Args:
+        source: the module, which is not changed; what else it reads as an attribute is shared.
+        names: the qualified names of parameters and buffers, by their places among the inputs.
+        tensors: their values.
+    """
+    graph, root = fx.Graph(), nn.Module()
+    output = graph.graph_copy(source.graph, {}, return_output_node=True)
+    assert isinstance(output, tuple)
+    graph.output(output[0]).meta = dict(output[1].meta)
+    for node in graph.find_nodes(op="get_attr"):
+        put(root, str(node.target), attribute(source, str(node.target)))
+    placeholders = graph.find_nodes(op="placeholder")
+    inputs = {name: placeholders[place] for place, name in names.items()}
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        for name, placeholder in inputs.items():
+            put(root, name, tensors[name])
+            placeholder.replace_all_uses_with(graph.get_attr(name))
+    return Lifted(Capture(root, graph, type(source).__name__), inputs)
+
+
+def lower(lifted: Lifted, new_input: Callable[[str, Tensor], fx.Node]) -> dict[fx.Node, str]:
+    """Makes inputs of the attributes again; those that nobody reads are gone.
+
+    Args:
+        lifted: what `lift` gave, edited since.
+        new_input: makes an input for an attribute of that name and value that has come in.
+
+    Returns:
+        The inputs that stand for attributes, and their names.
+    """
+    graph, inputs = lifted.capture.graph, dict(lifted.inputs)
+    for node in graph.find_nodes(op="get_attr"):
+        name, value = str(node.target), attribute(lifted.capture.root, str(node.target))
+        if not isinstance(value, Tensor):
+            continue
+        if name not in inputs:
+            inputs[name] = new_input(name, value)
+        node.replace_all_uses_with(inputs[name])
+        graph.erase_node(node)
+    for name, placeholder in lifted.inputs.items():
+        if not placeholder.users:
+            graph.erase_node(placeholder)
+            del inputs[name]
+    return {placeholder: name for name, placeholder in inputs.items()}
+
+
+def put(root: nn.Module, name: str, value: object) -> None:
+    """Makes `value` the attribute of that qualified name, whatever kind of attribute that is."""
+    *owners, leaf = name.split(".")
+    module = root
+    for owner in owners:
+        inner = module._modules.setdefault(owner, nn.Module())
+        assert inner is not None
+        module = inner
+    for place in (module._parameters, module._buffers, module._modules, module.__dict__):
+        place.pop(leaf, None)
+    if isinstance(value, nn.Parameter):
+        module._parameters[leaf] = value
+    elif isinstance(value, torch.Tensor):
+        module._buffers[leaf] = value
+    elif isinstance(value, nn.Module):
+        module._modules[leaf] = value
+    else:
+        module.__dict__[leaf] = value
