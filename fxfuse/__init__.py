@@ -7,8 +7,9 @@
 from fxfuse._version import __version__
 from fxfuse.comparison import verify
 from fxfuse.errors import CaptureError, FxfuseError, UsageError, VerificationError
-from fxfuse.pipeline import explain, fuse, report
+from fxfuse.pipeline import explain, fuse
 from fxfuse.records import Comparison, Fold, Refusal, Report
+from fxfuse.reports import report
 
 __all__ = [
     "CaptureError",

@@ -49,8 +49,8 @@ class AffineMap:
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """`tensor` in float64, detached; on the CPU where the device has no float64 (Apple's MPS)."""
-    return tensor.detach().to(device=_double(tensor.device), dtype=torch.float64)
+    """`tensor` in float64; on the CPU where the device has no float64 (Apple's MPS)."""
+    return tensor.to(device=_double(tensor.device), dtype=torch.float64)
 
 
 def _double(device: torch.device) -> torch.device:

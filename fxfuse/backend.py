@@ -1,36 +1,43 @@
 """``torch.compile(model, backend="fxfuse")``: norms are folded in the graphs that Dynamo captures.
 
-Dynamo hands over a graph whose parameters and buffers are inputs. They are lifted to attributes, the engine
-folds the graph, and then what is left of them, and the folded weights, become inputs once more: nothing is
-baked into compiled code. So the compiled model follows its weights. Before each call it is seen whether a
-tensor that went into the folds has changed; if so these weights alone are folded again.
+Dynamo hands over a graph whose parameters and buffers are inputs. They are lifted to attributes, and the
+engine folds the graph. Nothing is baked into compiled code: either the folded weights become inputs once
+more, and follow those that they come from (`fxfuse.following`), or they are computed in the graph itself, on
+every call, so that gradients get through (`fxfuse.inside`).
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend
+from torch._guards import CompileContext
 
-from fxfuse.capture import Capture
+from fxfuse.capture import reshaped_in_place
 from fxfuse.errors import UsageError
+from fxfuse.following import Followers
+from fxfuse.inside import inline, traced
+from fxfuse.lifting import Lifted, lift, lower
 from fxfuse.ops import Reader
-from fxfuse.planner import planned
+from fxfuse.plan import Plan
+from fxfuse.planner import nothing_planned, planned
 from fxfuse.records import Report
+from fxfuse.refusals import Code
+from fxfuse.reports import attach_compiled
 from fxfuse.rewrite import rewrite
 from fxfuse.shapes import GraphShapes
-from fxfuse.solve import solve
 from fxfuse.tree import attribute
 
 _LOG = logging.getLogger("fxfuse")
 _PARTS = re.compile(r"\['(\w+)'\]")
+_REFOLD = ("changed", "always")
 # How Dynamo marks inputs that are the same tensor in every call, unless the user puts another in its place.
 _STATIC = "_dynamo_static_input_type"
 
@@ -44,112 +51,71 @@ def backend(
 ) -> Callable[..., Any]:
     """What Dynamo calls with each graph that it captures; found as "fxfuse" by its entry point.
 
-    A graph that is to give gradients of its parameters is handed on as it is. What became of the norms is
-    logged, at level INFO of the logger "fxfuse".
+    What became of the norms is told by ``fxfuse.report(compiled_model)``, and by the logger "fxfuse" at level
+    INFO.
 
     Args:
         graph_module: a graph of torch's functions, with the parameters among its inputs.
         example_inputs: one example for each input: of a parameter that parameter.
         mode: a mode of Inductor.
-        options: ``then``: the backend that compiles the folded graph, "inductor" by default.
+        options: ``then``: the backend that compiles the folded graph, "inductor" by default. ``refold``:
+            "changed", the default, folds again before a call what has changed since the last one, and leaves
+            graphs as they are that are to give gradients of their parameters; "always" folds inside of the
+            compiled graph, on every call, and differentiably.
 
     Raises:
         UsageError: an option or a backend is not known, or a mode is given for another one than Inductor.
     """
-    then = _then(mode, **(options or {}))
+    then, always = _choices(mode, **(options or {}))
     names = _static_inputs(graph_module, example_inputs)
-    trains = torch.is_grad_enabled() and any(example_inputs[place].requires_grad for place in names.values())
-    if trains or not names:
-        reason = "is to give gradients of its parameters" if trains else "has no parameters"
-        _LOG.info("a graph is not folded: it %s", reason)
+    tensors: dict[str, Tensor] = {name: example_inputs[place] for place, name in names.items()}
+    lifted = lift(graph_module, names, tensors)
+    originals = {node: place for place, node in enumerate(lifted.capture.graph.find_nodes(op="placeholder"))}
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
+    # A change of a tensor that was made in inference mode could not be noticed.
+    always = always or any(tensor.is_inference() for tensor in tensors.values())
+    with torch.no_grad():
+        reader = Reader(lifted.capture.root, lifted.capture.graph)
+        plan = _planned(lifted.capture.graph, reader, always=always, trains=trains)
+        followers = Followers(plan, reader, {name: place for place, name in names.items()}, example_inputs)
+        recipe = traced(plan, reader, tensors) if always else None
+        norms, constants = rewrite(lifted.capture, plan, followers.solution, reader)
+        if recipe is not None:
+            inline(lifted, recipe, followers.solution, tensors)
+    report = Report(lifted.capture.name, tuple(norms), plan.refusals, tuple(constants))
+    attach_compiled(tensors.values(), _code(graph_module), report)
+    _LOG.info("%s", report)
+    if not plan.moves:
         return then(graph_module, example_inputs)
-    return _Following(graph_module, example_inputs, names, then)
+    given = _lowered(lifted, tensors, originals)
+    module = _as_dynamo_does(lifted, graph_module, originals)
+    compiled = then(module, [_value(each, example_inputs) for each in given])
+
+    def run(*inputs: Any) -> Any:
+        if not always and not followers.follow(inputs):
+            return graph_module(*inputs)
+        return compiled(*(_value(each, inputs) for each in given))
+
+    return run
 
 
-class _Following:
-    """The folded graph, compiled, which follows the weights that it was folded from.
-
-    Args:
-        graph_module: the graph as Dynamo gives it.
-        inputs: an example for each of its inputs.
-        names: the places of parameters and buffers among the inputs, by the names that they get.
-        then: compiles the folded graph.
-    """
-
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        inputs: Sequence[Any],
-        names: Mapping[str, int],
-        then: Callable[..., Callable[..., Any]],
-    ) -> None:
-        self._eager = graph_module
-        self._names = names
-        self._rest = [place for place in range(len(inputs)) if place not in {*names.values()}]
-        graph = _lifted(graph_module.graph, names)
-        self._root = _root(names, inputs)
-        self._reader = Reader(self._root, graph)
-        folded = Capture(_root(names, inputs), graph, type(graph_module).__name__)
-        with torch.no_grad():
-            shapes = GraphShapes(graph, self._reader, _observed(graph))
-            self._plan, solution = planned(graph, self._reader, shapes)
-            norms, constants = rewrite(folded, self._plan, solution, self._reader)
-        _LOG.info("%s", Report(folded.name, tuple(norms), self._plan.refusals, tuple(constants)))
-        tensors = _lowered(folded)
-        self._tensors: dict[tuple[fx.Node, int], Tensor] = {
-            (node, part): tensor
-            for node, pair in solution.tensors.items()
-            for part, tensor in enumerate(pair)
-            if tensor is not None
-        }
-        origins: dict[int, int | tuple[fx.Node, int]] = {id(inputs[place]): place for place in names.values()}
-        origins |= {id(tensor): recipe for recipe, tensor in self._tensors.items()}
-        self._given = [origins[id(tensor)] for tensor in tensors]
-        self._is_folded = True
-        self._state = self._seen(inputs)
-        module = _as_dynamo_does(fx.GraphModule(nn.Module(), graph), graph_module, len(tensors), self._rest)
-        for tensor in self._tensors.values():
-            torch._dynamo.mark_static_address(tensor, guard=False)
-        self._compiled = then(module, [*tensors, *(inputs[place] for place in self._rest)])
-
-    def __call__(self, *inputs: Any) -> Any:
-        if any(
-            inputs[place] is not tensor or tensor._version != version or tensor.data_ptr() != address
-            for place, tensor, version, address in self._state
-        ):
-            self._fold_again(inputs)
-        if not self._is_folded:
-            return self._eager(*inputs)
-        given = (inputs[each] if isinstance(each, int) else self._tensors[each] for each in self._given)
-        return self._compiled(*given, *(inputs[place] for place in self._rest))
-
-    def _seen(self, inputs: Sequence[Any]) -> list[tuple[int, Tensor, int, int]]:
-        """What shows that a tensor has changed: another object, another version, other memory."""
-        return [
-            (place, inputs[place], inputs[place]._version, inputs[place].data_ptr())
-            for place in self._names.values()
-        ]
-
-    def _fold_again(self, inputs: Sequence[Any]) -> None:
-        for name, place in self._names.items():
-            _put(self._root, name, inputs[place])
-        self._reader.forget_tensors()
-        with torch.no_grad():
-            solution = solve(self._plan, self._reader, {})
-            self._is_folded = not solution.failed
-            if self._is_folded:
-                for (node, part), tensor in self._tensors.items():
-                    new = solution.tensors[node][part]
-                    assert new is not None
-                    tensor.copy_(new)
-            else:
-                _LOG.warning("the new weights cannot be folded; the graph runs as it was")
-        self._state = self._seen(inputs)
+def _planned(graph: fx.Graph, reader: Reader, *, always: bool, trains: bool) -> Plan:
+    shapes = GraphShapes(graph, reader, _observed(graph), guarded=True)
+    if reshaped_in_place(graph) is not None:
+        return nothing_planned(graph, reader, shapes, Code.RESHAPED)
+    if trains and not always:
+        return nothing_planned(graph, reader, shapes, Code.GRADIENTS)
+    return planned(graph, reader, shapes, fixed=not always)[0]
 
 
-def _then(mode: str | None, then: str = "inductor", **unknown: Any) -> Callable[..., Callable[..., Any]]:
+def _choices(
+    mode: str | None, then: str = "inductor", refold: str = "changed", **unknown: Any
+) -> tuple[Callable[..., Callable[..., Any]], bool]:
+    """The compiler of the folded graph, and whether to fold in it."""
     if unknown:
-        raise UsageError(f"backend fxfuse has no options {', '.join(sorted(unknown))}; it has: then")
+        raise UsageError(f"backend fxfuse has no options {', '.join(sorted(unknown))}; it has: then, refold")
+    if refold not in _REFOLD:
+        raise UsageError(f"refold={refold!r} is neither of {', '.join(map(repr, _REFOLD))}")
     if mode is not None and then != "inductor":
         raise UsageError(f"mode={mode!r} is one of Inductor, not of {then!r}")
     try:
@@ -159,80 +125,66 @@ def _then(mode: str | None, then: str = "inductor", **unknown: Any) -> Callable[
             f"then={then!r} is no backend of torch.compile; torch.compiler.list_backends()"
         ) from error
     patches = {} if mode is None else {"config_patches": torch._inductor.list_mode_options(mode)}
-    return partial(found, **patches)
+    return partial(found, **patches), refold == "always"
 
 
-def _static_inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:
-    """The places of parameters and buffers, by their qualified names where Dynamo tells them."""
-    found: dict[str, int] = {}
+def _static_inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, str]:
+    """The names of parameters and buffers, qualified where Dynamo tells them, by their places."""
+    found: dict[int, str] = {}
     for place, node in enumerate(graph_module.graph.find_nodes(op="placeholder")):
         if isinstance(inputs[place], Tensor) and getattr(inputs[place], _STATIC, None):
             name = ".".join(_PARTS.findall(node.meta["grapharg"].source.name)[1:])
-            found[name if name and name not in found else node.name] = place
+            found[place] = name if name and name not in found.values() else node.name
     return found
 
 
-def _lifted(source: fx.Graph, names: Mapping[str, int]) -> fx.Graph:
-    """A copy of the graph in which parameters and buffers are attributes of those names."""
-    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    graph.output(graph.graph_copy(source, copies))
-    inputs = [copies[node] for node in source.find_nodes(op="placeholder")]
-    for name, place in names.items():
-        with graph.inserting_before(inputs[place]):
-            node = graph.get_attr(name)
-        inputs[place].replace_all_uses_with(node)
-        graph.erase_node(inputs[place])
-    return graph
+def _observed(graph: fx.Graph) -> dict[fx.Node, Any]:
+    """What Dynamo saw: it guards numbers of axes, sizes and dtypes, and compiles anew for others."""
+    return {node: node.meta["example_value"] for node in graph.nodes if "example_value" in node.meta}
 
 
-def _root(names: Mapping[str, int], inputs: Sequence[Any]) -> nn.Module:
-    root = nn.Module()
-    for name, place in names.items():
-        _put(root, name, inputs[place])
-    return root
+def _code(graph_module: fx.GraphModule) -> Hashable:
+    """What stands for the piece of Python code that a graph comes from, in all its compilations."""
+    compilation = CompileContext.current_compile_id()
+    return id(graph_module) if compilation is None else compilation.frame_id
 
 
-def _put(root: nn.Module, name: str, value: Tensor) -> None:
-    *owners, leaf = name.split(".")
-    module = root
-    for owner in owners:
-        inner = module._modules.setdefault(owner, nn.Module())
-        assert inner is not None
-        module = inner
-    if isinstance(value, nn.Parameter):
-        module._buffers.pop(leaf, None)
-        module._parameters[leaf] = value
-    else:
-        module._parameters.pop(leaf, None)
-        module._buffers[leaf] = value
+def _lowered(
+    lifted: Lifted, tensors: Mapping[str, Tensor], places: Mapping[fx.Node, int]
+) -> list[int | Tensor]:
+    """Makes inputs of the attributes; returns the value of each input, or its place among those of Dynamo."""
+    graph, root = lifted.capture.graph, lifted.capture.root
+
+    def new_input(name: str, _: Tensor) -> fx.Node:
+        with graph.inserting_before():  # the beginning
+            return graph.placeholder(f"{name.replace('.', '_')}_folded")
+
+    names = lower(lifted, new_input)
+    given: list[int | Tensor] = []
+    for node in graph.find_nodes(op="placeholder"):
+        value = attribute(root, names[node]) if node in names else None
+        if value is None or value is tensors.get(names[node]):
+            given.append(places[node])
+        else:
+            torch._dynamo.mark_static_address(value, guard=False)
+            node.meta = {"tensor_dict": {_STATIC: "unguarded"}}
+            given.append(value)
+    return given
 
 
-def _observed(graph: fx.Graph) -> dict[fx.Node, Tensor]:
-    """What Dynamo saw: it guards numbers of axes and dtypes, and compiles anew for others."""
-    found = {node: node.meta.get("example_value") for node in graph.nodes}
-    return {node: value for node, value in found.items() if isinstance(value, Tensor)}
-
-
-def _lowered(folded: Capture) -> list[Tensor]:
-    """Makes inputs of the attributes of a graph, in front of the others; returns the tensors."""
-    attributes = folded.graph.find_nodes(op="get_attr")
-    for node in reversed(attributes):
-        with folded.graph.inserting_before():  # the beginning
-            given = folded.graph.placeholder(f"{node.name}_given")
-        given.meta = {"tensor_dict": {_STATIC: "unguarded"}}
-        node.replace_all_uses_with(given)
-        folded.graph.erase_node(node)
-    return [attribute(folded.root, str(node.target)) for node in attributes]
+def _value(given: int | Tensor, inputs: Sequence[Any]) -> Any:
+    return inputs[given] if isinstance(given, int) else given
 
 
 def _as_dynamo_does(
-    module: fx.GraphModule, original: fx.GraphModule, statics: int, rest: Sequence[int]
+    lifted: Lifted, original: fx.GraphModule, places: Mapping[fx.Node, int]
 ) -> fx.GraphModule:
-    """Gives `module` what AOTAutograd reads of a graph that comes from Dynamo: the sources of its inputs."""
+    """The folded graph with what AOTAutograd reads of one that Dynamo made: the sources of its inputs."""
+    module = fx.GraphModule(lifted.capture.root, lifted.capture.graph, lifted.capture.name)
     module.meta = dict(original.meta)
     module.__dict__["_param_name_to_source"] = {}
     inputs: Any = original.graph.find_nodes(op="placeholder")
-    sources = [*([None] * statics), *(inputs[place]._dynamo_source for place in rest)]
-    for node, source in zip(module.graph.find_nodes(op="placeholder"), sources, strict=True):
-        node._dynamo_source = source
+    for node in module.graph.find_nodes(op="placeholder"):
+        is_folded = node not in places or "example_value" not in node.meta
+        node._dynamo_source = None if is_folded else inputs[places[node]]._dynamo_source
     return module

@@ -30,11 +30,12 @@ class Constants:
     def __init__(self, graph: fx.Graph, attribute: Callable[[str], Any], written: Set[fx.Node]) -> None:
         self._attribute = attribute
         self._written = written
-        self._known: set[fx.Node] = set()
+        # As they are now: the graph may be edited later.
+        self._known: dict[fx.Node, tuple[Any, Any]] = {}
         self._values: dict[fx.Node, Any] = {}
         for node in graph.nodes:
             if self._is_constant(node):
-                self._known.add(node)
+                self._known[node] = (node.args, node.kwargs)
 
     def __contains__(self, node: object) -> bool:
         return node in self._known
@@ -53,7 +54,7 @@ class Constants:
         """Whether a parameter from which `node`, one of the constants, is computed needs gradients."""
         if node.op == "get_attr":
             return bool(self._attribute(str(node.target)).requires_grad)
-        return any(map(self.trains, node.all_input_nodes))
+        return any(map(self.trains, self._inputs(node)))
 
     def statistics_of(self, node: fx.Node) -> str | None:
         """The owner of the running variance from which `node`, one of the constants, is computed."""
@@ -61,8 +62,13 @@ class Constants:
             owner, dot, name = str(node.target).rpartition(".")
             is_statistic = name == "running_var" and self._has(f"{owner}{dot}running_mean")
             return owner or node.name if is_statistic else None
-        found = (self.statistics_of(source) for source in node.all_input_nodes)
+        found = (self.statistics_of(source) for source in self._inputs(node))
         return next((owner for owner in found if owner is not None), None)
+
+    def _inputs(self, node: fx.Node) -> list[fx.Node]:
+        found: list[fx.Node] = []
+        fx.node.map_arg(self._known[node], found.append)
+        return found
 
     def _has(self, name: str) -> bool:
         try:
@@ -76,12 +82,12 @@ class Constants:
         if node.op == "get_attr":
             return isinstance(self._attribute(str(node.target)), Tensor)
         inputs = node.all_input_nodes
-        return bool(inputs) and self._known.issuperset(inputs) and _is_pure(node)
+        return bool(inputs) and all(each in self._known for each in inputs) and _is_pure(node)
 
     def _evaluated(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
-            return self._attribute(str(node.target)).detach()
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)
+            return self._attribute(str(node.target))
+        args, kwargs = fx.node.map_arg(self._known[node], self.value)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)

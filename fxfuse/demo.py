@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse import zoo
 from fxfuse.errors import UsageError
-from fxfuse.pipeline import fuse, report
+from fxfuse.pipeline import fuse
 from fxfuse.records import Comparison
+from fxfuse.reports import report
 
 _ROUNDS = 30
 

@@ -42,13 +42,7 @@ def absorb(
         New tensors on weight's device, in its dtype and memory format, exact but for one rounding; or
         the code of the reason why that dtype cannot hold them.
     """
-    shift = exact(weight.new_zeros(())) if bias is None else exact(bias)
-    if before is not None:
-        grouped = _by_channel(exact(weight), transposed, groups)
-        kernels = grouped.reshape(*grouped.shape[:3], -1).sum(3)
-        shift = shift + (kernels @ before.shift.view(groups, -1, 1)).flatten()
-    if after is not None:
-        shift = after.scale * shift + after.shift
+    shift = _shift(weight, bias, before, after, transposed, groups)
     folded_bias = shift.to(device=weight.device, dtype=weight.dtype)
     scale = _scale(weight, before, after, transposed, groups)
     folded = _scaled(weight, scale)
@@ -63,6 +57,38 @@ def absorb(
         if bool(((peak > 0) & (peak + shift.abs() < limit)).any()):
             return Code.UNDERFLOW
     return folded, folded_bias
+
+
+def absorb_unchecked(
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    before: AffineMap | None = None,
+    after: AffineMap | None = None,
+    transposed: bool = False,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """As `absorb`, in operators that autograd differentiates and compilers trace; nothing is checked."""
+    shift = _shift(weight, bias, before, after, transposed, groups)
+    product = exact(weight) * _scale(weight, before, after, transposed, groups)
+    return product.to(weight.device, weight.dtype), shift.to(weight.device, weight.dtype)
+
+
+def _shift(
+    weight: Tensor,
+    bias: Tensor | None,
+    before: AffineMap | None,
+    after: AffineMap | None,
+    transposed: bool,
+    groups: int,
+) -> Tensor:
+    """The folded bias."""
+    shift = exact(weight.new_zeros(())) if bias is None else exact(bias)
+    if before is not None:
+        grouped = _by_channel(exact(weight), transposed, groups)
+        kernels = grouped.reshape(*grouped.shape[:3], -1).sum(3)
+        shift = shift + (kernels @ before.shift.view(groups, -1, 1)).flatten()
+    return shift if after is None else after.scale * shift + after.shift
 
 
 def _scale(

@@ -41,8 +41,8 @@ PRODUCTS: dict[str, tuple[str, str, str | None]] = {
 }
 LINEAR_NAMES = frozenset({*LINEAR_FUNCTIONS, *CONVOLUTIONS, *PRODUCTS})
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-# Norm function → whether statistics of the input are used instead of the given ones, or the argument that says
-# it. Those below the first line return a tuple: (normalised, statistics saved for the backward pass, ...).
+# Norm function → whether statistics of the input are used instead of the given ones, or the argument that
+# says it. Those below the first line return a tuple: (normalised, statistics for the backward pass, ...).
 NORM_FUNCTIONS: dict[str, str | bool] = {
     **{"batch_norm": "training", "instance_norm": "use_input_stats"},
     **dict.fromkeys(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"), "training"),

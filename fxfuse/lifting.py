@@ -1,4 +1,4 @@
-"""Graphs whose parameters and buffers are inputs, as compilers make them: with attributes in their place, and back."""
+"""Graphs whose parameters and buffers are inputs, as compilers make them: to attributes, and back."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def lift(source: fx.GraphModule, names: Mapping[int, str], tensors: Mapping[str,
 
 
 def lower(lifted: Lifted, new_input: Callable[[str, Tensor], fx.Node]) -> dict[fx.Node, str]:
-    """Makes inputs of the attributes again; those that nobody reads are gone.
+    """Makes inputs of the attributes again.
 
     Args:
         lifted: what `lift` gave, edited since.
         new_input: makes an input for an attribute of that name and value that has come in.
 
     Returns:
-        The inputs that stand for attributes, and their names.
+        The inputs that somebody reads in the place of attributes, and their names; the others are gone.
     """
     graph, inputs = lifted.capture.graph, dict(lifted.inputs)
     for node in graph.find_nodes(op="get_attr"):

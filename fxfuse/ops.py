@@ -52,10 +52,18 @@ _BY_EXAMPLE = {"reshape_as", "view_as", "expand_as", "type_as"}
 
 
 class Reader:
-    """Reads the nodes of one graph over the modules of `root`."""
+    """Reads the nodes of one graph over the modules of `root`.
+
+    Attributes:
+        root: the modules.
+        graph: the graph.
+        names_read: the names of parameters and buffers whose values have been read since they were forgotten.
+        constants: the nodes whose values do not depend on the input.
+    """
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         self.root = root
+        self.names_read: set[str] = set()
         self._read: dict[fx.Node, Op] = {}
         self._writes: dict[fx.Node, list[fx.Node]] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -74,6 +82,7 @@ class Reader:
         elif source in self._tensors:
             return self._tensors[source]
         else:
+            self.names_read.add(source)
             value = self._tensors[source] = attribute(self.root, source)
         assert isinstance(value, Tensor)
         return value
@@ -81,6 +90,7 @@ class Reader:
     def forget_tensors(self) -> None:
         """Reads all tensors anew from now on; what the nodes are stays."""
         self._tensors.clear()
+        self.names_read.clear()
         self.constants.forget()
 
     def is_query(self, user: fx.Node, value: fx.Node) -> bool:
@@ -93,6 +103,7 @@ class Reader:
         return attribute(self.root, name)
 
     def _unwritten(self, name: str) -> Any:
+        self.names_read.add(name)
         value = attribute(self.root, name)
         return None if isinstance(value, Tensor) and storage(value) in self._written else value
 
@@ -332,13 +343,13 @@ class Reader:
         if node.op == "call_function" and name in NORM_FUNCTIONS:
             return self._norm_function(node, bound, name)
         if name == "getitem":
-            found = self._item(node, bound)
+            found = self._item(bound)
         else:
             passes = not gives_several(node) or self._gives_first_only(node)
             found = self._passed(name, bound) if passes else None
         return found or Opaque(detail=described, like=self._like(name, bound))
 
-    def _item(self, node: fx.Node, bound: Mapping[str, Any]) -> Op | None:
+    def _item(self, bound: Mapping[str, Any]) -> Op | None:
         source = bound["input"]
         if isinstance(source, fx.Node) and isinstance(self.read(source), Split):
             return self._part(source, bound["index"])

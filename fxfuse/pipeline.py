@@ -9,7 +9,6 @@ from typing import Any, overload
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from fxfuse.capture import Capture, capture, check_usable
 from fxfuse.comparison import REJECTIONS, clean_run, drawn, rejection, verify
@@ -22,11 +21,10 @@ from fxfuse.planner import planned
 from fxfuse.program import fold_program
 from fxfuse.records import Report
 from fxfuse.replica import isolated, replicate
+from fxfuse.reports import attach
 from fxfuse.rewrite import rewrite
 from fxfuse.shapes import GraphShapes, observed_values
 from fxfuse.tree import is_training
-
-_RECORD = "fxfuse_report"
 
 
 @overload
@@ -49,11 +47,14 @@ def fuse(
 ) -> nn.Module | ExportedProgram:
     """A new module that computes the same function as `model`, with the norms folded away.
 
+    Of a module it is a ``torch.fx.GraphModule`` where the whole model can be traced. Where it cannot, or
+    where forward takes options (arguments that default to None, a bool, a str, a dtype or a device, or that
+    it compares with None), of which a graph could hold one choice only, it is a module of the same class,
+    folded inside.
+
     Of an exported program, in the ATen dialect, before or after ``run_decompositions``, it is an exported
-    program with the same inputs, outputs and dynamic shapes; parameters that are no longer used are gone from
-    its signature and state_dict. Of a module it is a ``torch.fx.GraphModule`` where the whole model can be traced. Where it cannot, or where forward
-    takes options (arguments that default to None, a bool, a str, a dtype or a device, or that it compares
-    with None), of which a graph could hold one choice only, it is a module of the same class, folded inside.
+    program with the same inputs, outputs and dynamic shapes. Parameters that are no longer used are gone from
+    its signature and state_dict.
 
     The source is untouched. The weights of layers that were not folded share their memory with the
     source, so an in-place change of one shows in the other; ``copy.deepcopy`` of the result parts them.
@@ -76,12 +77,7 @@ def fuse(
         comparison = verify(model, fused, example_inputs)
         comparison.raise_if_failed()
         report = replace(report, verification=comparison)
-    # Pickling a module keeps its attributes; deepcopy of a GraphModule those that this entry of meta names.
-    fused.__dict__[_RECORD] = report.to_dict()
-    if isinstance(fused, fx.GraphModule):
-        meta = fused.__dict__.setdefault("meta", {})  # which those that torchvision makes do not have
-        kept = meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {})
-        meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {**kept, _RECORD: report.to_dict()}
+    attach(fused, report)
     return fused
 
 
@@ -96,21 +92,6 @@ def explain(
     Arguments and errors as there, but no VerificationError.
     """
     return _folded(model, example_inputs, keep_modules)[1]
-
-
-def report(fused: nn.Module | ExportedProgram) -> Report:
-    """What became of every norm of the model that `fused` was made from.
-
-    Raises:
-        UsageError: `fused` was not made by fxfuse.
-    """
-    meta = getattr(fused, "meta", {}) if isinstance(fused, fx.GraphModule) else {}
-    record = getattr(fused, _RECORD, meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {}).get(_RECORD))
-    if record is None:
-        raise UsageError(
-            f"this {type(fused).__name__} was not made by fxfuse.fuse; use fxfuse.explain(model) instead"
-        )
-    return Report.from_dict(record)
 
 
 def _folded(

@@ -31,6 +31,7 @@ from fxfuse.records import Report
 from fxfuse.refusals import Code
 from fxfuse.rewrite import gone, rewrite
 from fxfuse.shapes import GraphShapes
+from fxfuse.solve import Solution
 from fxfuse.tree import attribute, storage
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -53,7 +54,7 @@ def fold_program(program: ExportedProgram) -> tuple[ExportedProgram, Report]:
     if reshaped_in_place(graph) is None:
         plan, solution = planned(graph, reader, shapes)
     else:
-        plan, solution = nothing_planned(graph, reader, shapes, Code.RESHAPED)
+        plan, solution = nothing_planned(graph, reader, shapes, Code.RESHAPED), Solution()
     names = {node.name: _reached(node, gone(plan)) for node in gone(plan)}
     norms, constants = rewrite(lifted.capture, plan, solution, reader)
     inputs = _Inputs(program, graph)

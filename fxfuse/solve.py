@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxfuse.affine import AffineMap, exact
-from fxfuse.fold import absorb
+from fxfuse.fold import absorb, absorb_unchecked
 from fxfuse.nodes import Affine, Linear, Norm
 from fxfuse.ops import Reader
 from fxfuse.plan import Move, Plan, Site
@@ -61,15 +61,7 @@ def solve(plan: Plan, reader: Reader, solved: dict[tuple[Any, ...], Folded | Cod
         solved: what has been computed for this graph, by operator and the sources that it takes up; added to.
     """
     solution = Solution()
-    taken: dict[fx.Node, _Taken] = defaultdict(_Taken)
-    for move in plan.moves:
-        affine = affine_of(move.source, reader, reader.tensor(move.sites[0].operator.weight).device)
-        for site in move.sites:
-            piece = affine.taken(site.channels.index, shift=site.channels.shift)
-            broken = next((code for code in site.channels.needs if not _holds(code, piece)), None)
-            if broken is not None:
-                solution.failed.setdefault(move, broken)
-            _add(taken[site.node], move, site, piece)
+    taken = _taken(plan, reader, solution.failed.setdefault)
     if solution.failed:
         return solution
     for operator, parts in taken.items():
@@ -82,6 +74,31 @@ def solve(plan: Plan, reader: Reader, solved: dict[tuple[Any, ...], Folded | Cod
         else:
             solution.tensors[operator] = tensors
     return solution
+
+
+def solve_unchecked(plan: Plan, reader: Reader) -> dict[fx.Node, tuple[Tensor, Tensor]]:
+    """The folded weights and biases, in operators that autograd differentiates and compilers trace.
+
+    Nothing is checked: `plan` has been solved before, and has no move that depends on a map's numbers.
+    """
+    taken = _taken(plan, reader, lambda *_: None)
+    return {
+        operator: absorb_unchecked(**_arguments(operator, parts, reader)) for operator, parts in taken.items()
+    }
+
+
+def _taken(plan: Plan, reader: Reader, fail: Callable[[Move, Code], object]) -> Mapping[fx.Node, _Taken]:
+    """What each operator takes up; `fail` is told of moves whose numbers do not allow them."""
+    taken: dict[fx.Node, _Taken] = defaultdict(_Taken)
+    for move in plan.moves:
+        affine = affine_of(move.source, reader, reader.tensor(move.sites[0].operator.weight).device)
+        for site in move.sites:
+            piece = affine.taken(site.channels.index, shift=site.channels.shift)
+            broken = next((code for code in site.channels.needs if not _holds(code, piece)), None)
+            if broken is not None:
+                fail(move, broken)
+            _add(taken[site.node], move, site, piece)
+    return taken
 
 
 def affine_of(source: Norm | Affine, reader: Reader, device: torch.device) -> AffineMap:
@@ -118,27 +135,33 @@ def _add(taken: _Taken, move: Move, site: Site, piece: AffineMap) -> None:
 
 
 def _folded(operator: fx.Node, taken: _Taken, reader: Reader) -> Folded | Code:
-    linear = reader.read(operator)
-    assert isinstance(linear, Linear)
-    weight = reader.tensor(linear.weight)
-    bias = None if linear.bias is None else reader.tensor(linear.bias)
-    folded = absorb(
-        weight,
-        bias,
-        before=taken.before,
-        after=taken.after,
-        transposed=linear.transposed,
-        groups=linear.groups,
-    )
+    arguments = _arguments(operator, taken, reader)
+    folded = absorb(**arguments)
     if isinstance(folded, Code):
         return folded
+    linear, bias = reader.read(operator), arguments["bias"]
+    assert isinstance(linear, Linear)
     if isinstance(linear.weight, str):
-        new = alias(weight, folded[0])
+        new = alias(arguments["weight"], folded[0])
     else:
         new = nn.Parameter(folded[0], reader.constants.trains(linear.weight))
     if bias is None and not any(_shifts(move, operator) for move in taken.moves):
         return new, None
     return new, nn.Parameter(folded[1], _needs_gradient(new, bias, taken.moves, reader))
+
+
+def _arguments(operator: fx.Node, taken: _Taken, reader: Reader) -> dict[str, Any]:
+    """Those of `absorb`."""
+    linear = reader.read(operator)
+    assert isinstance(linear, Linear)
+    return {
+        "weight": reader.tensor(linear.weight),
+        "bias": None if linear.bias is None else reader.tensor(linear.bias),
+        "before": taken.before,
+        "after": taken.after,
+        "transposed": linear.transposed,
+        "groups": linear.groups,
+    }
 
 
 def _shifts(move: Move, operator: fx.Node) -> bool:

@@ -117,23 +117,32 @@ def first(outputs):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda *a: first(torch.native_batch_norm(*a, False, 0.1, 1e-3)),
         lambda *a: torch.native_batch_norm(*a, False, 0.1, 1e-3),
-        lambda *a: first(aten._native_batch_norm_legit_no_training.default(*a, 0.1, 1e-3)),
         lambda *a: aten._native_batch_norm_legit_no_training.default(*a, 0.1, 1e-3),
-        lambda *a: first(aten._native_batch_norm_legit.default(*a, False, 0.1, 1e-3)),
-        lambda *a: first(aten.native_batch_norm.default(*a, False, 0.1, 1e-3)),
+        lambda *a: aten._native_batch_norm_legit.default(*a, False, 0.1, 1e-3),
+        lambda *a: aten.native_batch_norm.default(*a, False, 0.1, 1e-3),
+        lambda *a: torch._batch_norm_impl_index(*a, False, 0.1, 1e-3, False),
+        lambda *a: aten._batch_norm_no_update.default(*a, 0.1, 1e-3),
     ],
 )
-def test_native_norm_with_several_outputs_is_left(call):
+def test_native_norm_is_folded_unless_its_other_outputs_are_used(call):
+    check(norm_called(lambda y, m, v, g, b: first(call(y, g, b, m, v))), X, folded=1)
     check(norm_called(lambda y, m, v, g, b: call(y, g, b, m, v)), X, left=["FXF207"])
+    check(norm_called(lambda y, m, v, g, b: call(y, g, b, m, v)[:2]), X, left=["FXF207"])
 
 
-def test_native_norm_of_a_decomposed_program_is_left():
-    graph = torch.export.export(conv_norm(nn.BatchNorm2d(4)), (X,)).run_decompositions().module()
-    for module in graph.modules():
-        module.training = False
-    check(graph, X, left=["FXF207"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda *a: aten._native_batch_norm_legit.no_stats(*a[:3], True, 0.1, 1e-3),
+        lambda *a: aten.native_batch_norm.default(*a, True, 0.1, 1e-3),
+        lambda *a: aten._batch_norm_with_update_functional.default(*a, 0.1, 1e-3),
+    ],
+)
+def test_native_norm_of_the_batch_is_left(call):
+    model = norm_called(lambda y, m, v, g, b: first(call(y, g, b, m, v)))
+    report = fxfuse.report(fxfuse.fuse(model))
+    assert not report.folded and report.refused[0].code in ("FXF201", "FXF202")
 
 
 @pytest.mark.parametrize(
@@ -213,11 +222,12 @@ def test_transposed_conv_called_as_a_function_is_folded(call):
 @pytest.mark.parametrize(
     "call",
     [
-        *(
-            lambda x, w, b: torch.addmm(b, x, w.T),
-            lambda x, w, b: x @ w.T,
-            lambda x, w, b: torch.matmul(x, w.T),
-        ),
+        *(lambda x, w, b: x @ w.T, lambda x, w, b: torch.matmul(x, w.T)),
+        lambda x, w, b: torch.addmm(b, x, w.T, alpha=2),
+        lambda x, w, b: torch.addmm(b, x, w.T, beta=0.5),
+        lambda x, w, b: torch.addmm(x.mean(0)[0] + b, x, w.T),
+        lambda x, w, b: torch.addmm(b[:1], x, w.T),
+        lambda x, w, b: torch.addmm(b, w, x.t()[:, :4]),
         *(
             lambda x, w, b: torch.einsum("nc,oc->no", x, w),
             lambda x, w, b: F.bilinear(x, x, w[:, :, None] + w[:, None]),
@@ -232,6 +242,52 @@ def test_linear_map_that_is_no_linear_layer_is_left(call):
     fused = fxfuse.fuse(model)
     assert not fxfuse.report(fused).folded and len(fxfuse.report(fused).refused) == 1
     assert torch.equal(model(noise(5, 3)), fused(noise(5, 3)))
+
+
+@pytest.mark.parametrize("form", [modules, exported])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w, b: torch.addmm(b, x, w.T),
+        lambda x, w, b: torch.addmm(b, x, w.t()),
+        lambda x, w, b: torch.addmm(b, x, w.transpose(0, 1)),
+        lambda x, w, b: aten.addmm.default(b, x, aten.permute.default(w, [1, 0])),
+        lambda x, w, b: torch.addmm(b, x, w.abs().t()),
+        lambda x, w, b: torch.mm(x, w.t()),
+        lambda x, w, b: aten.mm.default(x, aten.t.default(w)),
+    ],
+)
+def test_product_with_a_matrix_is_a_linear_layer(call, form):
+    layers = {"linear": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)}  # square: a forgotten transpose would run
+    forward = lambda m, x: m.norm(call(x, m.linear.weight, m.linear.bias))  # noqa: E731
+    x = noise(5, 4)
+    fused = check(form(randomise(Forward(forward, **layers)), x), x, folded=1)
+    assert fxfuse.report(fused).folded[0].into
+
+
+@pytest.mark.parametrize("matrix", [(4, 4), (3, 4)])
+def test_product_with_a_parameter_that_is_not_transposed(matrix):
+    layers = {
+        "w": nn.Parameter(torch.ones(matrix)),
+        "b": nn.Parameter(torch.ones(4)),
+        "norm": nn.BatchNorm1d(4),
+    }
+    x = noise(5, matrix[0])
+    with_bias = randomise(Forward(lambda m, x: m.norm(torch.addmm(m.b, x, m.w)), **layers))
+    check(with_bias, x, folded=1)
+    del layers["b"]
+    fused = check(randomise(Forward(lambda m, x: m.norm(torch.mm(x, m.w)), **layers)), x, folded=1)
+    assert fused.w.shape == matrix and fused.w_bias.shape == (4,)
+
+
+def test_matrix_that_is_read_elsewhere_keeps_its_value():
+    layers = {"linear": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)}
+
+    def forward(m, x):
+        turned = m.linear.weight.t()
+        return m.norm(torch.addmm(m.linear.bias, x, turned)) + torch.mm(x, turned), m.linear.weight
+
+    check(randomise(Forward(forward, **layers)), noise(5, 4), folded=1)
 
 
 @pytest.mark.parametrize(
