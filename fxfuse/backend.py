@@ -157,7 +157,7 @@ def _lowered(
 
     def new_input(name: str, _: Tensor) -> fx.Node:
         with graph.inserting_before():  # the beginning
-            return graph.placeholder(f"{name.replace('.', '_')}_folded")
+            return graph.placeholder(f"folded_{name.replace('.', '_')}")
 
     names = lower(lifted, new_input)
     given: list[int | Tensor] = []

@@ -28,6 +28,7 @@ IN_PLACE = [
     "rshift",
 ]
 _IN_PLACE_OPERATORS = {"setitem", "__setitem__"}.union(*({f"i{name}", f"__i{name}__"} for name in IN_PLACE))
+_SPACES: tuple[Any, ...] = (torch, F, torch._C._nn)
 # numpy's names of arguments, which torch takes as well.
 _NUMPY = {"axis": "dim", "keepdims": "keepdim"}
 # Methods that take their numbers one by one or as a tuple.
@@ -115,14 +116,14 @@ def called_name(node: fx.Node) -> str:
 
 @cache
 def torch_name(target: Any) -> str | None:
-    """The name under which ``torch``, ``F`` or ``torch.ops.aten`` has this very function."""
+    """The name under which ``torch``, ``F``, what ``F`` calls, or ``torch.ops.aten`` has this very function."""
     if isinstance(target, torch._ops.OpOverload):
         return torch_name(target.overloadpacket)
     if isinstance(target, torch._ops.OpOverloadPacket):
         namespace, _, name = target._qualified_op_name.partition("::")
         return name if namespace == "aten" else None
     name = getattr(target, "__name__", "")
-    return name if name and any(getattr(space, name, None) is target for space in (torch, F)) else None
+    return name if name and any(getattr(space, name, None) is target for space in _SPACES) else None
 
 
 def layer_input(node: fx.Node) -> fx.Node:

@@ -34,9 +34,12 @@ def lift(source: fx.GraphModule, names: Mapping[int, str], tensors: Mapping[str,
         tensors: their values.
     """
     graph, root = fx.Graph(), nn.Module()
-    output = graph.graph_copy(source.graph, {}, return_output_node=True)
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(source.graph, copies, return_output_node=True)
     assert isinstance(output, tuple)
     graph.output(output[0]).meta = dict(output[1].meta)
+    for node, twin in copies.items():
+        twin.name = node.name  # also a name that fx would not give, such as that of a builtin
     for node in graph.find_nodes(op="get_attr"):
         put(root, str(node.target), attribute(source, str(node.target)))
     placeholders = graph.find_nodes(op="placeholder")
