@@ -48,15 +48,22 @@ def measure_times(model: nn.Module, rounds: int) -> dict[str, list[float]]:
     return times
 
 
+def load(name: str) -> nn.Module:
+    """A torchvision model."""
+    model = zoo.load(f"torchvision:{name}").model
+    assert isinstance(model, nn.Module)
+    return model
+
+
 def peak_memory(arguments: tuple[str, str]) -> float:
     """MiB beyond what the process had before `tool` folded `model`. Linux only."""
     name, tool = arguments
-    loaded = zoo.load(f"torchvision:{name}")
-    TOOLS[tool](zoo.load("torchvision:resnet18").model)  # what is loaded on first use is not counted
+    model = load(name)
+    TOOLS[tool](load("resnet18"))  # what is loaded on first use is not counted
     gc.collect()
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
-    TOOLS[tool](loaded.model)
+    TOOLS[tool](model)
     return (_resident("VmHWM") - before) / 1024
 
 
@@ -75,7 +82,7 @@ def folded_megabytes(model: nn.Module) -> tuple[float, float]:
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
     """Everything about one model."""
-    model = zoo.load(f"torchvision:{name}").model
+    model = load(name)
     times = measure_times(model, rounds)
     medians = {tool: statistics.median(taken) for tool, taken in times.items()}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

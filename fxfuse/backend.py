@@ -33,6 +33,7 @@ from fxfuse.refusals import Code
 from fxfuse.reports import attach_compiled
 from fxfuse.rewrite import rewrite
 from fxfuse.shapes import GraphShapes
+from fxfuse.solve import Solution
 from fxfuse.tree import attribute
 
 _LOG = logging.getLogger("fxfuse")
@@ -76,12 +77,14 @@ def backend(
     always = always or any(tensor.is_inference() for tensor in tensors.values())
     with torch.no_grad():
         reader = Reader(lifted.capture.root, lifted.capture.graph)
-        plan = _planned(lifted.capture.graph, reader, always=always, trains=trains)
-        followers = Followers(plan, reader, {name: place for place, name in names.items()}, example_inputs)
-        recipe = traced(plan, reader, tensors) if always else None
-        norms, constants = rewrite(lifted.capture, plan, followers.solution, reader)
-        if recipe is not None:
-            inline(lifted, recipe, followers.solution, tensors)
+        plan, solution = _planned(lifted.capture.graph, reader, always=always, trains=trains)
+        if always:
+            recipe = traced(plan, reader, tensors)
+            norms, constants = rewrite(lifted.capture, plan, solution, reader)
+            inline(lifted, recipe, solution, tensors)
+        else:
+            followers = Followers(plan, solution, reader, names, example_inputs)
+            norms, constants = rewrite(lifted.capture, plan, solution, reader)
     report = Report(lifted.capture.name, tuple(norms), plan.refusals, tuple(constants))
     attach_compiled(tensors.values(), _code(graph_module), report)
     _LOG.info("%s", report)
@@ -99,13 +102,13 @@ def backend(
     return run
 
 
-def _planned(graph: fx.Graph, reader: Reader, *, always: bool, trains: bool) -> Plan:
+def _planned(graph: fx.Graph, reader: Reader, *, always: bool, trains: bool) -> tuple[Plan, Solution]:
     shapes = GraphShapes(graph, reader, _observed(graph), guarded=True)
     if reshaped_in_place(graph) is not None:
-        return nothing_planned(graph, reader, shapes, Code.RESHAPED)
+        return nothing_planned(graph, reader, shapes, Code.RESHAPED), Solution()
     if trains and not always:
-        return nothing_planned(graph, reader, shapes, Code.GRADIENTS)
-    return planned(graph, reader, shapes, fixed=not always)[0]
+        return nothing_planned(graph, reader, shapes, Code.GRADIENTS), Solution()
+    return planned(graph, reader, shapes, fixed=not always)
 
 
 def _choices(

@@ -116,7 +116,7 @@ def called_name(node: fx.Node) -> str:
 
 @cache
 def torch_name(target: Any) -> str | None:
-    """The name under which ``torch``, ``F``, what ``F`` calls, or ``torch.ops.aten`` has this very function."""
+    """The name under which ``torch``, ``F``, or what lies below them, has this very function."""
     if isinstance(target, torch._ops.OpOverload):
         return torch_name(target.overloadpacket)
     if isinstance(target, torch._ops.OpOverloadPacket):

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
+from torch.export import ExportedProgram
 
 import fxfuse
 from fxfuse import demo as demonstration
@@ -104,14 +105,15 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
         raise UsageError(f"cannot write {output}: an exported program is a .pt2 file")
     with _progress(4 if output else 3) as step:
         loaded, inputs = _load(model, shapes, seed, step)
-        if output is not None and inputs is None:
+        if output is not None and inputs is None and isinstance(loaded.model, nn.Module):
             raise UsageError(f"to write {output} an input of {model} is needed; say which with --input")
         step("folding and verifying")
         fused = fxfuse.fuse(loaded.model, example_inputs=inputs)
         report = fxfuse.report(fused)
         if output is not None:
             step(f"writing {output}")
-            _export(fused, inputs or (), output)
+            program = fused if isinstance(fused, ExportedProgram) else _exported(fused, inputs or ())
+            _save(program, output)
         step("done")
     record = {
         "model": model,
@@ -129,7 +131,8 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
         show(comparison_view(report.verification))
     if output is not None:
         size = output.stat().st_size / 2**20
-        show(headline(str(output), f"written, {size:.1f} MiB, for any batch size"))
+        shapes_kept = "the shapes of the source" if isinstance(fused, ExportedProgram) else "any batch size"
+        show(headline(str(output), f"written, {size:.1f} MiB, for {shapes_kept}"))
 
 
 @main.command(epilog="Example: fxfuse explain torchvision:densenet121")
@@ -239,18 +242,22 @@ def _check_writable(*files: Path | None) -> None:
             raise UsageError(f"cannot write {file}: permission denied")
 
 
-def _export(fused: nn.Module, inputs: tuple[Any, ...], output: Path) -> None:
-    """Exports for any batch size, and renames a finished file, so that one of that name is always whole."""
+def _exported(fused: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
+    """The program of a module, for any batch size."""
     # A batch of one would be taken for a constant.
     batches = tuple(torch.cat([value, value]) if value.shape[0] == 1 else value for value in inputs)
     any_batch = tuple({0: torch.export.Dim.AUTO} for _ in batches)
     try:
-        program = torch.export.export(fused, batches, dynamic_shapes=any_batch)
+        return torch.export.export(fused, batches, dynamic_shapes=any_batch)
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(
             f"{type(fused).__name__} is folded but torch.export cannot write it: {reason}"
         ) from error
+
+
+def _save(program: ExportedProgram, output: Path) -> None:
+    """Writes a file and renames it when it is finished, so that one of that name is always whole."""
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         part = Path(folder, "part.pt2")
         torch.export.save(program, part)

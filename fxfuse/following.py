@@ -12,7 +12,7 @@ from torch import Tensor
 from fxfuse.lifting import put
 from fxfuse.ops import Reader
 from fxfuse.plan import Plan
-from fxfuse.solve import solve
+from fxfuse.solve import Solution, solve
 
 _LOG = logging.getLogger("fxfuse")
 
@@ -25,21 +25,27 @@ class Followers:
 
     Args:
         plan: what is folded.
+        solution: the folded tensors; they get new numbers.
         reader: reads the graph in which it is, as it was before.
-        places: the places of parameters and buffers among the inputs, by their names.
+        names: the names of parameters and buffers, by their places among the inputs.
         inputs: an example for each of the inputs.
-
-    Attributes:
-        solution: the folded tensors, always the same ones, with new numbers.
     """
 
-    def __init__(self, plan: Plan, reader: Reader, places: Mapping[str, int], inputs: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        solution: Solution,
+        reader: Reader,
+        names: Mapping[int, str],
+        inputs: Sequence[Any],
+    ) -> None:
         self._plan = plan
         self._reader = reader
-        self._places = places
+        self._names = names
+        self._tensors = solution.tensors
         reader.forget_tensors()
-        self.solution = solve(plan, reader, {})
-        self._sources = [places[name] for name in sorted(reader.names_read)]
+        solve(plan, reader, {})
+        self._sources = [place for place, name in names.items() if name in reader.names_read]
         self._seen = self._look(inputs)
         self._is_folded = True
 
@@ -58,7 +64,7 @@ class Followers:
         return [(place, tensor, tensor._version, tensor.data_ptr()) for place, tensor in tensors]
 
     def _fold_again(self, inputs: Sequence[Any]) -> bool:
-        for name, place in self._places.items():
+        for place, name in self._names.items():
             put(self._reader.root, name, inputs[place])
         self._reader.forget_tensors()
         with torch.no_grad():
@@ -67,7 +73,7 @@ class Followers:
                 codes = {code.value.reason for code in new.failed.values()}
                 _LOG.warning("the new weights cannot be folded: %s; norms run as they are", "; ".join(codes))
                 return False
-            for node, tensors in self.solution.tensors.items():
+            for node, tensors in self._tensors.items():
                 for old, tensor in zip(tensors, new.tensors[node], strict=True):
                     if old is not None:
                         assert tensor is not None

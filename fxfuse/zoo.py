@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from fxfuse.errors import UsageError
 
@@ -32,12 +33,12 @@ class Loaded:
     """A model in eval mode, and what is known about it.
 
     Attributes:
-        model: the module.
+        model: the module; the exported program, if it comes out of a file.
         weights: where its weights come from, in words.
         inputs: positional inputs on which it runs; None if nobody says.
     """
 
-    model: nn.Module
+    model: nn.Module | ExportedProgram
     weights: str
     inputs: tuple[Any, ...] | None
 
@@ -209,6 +210,5 @@ def _exported(path: Path) -> Loaded:
         program = torch.export.load(path)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise UsageError(f"{path} cannot be read as an exported program: {error}") from error
-    module = program.module()
-    module.training = False
-    return Loaded(module, f"from {path.name}", program.example_inputs[0] if program.example_inputs else None)
+    args, kwargs = program.example_inputs or (None, {})
+    return Loaded(program, f"from {path.name}", None if kwargs else args)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -36,8 +39,8 @@ def fresh():
     GRAPHS.clear()
 
 
-def compiled(model, **options):
-    return torch.compile(model, backend="fxfuse", options={"then": "fxfuse_tests"}, **options)
+def compiled(model, refold="changed", then="fxfuse_tests", **options):
+    return torch.compile(model, backend="fxfuse", options={"then": then, "refold": refold}, **options)
 
 
 class Net(nn.Module):
@@ -102,11 +105,32 @@ CHANGES = {
 }
 
 
+# What happens to weights without autograd's knowledge: only folding on every call follows it.
+UNSEEN = {
+    "written to as data": lambda m: m.one.weight.data.mul_(2),
+    "written to as a detached norm": lambda m: m.bn2.running_var.data.mul_(3),
+    "written to by numpy": lambda m: m.bn3.weight.detach().numpy().__imul__(2),
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_a_change_of_weights_is_followed(change):
+@pytest.mark.parametrize("change", UNSEEN.values(), ids=UNSEEN.keys())
+@pytest.mark.parametrize("then", ["eager", "aot_eager"])
+def test_a_change_that_leaves_no_trace_is_followed_where_every_call_folds(then, change):
     model = randomise(Net())
-    run = compiled(model)
+    run = compiled(model, "always", then)
+    before = run(X)
+    change(model)
+    assert_exact(model(X), run(X))
+    assert not torch.allclose(before, run(X))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("refold", ["changed", "always"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_change_of_weights_is_followed(change, refold):
+    model = randomise(Net())
+    run = compiled(model, refold)
     before = run(X)
     change(model)
     assert_exact(model(X), run(X))
@@ -141,14 +165,203 @@ def test_another_dtype_is_followed():
     assert norms(GRAPHS[-1]) == 0
 
 
-def test_gradients_of_parameters_leave_the_graph_as_it_is(caplog):
-    caplog.set_level(logging.INFO, "fxfuse")
+def test_gradients_of_parameters_leave_the_graph_as_it_is():
     model, other = randomise(Net()), randomise(Net())
-    compiled(model)(X).square().sum().backward()
+    run = compiled(model)
+    run(X).square().sum().backward()
     other(X).square().sum().backward()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert_exact(two.grad, one.grad)
-    assert norms(GRAPHS[-1]) == 3 and "gradients" in caplog.text
+    assert norms(GRAPHS[-1]) == 3
+    report = fxfuse.report(run)
+    assert [refusal.code for refusal in report.refused] == ["FXF111"] * 3 and not report.folded
+    assert [refusal.norm for refusal in report.refused] == ["bn1", "bn2", "bn3"]
+    with torch.no_grad():
+        run(X)
+    assert len(fxfuse.report(run).folded) == 3  # the newest graph of this code
+
+
+class Everything(nn.Module):
+    """A norm behind each kind of operator, with parts of its channels, before one, and a layer scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.bn1 = nn.Conv2d(3, 4, 3, groups=1), nn.BatchNorm2d(4)
+        self.a, self.b, self.bn2 = nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1, bias=False), nn.BatchNorm2d(4)
+        self.up, self.bn3 = nn.ConvTranspose2d(4, 4, 2, groups=2), nn.BatchNorm2d(4, affine=False)
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.wide, self.bn4 = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 8, 1)), nn.BatchNorm2d(2)
+        self.bn5, self.fc = nn.BatchNorm1d(2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        y = torch.tanh(self.bn1(self.one(x)))
+        y = torch.tanh(self.bn2(torch.cat([self.a(y), self.b(y)], 1)))
+        y = torch.tanh(self.bn3(self.up(y)) * self.scale)
+        y = torch.tanh(self.bn4(F.pixel_shuffle(self.wide(y), 2)))
+        return self.fc(self.bn5(y.mean((2, 3))))
+
+
+@pytest.mark.parametrize("then", ["fxfuse_tests", "aot_eager"])
+def test_gradients_get_through_folds_on_every_call(then):
+    """Frozen norms, trainable everything: weights, biases, γ, β and the input."""
+    model, other = randomise(Everything()), randomise(Everything())
+    run = compiled(model, "always", then)
+    x, y = X.clone().requires_grad_(), X.clone().requires_grad_()
+    run(x).square().sum().backward()
+    other(y).square().sum().backward()
+    assert_exact(y.grad, x.grad)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert_exact(two.grad, one.grad)
+    assert len(fxfuse.report(run).folded) == 5 and not fxfuse.report(run).refused
+    assert all(norms(graph) == 0 for graph in GRAPHS)
+
+
+def test_gradients_of_folds_on_every_call_are_the_derivatives():
+    model = randomise(Everything())
+    names = [name for name, _ in model.named_parameters()]
+    tensors = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
+    run = compiled(model, "always", "eager")
+    x = noise(1, 3, 4, 4)
+
+    def function(*values):
+        return torch.func.functional_call(
+            run, {f"_orig_mod.{n}": v for n, v in zip(names, values, strict=True)}, (x,)
+        )
+
+    assert torch.autograd.gradcheck(function, tensors)
+
+
+def test_frozen_norms_are_fine_tuned_as_in_eager():
+    models = randomise(Net()), randomise(Net())
+    run = compiled(models[0], "always", "aot_eager")
+    losses = [[], []]
+    for number, call in enumerate((run, models[1])):
+        optimiser = torch.optim.SGD(models[number].parameters(), lr=1e-3, momentum=0.9)
+        for step in range(5):
+            loss = (call(noise(4, 3, 8, 8, seed=step)) - 1).square().mean()
+            losses[number].append(loss.detach())
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+    assert_exact(losses[1], losses[0])
+    assert_exact([*models[1].parameters()], [*models[0].parameters()])
+
+
+@torch.no_grad()
+def test_folds_that_depend_on_numbers_are_not_made_for_every_call():
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.BatchNorm2d(4)))
+    model[2].weight.abs_()
+    changed, always = compiled(model), compiled(copy.deepcopy(model), "always")
+    assert_exact(model(X), changed(X))
+    assert_exact(model(X), always(X))
+    assert len(fxfuse.report(changed).folded) == 1
+    assert [refusal.code for refusal in fxfuse.report(always).refused] == ["FXF306"]
+    model[2].weight.neg_()  # the fold that was made does not hold any more
+    assert_exact(model(X), changed(X))
+    model[2].weight.neg_()
+    assert_exact(model(X), changed(X))
+
+
+def test_a_graph_of_tensors_made_in_inference_mode_is_folded_on_every_call():
+    with torch.inference_mode():
+        model = randomise(Net())
+        run = compiled(model)
+        assert_exact(model(X), run(X))
+        model.one.weight.mul_(2)  # which counts up no version
+        assert_exact(model(X), run(X))
+    assert len(fxfuse.report(run).folded) == 3
+
+
+@torch.no_grad()
+def test_a_size_that_is_marked_dynamic_stays_so():
+    model = randomise(Net())
+    run = compiled(model, fullgraph=True)
+    x = noise(4, 3, 8, 8)
+    torch._dynamo.mark_dynamic(x, 0)
+    assert_exact(model(x), run(x))
+    for batch in (2, 3, 9):
+        assert_exact(model(noise(batch, 3, 8, 8)), run(noise(batch, 3, 8, 8)))
+    assert [norms(graph) for graph in GRAPHS] == [0]
+
+
+@torch.no_grad()
+def test_regions_that_are_compiled_by_themselves_are_folded_and_followed():
+    class Head(nn.Sequential):
+        def forward(self, x):  # Dynamo compiles no forward of torch's own
+            return super().forward(x)
+
+    head = Head(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    model = randomise(nn.Sequential(Net(), nn.Linear(2, 3), head))
+    twin = copy.deepcopy(model)
+    model[0].compile(backend="fxfuse", options={"then": "fxfuse_tests"})
+    model[2].compile(backend="fxfuse", options={"then": "fxfuse_tests"})
+    assert_exact(twin(X), model(X))
+    assert [norms(graph) for graph in GRAPHS] == [0, 0]
+    assert len(fxfuse.report(model).folded) == 4
+    model[2][0].weight.mul_(2)
+    twin[2][0].weight.mul_(2)
+    assert_exact(twin(X), model(X))
+
+
+@torch.no_grad()
+def test_a_model_that_is_compiled_twice_is_followed_by_both():
+    model = randomise(Net())
+    one, two = compiled(model), compiled(model, "always")
+    for _ in range(2):
+        assert_exact(model(X), one(X))
+        assert_exact(model(X), two(X))
+        model.one.weight.mul_(1.5)
+
+
+@torch.no_grad()
+def test_modules_called_twice_and_norms_that_share_an_operator():
+    class Shared(Net):
+        def forward(self, x):
+            y = self.bn1(self.one(x)) + self.bn1(self.one(x + 1)) + self.one(x)
+            return self.fc(self.bn3(self.bn2(self.two(torch.relu(y))).mean((2, 3))))
+
+    model = randomise(Shared())
+    run = compiled(model)
+    for _ in range(2):
+        assert_exact(model(X), run(X))
+        model.one.weight.mul_(1.5)
+    assert len(fxfuse.report(run).folded) == 4
+
+
+def test_report_of_what_was_not_compiled_is_an_error():
+    model = randomise(Net())
+    run = compiled(model)
+    with pytest.raises(fxfuse.UsageError, match="was not called yet"):
+        fxfuse.report(run)
+
+
+@torch.no_grad()
+def test_reports_of_a_broken_graph_are_one():
+    class Broken(Net):
+        def forward(self, x):
+            y = torch.relu(self.bn1(self.one(x)))
+            torch._dynamo.graph_break()
+            return self.bn2(torch.relu(self.two(y)))
+
+    run = compiled(randomise(Broken()))
+    for batch in (2, 3, 4):  # compiled anew for other batches
+        run(noise(batch, 3, 8, 8))
+    report = fxfuse.report(run)
+    assert [fold.norm for fold in report.folded] == ["bn1"]
+    assert [(left.norm, left.code) for left in report.refused] == [("bn2", "FXF102")]
+    assert report.model == "Broken"
+
+
+@torch.no_grad()
+def test_a_report_lets_go_of_the_model():
+    model = randomise(Net())
+    compiled(model)(X)
+    reference = weakref.ref(model.one.weight)
+    torch.compiler.reset()
+    GRAPHS.clear()
+    del model
+    gc.collect()
+    assert reference() is None
 
 
 @pytest.mark.parametrize("then", ["fxfuse_tests", "aot_eager"])
@@ -213,7 +426,11 @@ def test_the_report_of_a_graph_is_logged(caplog):
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"than": "eager"}, "no options than"), ({"then": "nobody"}, "'nobody' is no backend")],
+    [
+        ({"than": "eager"}, "no options than"),
+        ({"then": "nobody"}, "'nobody' is no backend"),
+        ({"refold": "never"}, "refold='never' is neither of 'changed', 'always'"),
+    ],
 )
 def test_wrong_options_are_told(options, text):
     run = torch.compile(randomise(Net()), backend="fxfuse", options=options)

@@ -13,6 +13,8 @@ from torch import nn
 
 import fxfuse
 from fxfuse import cli, zoo
+from tests.forms import EXPORT_WARNING
+from tests.support import randomise
 
 FACTORY = """
 import torch
@@ -82,6 +84,29 @@ def test_a_folded_model_can_be_written_loaded_and_verified_for_any_batch_size(ru
     result = run("explain", "folded.pt2")
     assert "0 of 1 norms folded" in result.stdout  # the one after the ReLU
     assert sorted(path.name for path in Path.cwd().glob("*.pt2")) == ["folded.pt2"]
+
+
+@pytest.mark.filterwarnings(EXPORT_WARNING)
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_an_exported_program_is_folded_into_an_exported_program(run, decomposed):
+    model, x = (
+        randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).float(),
+        torch.randn(2, 3, 8, 8),
+    )
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    torch.export.save(program.run_decompositions() if decomposed else program, "model.pt2")
+    result = run("fuse", "model.pt2", "-o", "folded.pt2", "--json", "r.json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(Path("r.json").read_text())
+    assert record["report"]["folded"] == [{"norm": "1", "into": ["0"], "direction": "backward"}]
+    assert record["report"]["verification"]["ok"] is True
+    folded = torch.export.load("folded.pt2")
+    assert {*folded.state_dict} == {"0.weight", "0.bias"}
+    y = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(folded.module()(y), model(y))
+    result = run("verify", "model.pt2", "folded.pt2", "--input", "7,3,8,8")
+    assert result.exit_code == 0 and "equal but for rounding" in result.stdout, result.output
+    assert "the shapes of the source" in run("fuse", "model.pt2", "-o", "again.pt2").stdout
 
 
 def test_verification_that_fails_ends_with_1(run):
