@@ -58,8 +58,8 @@ def fold_program(program: ExportedProgram) -> tuple[ExportedProgram, Report]:
     names = {node.name: _reached(node, gone(plan)) for node in gone(plan)}
     norms, constants = rewrite(lifted.capture, plan, solution, reader)
     inputs = _Inputs(program, graph)
-    weights = lower(lifted, inputs.new)
-    folded = _program(program, graph, inputs.specs, names, _values(lifted.capture.root, weights))
+    weights = {name: attribute(lifted.capture.root, name) for name in lower(lifted, inputs.new).values()}
+    folded = _program(program, graph, inputs.specs, names, tensors | weights)
     return folded, Report(name, tuple(norms), plan.refusals, tuple(constants))
 
 
@@ -113,16 +113,12 @@ class _Inputs:
         return self._specs[node].kind if node in self._specs else InputKind.USER_INPUT
 
 
-def _values(root: Any, weights: Mapping[fx.Node, str]) -> dict[str, Tensor]:
-    return {name: attribute(root, name) for name in weights.values()}
-
-
 def _program(
     source: ExportedProgram,
     graph: fx.Graph,
     specs: list[InputSpec],
     replaced: Mapping[str, fx.Node],
-    values: Mapping[str, Tensor],
+    values: Mapping[str, Any],
 ) -> ExportedProgram:
     """The program of an edited graph.
 
@@ -131,27 +127,33 @@ def _program(
         graph: the graph.
         specs: the specifications of its inputs.
         replaced: the names of nodes that are gone, and the nodes that are read instead.
-        values: the parameters, buffers and constants that may be others than in the source.
+        values: parameters, buffers and constants by their names; some may be others than in the source.
     """
     outputs = source.graph_signature.output_specs
     for spec in outputs:
         if spec.arg.name in replaced:
             replaced[spec.arg.name].name = spec.arg.name  # an output keeps its name
     names = {old: node.name for old, node in replaced.items()}
-    left = {spec.target for spec in specs}
-    dropped = {spec.target for spec in source.graph_signature.input_specs if spec.kind in _WEIGHTS} - left
-    constants = {spec.target for spec in specs if not (spec.kind is InputKind.PARAMETER or spec.persistent)}
-    state = {**source.state_dict, **{name: value for name, value in values.items() if name not in constants}}
-    others = {**source.constants, **{name: value for name, value in values.items() if name in constants}}
+    old = {spec.target for spec in source.graph_signature.input_specs if spec.kind in _WEIGHTS}
+    state, constants = (
+        {name: value for name, value in home.items() if name not in old}
+        for home in (source.state_dict, source.constants)
+    )
+    for spec in specs:
+        if spec.kind in _WEIGHTS:
+            value = values[str(spec.target)]
+            is_parameter = spec.kind is InputKind.PARAMETER
+            home = state if is_parameter or spec.persistent else constants
+            home[str(spec.target)] = value if is_parameter else value.detach()
     return ExportedProgram(
         source.graph_module,
         graph,
         ExportGraphSignature(list(specs), [replace(spec) for spec in outputs]),
-        {name: value for name, value in state.items() if name not in dropped},
+        state,
         dict(source.range_constraints),
         [_renamed(entry, names) for entry in source.module_call_graph],
         source.example_inputs,
-        {name: value for name, value in others.items() if name not in dropped},
+        constants,
         verifiers=source.verifiers,
     )
 

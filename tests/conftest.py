@@ -1,11 +1,34 @@
 """Hypothesis profiles, chosen by HYPOTHESIS_PROFILE, and one thread for each test process."""
 
 import os
+from collections import defaultdict
 
+import pytest
 import torch
 from hypothesis import Phase, settings
 
+from tests import entrances
+
 torch.set_num_threads(1)
+# So many of the parameter sets of each scenario go through the other entrances too.
+_PICKED = 2
+
+
+def pytest_collection_modifyitems(items):
+    by_function = defaultdict(list)
+    for item in items:
+        if {"scenarios", "upstream_bugs"} & {*item.path.parts}:
+            by_function[item.path, item.originalname].append(item)
+    for found in by_function.values():
+        for number in range(min(_PICKED, len(found))):
+            found[number * len(found) // _PICKED].user_properties.append(("entrances", True))
+
+
+@pytest.fixture(autouse=True)
+def _entrances(request, monkeypatch):
+    picked = ("entrances", True) in request.node.user_properties
+    monkeypatch.setattr(entrances, "current", request.node.originalname if picked else None)
+
 
 settings.register_profile("default", max_examples=400, deadline=None, derandomize=True)
 settings.register_profile("fuzz", max_examples=20_000, deadline=None, print_blob=True)

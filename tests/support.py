@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 import fxfuse
 from fxfuse.tree import named_tensors
+from tests import entrances
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -122,4 +123,5 @@ def folds(
         assert_exact(model(*copy.deepcopy(inputs)), fused(*copy.deepcopy(inputs)))
     again = fxfuse.report(fxfuse.fuse(fused))
     assert not again.folded and not again.constants, "folding a folded model changed it"
+    entrances.enter(model, inputs, folded, assert_exact)
     return fused
