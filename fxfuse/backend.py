@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend
 from torch._guards import CompileContext
 
-from fxfuse.capture import reshaped_in_place
+from fxfuse.capture import Capture, reshaped_in_place
 from fxfuse.errors import UsageError
 from fxfuse.following import Followers
 from fxfuse.inside import inline, traced
@@ -71,6 +71,7 @@ def backend(
     names = _static_inputs(graph_module, example_inputs)
     tensors: dict[str, Tensor] = {name: example_inputs[place] for place, name in names.items()}
     lifted = lift(graph_module, names, tensors)
+    tensors |= _attributes(lifted.capture, without=tensors)
     originals = {node: place for place, node in enumerate(lifted.capture.graph.find_nodes(op="placeholder"))}
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
     # A change of a tensor that was made in inference mode could not be noticed.
@@ -83,7 +84,8 @@ def backend(
             norms, constants = rewrite(lifted.capture, plan, solution, reader)
             inline(lifted, recipe, solution, tensors)
         else:
-            followers = Followers(plan, solution, reader, names, example_inputs)
+            places = {name: place for place, name in names.items()}
+            followers = Followers(plan, solution, reader, tensors, places)
             norms, constants = rewrite(lifted.capture, plan, solution, reader)
     report = Report(lifted.capture.name, tuple(norms), plan.refusals, tuple(constants))
     attach_compiled(tensors.values(), _code(graph_module), report)
@@ -141,6 +143,13 @@ def _static_inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[
     return found
 
 
+def _attributes(capture: Capture, without: Container[str]) -> dict[str, Tensor]:
+    """The other parameters and buffers: Dynamo can be asked to make attributes of them."""
+    names = {str(node.target) for node in capture.graph.find_nodes(op="get_attr")}
+    values = {name: attribute(capture.root, name) for name in sorted(names) if name not in without}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
 def _observed(graph: fx.Graph) -> dict[fx.Node, Any]:
     """What Dynamo saw: it guards numbers of axes, sizes and dtypes, and compiles anew for others."""
     return {node: node.meta["example_value"] for node in graph.nodes if "example_value" in node.meta}
@@ -166,7 +175,7 @@ def _lowered(
     given: list[int | Tensor] = []
     for node in graph.find_nodes(op="placeholder"):
         value = attribute(root, names[node]) if node in names else None
-        if value is None or value is tensors.get(names[node]):
+        if value is None or (node in places and value is tensors.get(names[node])):
             given.append(places[node])
         else:
             torch._dynamo.mark_static_address(value, guard=False)

@@ -27,8 +27,8 @@ class Followers:
         plan: what is folded.
         solution: the folded tensors; they get new numbers.
         reader: reads the graph in which it is, as it was before.
-        names: the names of parameters and buffers, by their places among the inputs.
-        inputs: an example for each of the inputs.
+        tensors: the parameters and buffers that there are, by their names.
+        places: the places among the inputs of those that are inputs; the others are attributes for ever.
     """
 
     def __init__(
@@ -36,44 +36,47 @@ class Followers:
         plan: Plan,
         solution: Solution,
         reader: Reader,
-        names: Mapping[int, str],
-        inputs: Sequence[Any],
+        tensors: Mapping[str, Tensor],
+        places: Mapping[str, int],
     ) -> None:
         self._plan = plan
         self._reader = reader
-        self._names = names
-        self._tensors = solution.tensors
+        self._tensors = dict(tensors)
+        self._places = places
+        self._folded = solution.tensors
+        self._is_folded = True
         reader.forget_tensors()
         solve(plan, reader, {})
-        self._sources = [place for place, name in names.items() if name in reader.names_read]
-        self._seen = self._look(inputs)
-        self._is_folded = True
+        self._sources = [(name, places.get(name)) for name in tensors if name in reader.names_read]
+        self._look()
 
     def follow(self, inputs: Sequence[Any]) -> bool:
         """Makes the tensors those that the weights among `inputs` give; False if these cannot be folded."""
         for place, tensor, version, address in self._seen:
-            now = inputs[place]
+            now = tensor if place is None else inputs[place]
             if now is not tensor or now._version != version or now.data_ptr() != address:
-                self._seen = self._look(inputs)
-                self._is_folded = self._fold_again(inputs)
+                self._tensors |= {name: inputs[place] for name, place in self._places.items()}
+                self._look()
+                self._is_folded = self._fold_again()
                 break
         return self._is_folded
 
-    def _look(self, inputs: Sequence[Any]) -> list[tuple[int, Tensor, int, int]]:
-        tensors = ((place, inputs[place]) for place in self._sources)
-        return [(place, tensor, tensor._version, tensor.data_ptr()) for place, tensor in tensors]
+    def _look(self) -> None:
+        """Remembers what shows that a tensor has changed."""
+        sources = ((place, self._tensors[name]) for name, place in self._sources)
+        self._seen = [(place, tensor, tensor._version, tensor.data_ptr()) for place, tensor in sources]
 
-    def _fold_again(self, inputs: Sequence[Any]) -> bool:
-        for place, name in self._names.items():
-            put(self._reader.root, name, inputs[place])
+    def _fold_again(self) -> bool:
+        for name, source in self._tensors.items():
+            put(self._reader.root, name, source)
         self._reader.forget_tensors()
         with torch.no_grad():
             new = solve(self._plan, self._reader, {})
             if new.failed:
-                codes = {code.value.reason for code in new.failed.values()}
-                _LOG.warning("the new weights cannot be folded: %s; norms run as they are", "; ".join(codes))
+                reasons = "; ".join({code.value.reason for code in new.failed.values()})
+                _LOG.warning("the new weights cannot be folded, so the norms run as they are: %s", reasons)
                 return False
-            for node, tensors in self._tensors.items():
+            for node, tensors in self._folded.items():
                 for old, tensor in zip(tensors, new.tensors[node], strict=True):
                     if old is not None:
                         assert tensor is not None

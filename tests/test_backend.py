@@ -272,6 +272,33 @@ def test_a_graph_of_tensors_made_in_inference_mode_is_folded_on_every_call():
     assert len(fxfuse.report(run).folded) == 3
 
 
+def _installed(model):
+    for tensor in (*model.parameters(), *model.buffers()):
+        torch._dynamo.mark_static_address(tensor, guard=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("refold", ["changed", "always"])
+@pytest.mark.parametrize(
+    ("way", "change"),
+    [
+        *(("freezing", change) for change in ("in place", "the norm's weight", "running statistics")),
+        *(("marked", change) for change in ("in place", "another parameter", "load_state_dict, assigned")),
+    ],
+)
+def test_parameters_that_dynamo_makes_attributes_are_followed(way, change, refold):
+    """Asked to prepare for freezing, Dynamo guards no attributes, and would not see other objects itself."""
+    model = randomise(Net())
+    with torch._dynamo.config.patch(prepare_freezing=way == "freezing"):
+        if way == "marked":
+            _installed(model)
+        run = compiled(model, refold)
+        assert_exact(model(X), run(X))
+        assert len(fxfuse.report(run).folded) == 3 and norms(GRAPHS[-1]) == 0
+        CHANGES[change](model)
+        assert_exact(model(X), run(X))
+
+
 @torch.no_grad()
 def test_a_size_that_is_marked_dynamic_stays_so():
     model = randomise(Net())
