@@ -108,8 +108,8 @@ class Code(Enum):
     )
     TUPLE_OUTPUT = Explanation(
         "FXF207",
-        "it is a native batch norm that also returns its statistics",
-        "use torch.nn.functional.batch_norm",
+        "it is a native batch norm, and what it returns besides the normalised value is read",
+        "read the first of its values only",
     )
     INSIDE_OPAQUE = Explanation(
         "FXF208",
