@@ -190,7 +190,7 @@ def _may_write(node: fx.Node) -> bool:
         updates = "no_training" not in name and "no_update" not in name
         return bound.get("training", bound.get("use_input_stats", updates)) is not False
     if isinstance(target, torch._ops.OpOverload):
-        return bool(target._schema.is_mutable)
+        return bool(target._schema.is_mutable) and name != "detach_"  # which writes no values
     if isinstance(target, torch._ops.OpOverloadPacket) and torch_name(target) is None:
         return any(getattr(target, overload)._schema.is_mutable for overload in target.overloads())  # type: ignore[no-untyped-call]
     given = _given(node)

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxfuse.calls import operator_name, torch_name, written_inputs
+from fxfuse.calls import called_name, operator_name, torch_name, written_inputs
 
 # Functions of torch.nn.functional that are written in Python and draw no random numbers.
 _PURE = frozenset({"batch_norm", "layer_norm", "group_norm", "normalize", "softmax", "pad"})
+# What makes a tensor of nothing but numbers.
+_MAKERS = frozenset({"tensor", "scalar_tensor", "full", "ones", "zeros", "arange"})
 
 
 class Constants:
@@ -82,7 +84,9 @@ class Constants:
         if node.op == "get_attr":
             return isinstance(self._attribute(str(node.target)), Tensor)
         inputs = node.all_input_nodes
-        return bool(inputs) and all(each in self._known for each in inputs) and _is_pure(node)
+        if not inputs:
+            return node.op == "call_function" and operator_name(node) in _MAKERS
+        return all(each in self._known for each in inputs) and _is_pure(node)
 
     def _evaluated(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
@@ -90,6 +94,8 @@ class Constants:
         args, kwargs = fx.node.map_arg(self._known[node], self.value)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if called_name(node) == "detach_":  # exporters put it behind a constant; it would change a source
+            return args[0].detach()
         assert callable(node.target)
         return node.target(*args, **kwargs)
 

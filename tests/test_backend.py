@@ -331,6 +331,22 @@ def test_regions_that_are_compiled_by_themselves_are_folded_and_followed():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("refold", ["changed", "always"])
+def test_constants_that_forward_makes_are_constants(refold):
+    class Scaled(Net):
+        def forward(self, x):
+            y = self.one(x) * torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)[:, None, None]
+            return self.bn1(y + torch.full((4, 1, 1), 0.3, dtype=torch.float64))
+
+    model = randomise(Scaled())
+    run = compiled(model, refold)
+    for _ in range(2):
+        assert_exact(model(X), run(X))
+        model.one.weight.mul_(2)
+    assert len(fxfuse.report(run).folded) == 1 and len(fxfuse.report(run).constants) == 2
+
+
+@torch.no_grad()
 def test_a_model_that_is_compiled_twice_is_followed_by_both():
     model = randomise(Net())
     one, two = compiled(model), compiled(model, "always")

@@ -290,6 +290,19 @@ def test_norm_over_tokens_of_the_channels_size_is_left(size, dialect):
     checked(export(model, x, dialect=dialect), x, folded=0, left=[code])
 
 
+@dialects
+def test_constants_that_forward_makes_are_constants(dialect):
+    def forward(m, x):
+        y = m.conv(x) * torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)[:, None, None]
+        return m.norm(y + torch.full((4, 1, 1), 0.3, dtype=torch.float64))
+
+    model = randomise(Forward(forward, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4)))
+    model.requires_grad_(True)
+    fused = checked(export(model, X, dialect=dialect), X, folded=1)
+    assert len(fxfuse.report(fused).constants) == 2
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_shape_that_changes_in_place_leaves_all_norms():
     def forward(m, x):
         y = m.conv(x)
