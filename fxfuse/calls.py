@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -87,7 +88,7 @@ def _from_schema(schema: torch.FunctionSchema) -> inspect.Signature:
     return inspect.Signature(
         [
             parameter(
-                argument.name,
+                f"{argument.name}_" if keyword.iskeyword(argument.name) else argument.name,
                 parameter.KEYWORD_ONLY if argument.kwarg_only else parameter.POSITIONAL_OR_KEYWORD,
                 default=argument.default_value if argument.has_default_value() else parameter.empty,
             )
@@ -189,6 +190,8 @@ def _may_write(node: fx.Node) -> bool:
         bound = arguments(node)
         updates = "no_training" not in name and "no_update" not in name
         return bound.get("training", bound.get("use_input_stats", updates)) is not False
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True  # what its graphs do is not looked at
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable) and name != "detach_"  # which writes no values
     if isinstance(target, torch._ops.OpOverloadPacket) and torch_name(target) is None:

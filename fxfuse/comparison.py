@@ -73,12 +73,8 @@ def verify(
     """
     if not isinstance(inputs, (list, tuple)):
         raise UsageError(f"inputs is a {type(inputs).__name__}; pass a tuple of positional inputs, (x,)")
-    return _verified(as_module(reference), as_module(candidate), inputs, (rtol, atol), seed)
-
-
-def _verified(
-    reference: nn.Module, candidate: nn.Module, inputs: Sequence[Any], tolerances: Tolerances, seed: int
-) -> Comparison:
+    reference = as_module(reference)
+    candidate = as_module(candidate)
     for name, model in (("reference", reference), ("candidate", candidate)):
         if is_training(model):
             raise UsageError(f"the {name} is in training mode; call {name}.eval()")
@@ -97,7 +93,7 @@ def _verified(
     if mismatch:
         return _unmeasured(ok=False, note=mismatch)
     truth, note = _float64_run(reference, values, seed, expected)
-    return _compared(expected, actual, truth, tolerances, [*_doubts(reference, expected)], note)
+    return _compared(expected, actual, truth, (rtol, atol), [*_doubts(reference, expected)], note)
 
 
 def _unmeasured(*, ok: bool, note: str) -> Comparison:

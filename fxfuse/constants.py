@@ -58,6 +58,12 @@ class Constants:
             return bool(self._attribute(str(node.target)).requires_grad)
         return any(map(self.trains, self._inputs(node)))
 
+    def names(self, node: fx.Node) -> set[str]:
+        """The parameters and buffers from which `node`, one of the constants, is computed."""
+        if node.op == "get_attr":
+            return {str(node.target)}
+        return set[str]().union(*map(self.names, self._inputs(node)))
+
     def statistics_of(self, node: fx.Node) -> str | None:
         """The owner of the running variance from which `node`, one of the constants, is computed."""
         if node.op == "get_attr":
@@ -111,6 +117,5 @@ def _is_pure(node: fx.Node) -> bool:
         return name is not None
     packet = getattr(torch.ops.aten, name, None)
     overloads = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
-    return bool(overloads) and not any(
-        torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads
-    )
+    seeded = torch.Tag.nondeterministic_seeded
+    return bool(overloads) and all(each._schema.returns and seeded not in each.tags for each in overloads)

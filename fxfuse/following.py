@@ -3,32 +3,65 @@
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxfuse.lifting import put
 from fxfuse.ops import Reader
 from fxfuse.plan import Plan
-from fxfuse.solve import Solution, solve
+from fxfuse.solve import Solution, solve, sources, statistics
+from fxfuse.tree import put
 
 _LOG = logging.getLogger("fxfuse")
+Key = tuple[fx.Node, int]
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What was folded from one set of parameters and buffers.
+
+    Attributes:
+        tensors: the folded weight, 0, and bias, 1, of each operator; None if these cannot be folded.
+        seen: of each source its place among the inputs, itself, its version, which operators that write to it
+            count up, and its address.
+        statistics: the running statistics, by device, end to end: the kernels of batch norm do not count.
+        steps: how many steps optimisers had made: their fused kernels do not count either.
+    """
+
+    tensors: dict[Key, Tensor] | None
+    seen: list[tuple[int | None, weakref.ref[Tensor], int, int]]
+    statistics: list[Tensor]
+    steps: int
+
+    def is_stale(self, inputs: Sequence[Any]) -> bool:
+        """Whether a source is another tensor than it was, or may have been written to."""
+        for place, reference, version, address in self.seen:
+            tensor: Any = reference()
+            now = tensor if place is None else inputs[place]
+            if now is not tensor or now._version != version or now.data_ptr() != address:
+                return True
+        return self.steps != _optimiser_steps().count
 
 
 class Followers:
-    """The folded tensors of a plan; `follow` folds them again if a tensor that they come from has changed.
+    """The folded tensors of a plan, folded again whenever a tensor that they come from has changed.
 
-    That is seen by the tensor's identity, by its version, which every operator that writes to it counts up,
-    and by its address in memory.
+    Instances of one class share their compiled code; each has folded tensors of its own.
 
     Args:
         plan: what is folded.
-        solution: the folded tensors; they get new numbers.
-        reader: reads the graph in which it is, as it was before.
-        tensors: the parameters and buffers that there are, by their names.
-        places: the places among the inputs of those that are inputs; the others are attributes for ever.
+        solution: the folded tensors of the first instance.
+        reader: reads the graph in which they are, as it was before.
+        tensors: its parameters and buffers, by their names.
+        places: the places among the inputs of those that are inputs; the others are attributes for good.
     """
 
     def __init__(
@@ -41,44 +74,90 @@ class Followers:
     ) -> None:
         self._plan = plan
         self._reader = reader
-        self._tensors = dict(tensors)
         self._places = places
-        self._folded = solution.tensors
-        self._is_folded = True
-        reader.forget_tensors()
-        solve(plan, reader, {})
-        self._sources = [(name, places.get(name)) for name in tensors if name in reader.names_read]
-        self._look()
+        self._attributes = {name: tensor for name, tensor in tensors.items() if name not in places}
+        self._sources = sorted(sources(plan, reader))
+        self._statistics = sorted(statistics(plan, reader))
+        self._sets: Any = WeakTensorKeyDictionary()
+        self._sets[tensors[self._sources[0]]] = self._weights(tensors, solution)
+        self._folding = threading.Lock()
 
-    def follow(self, inputs: Sequence[Any]) -> bool:
-        """Makes the tensors those that the weights among `inputs` give; False if these cannot be folded."""
-        for place, tensor, version, address in self._seen:
-            now = tensor if place is None else inputs[place]
-            if now is not tensor or now._version != version or now.data_ptr() != address:
-                self._tensors |= {name: inputs[place] for name, place in self._places.items()}
-                self._look()
-                self._is_folded = self._fold_again()
-                break
-        return self._is_folded
+    def follow(self, inputs: Sequence[Any]) -> dict[Key, Tensor] | None:
+        """The tensors that are folded from the weights among `inputs`; None if these cannot be folded.
 
-    def _look(self) -> None:
-        """Remembers what shows that a tensor has changed."""
-        sources = ((place, self._tensors[name]) for name, place in self._sources)
-        self._seen = [(place, tensor, tensor._version, tensor.data_ptr()) for place, tensor in sources]
+        They are new ones where something has changed: threads and backward passes may use the old ones yet.
+        """
+        first = self._sources[0]
+        key = inputs[self._places[first]] if first in self._places else self._attributes[first]
+        weights: _Weights | None = self._sets.get(key)
+        if weights is None or weights.is_stale(inputs) or self._has_trained(weights, inputs):
+            with self._folding:
+                weights = self._sets[key] = self._folded(inputs)
+        return weights.tensors
 
-    def _fold_again(self) -> bool:
-        for name, source in self._tensors.items():
-            put(self._reader.root, name, source)
+    def _has_trained(self, weights: _Weights, inputs: Sequence[Any]) -> bool:
+        """Whether a norm has new statistics, which its kernels write without counting up a version."""
+        now = _joined([self._tensor(name, inputs) for name in self._statistics])
+        return not all(map(torch.equal, weights.statistics, now))
+
+    def _tensor(self, name: str, inputs: Sequence[Any]) -> Tensor:
+        tensor: Tensor = inputs[self._places[name]] if name in self._places else self._attributes[name]
+        return tensor
+
+    def _folded(self, inputs: Sequence[Any]) -> _Weights:
+        tensors = {name: self._tensor(name, inputs) for name in (*self._places, *self._attributes)}
+        for name, tensor in tensors.items():
+            put(self._reader.root, name, tensor)
         self._reader.forget_tensors()
-        with torch.no_grad():
-            new = solve(self._plan, self._reader, {})
-            if new.failed:
-                reasons = "; ".join({code.value.reason for code in new.failed.values()})
-                _LOG.warning("the new weights cannot be folded, so the norms run as they are: %s", reasons)
-                return False
-            for node, tensors in self._folded.items():
-                for old, tensor in zip(tensors, new.tensors[node], strict=True):
-                    if old is not None:
-                        assert tensor is not None
-                        old.copy_(tensor)
-        return True
+        with torch.inference_mode(False), torch.no_grad():
+            return self._weights(tensors, solve(self._plan, self._reader, {}))
+
+    def _weights(self, tensors: Mapping[str, Tensor], solution: Solution) -> _Weights:
+        if solution.failed:
+            reasons = "; ".join(dict.fromkeys(code.value.reason for code in solution.failed.values()))
+            _LOG.warning("the new weights cannot be folded, so the norms run as they are: %s", reasons)
+        watched = ((self._places.get(name), tensors[name]) for name in self._sources)
+        return _Weights(
+            None if solution.failed else keyed(solution),
+            [(place, weakref.ref(tensor), tensor._version, tensor.data_ptr()) for place, tensor in watched],
+            _joined([tensors[name] for name in self._statistics]),
+            _optimiser_steps().count,
+        )
+
+
+def keyed(solution: Solution) -> dict[Key, Tensor]:
+    """The folded weight, 0, and bias, 1, of each operator, which ask for no gradients."""
+    found = {
+        (node, part): tensor.detach()
+        for node, pair in solution.tensors.items()
+        for part, tensor in enumerate(pair)
+        if tensor is not None
+    }
+    for tensor in found.values():
+        torch._dynamo.mark_static_address(tensor, guard=False)
+    return found
+
+
+def _joined(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors end to end, in one for each device and dtype."""
+    kinds = dict.fromkeys((tensor.device, tensor.dtype) for tensor in tensors)
+    return [
+        torch.cat([tensor.detach() for tensor in tensors if (tensor.device, tensor.dtype) == kind])
+        for kind in kinds
+    ]
+
+
+class _Steps:
+    """Counts the steps of all optimisers."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_optimizer_step_post_hook(self._step)
+
+    def _step(self, *_: Any) -> None:
+        self.count += 1
+
+
+@cache
+def _optimiser_steps() -> _Steps:
+    return _Steps()

@@ -33,6 +33,7 @@ LINEAR_FUNCTIONS: dict[str, tuple[int, bool]] = {
 }
 # Convolutions of any number of spatial axes, transposed or not: the weight and an argument tell.
 CONVOLUTIONS = frozenset({"convolution", "_convolution"})
+LINEAR_ARGUMENTS = ("input", "weight", "bias")
 # Products of two matrices, the second of which is a weight (in, out) → the arguments that are input, weight
 # and bias.
 PRODUCTS: dict[str, tuple[str, str, str | None]] = {

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx, nn
 
 from fxfuse.capture import Capture
-from fxfuse.tree import attribute
+from fxfuse.tree import attribute, put
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,12 @@ class Lifted:
     inputs: Mapping[str, fx.Node]
 
 
-def lift(source: fx.GraphModule, names: Mapping[int, str], tensors: Mapping[str, Tensor]) -> Lifted:
+def lift(source: fx.GraphModule, places: Mapping[str, int], tensors: Mapping[str, Tensor]) -> Lifted:
     """Makes attributes of inputs.
 
     Args:
         source: the module, which is not changed; what else it reads as an attribute is shared.
-        names: the qualified names of parameters and buffers, by their places among the inputs.
+        places: the places of parameters and buffers among the inputs, by their qualified names.
         tensors: their values.
     """
     graph, root = fx.Graph(), nn.Module()
@@ -43,7 +42,7 @@ def lift(source: fx.GraphModule, names: Mapping[int, str], tensors: Mapping[str,
     for node in graph.find_nodes(op="get_attr"):
         put(root, str(node.target), attribute(source, str(node.target)))
     placeholders = graph.find_nodes(op="placeholder")
-    inputs = {name: placeholders[place] for place, name in names.items()}
+    inputs = {name: placeholders[place] for name, place in places.items()}
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
         for name, placeholder in inputs.items():
@@ -76,23 +75,3 @@ def lower(lifted: Lifted, new_input: Callable[[str, Tensor], fx.Node]) -> dict[f
             graph.erase_node(placeholder)
             del inputs[name]
     return {placeholder: name for name, placeholder in inputs.items()}
-
-
-def put(root: nn.Module, name: str, value: object) -> None:
-    """Makes `value` the attribute of that qualified name, whatever kind of attribute that is."""
-    *owners, leaf = name.split(".")
-    module = root
-    for owner in owners:
-        inner = module._modules.setdefault(owner, nn.Module())
-        assert inner is not None
-        module = inner
-    for place in (module._parameters, module._buffers, module._modules, module.__dict__):
-        place.pop(leaf, None)
-    if isinstance(value, nn.Parameter):
-        module._parameters[leaf] = value
-    elif isinstance(value, torch.Tensor):
-        module._buffers[leaf] = value
-    elif isinstance(value, nn.Module):
-        module._modules[leaf] = value
-    else:
-        module.__dict__[leaf] = value

@@ -52,8 +52,8 @@ class Norm:
     Attributes:
         input: the node whose value it normalises.
         name: qualified name of the norm.
-        mean, var: qualified names of the running statistics, (channels,).
-        weight, bias: qualified names of γ and β, (channels,); None without.
+        mean, var: the running statistics, (channels,).
+        weight, bias: γ and β, (channels,); None without.
         eps: ε.
         channels: number of channels.
         ranks: the numbers of axes that its input may have; None if it does not check.
@@ -62,10 +62,10 @@ class Norm:
 
     input: fx.Node
     name: str
-    mean: str
-    var: str
-    weight: str | None
-    bias: str | None
+    mean: TensorName
+    var: TensorName
+    weight: TensorName | None
+    bias: TensorName | None
     eps: float
     channels: int
     ranks: frozenset[int] | None = None

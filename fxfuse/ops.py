@@ -57,13 +57,11 @@ class Reader:
     Attributes:
         root: the modules.
         graph: the graph.
-        names_read: the names of parameters and buffers whose values have been read since they were forgotten.
         constants: the nodes whose values do not depend on the input.
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         self.root = root
-        self.names_read: set[str] = set()
         self._read: dict[fx.Node, Op] = {}
         self._writes: dict[fx.Node, list[fx.Node]] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -82,7 +80,6 @@ class Reader:
         elif source in self._tensors:
             return self._tensors[source]
         else:
-            self.names_read.add(source)
             value = self._tensors[source] = attribute(self.root, source)
         assert isinstance(value, Tensor)
         return value
@@ -90,7 +87,6 @@ class Reader:
     def forget_tensors(self) -> None:
         """Reads all tensors anew from now on; what the nodes are stays."""
         self._tensors.clear()
-        self.names_read.clear()
         self.constants.forget()
 
     def is_query(self, user: fx.Node, value: fx.Node) -> bool:
@@ -103,7 +99,6 @@ class Reader:
         return attribute(self.root, name)
 
     def _unwritten(self, name: str) -> Any:
-        self.names_read.add(name)
         value = attribute(self.root, name)
         return None if isinstance(value, Tensor) and storage(value) in self._written else value
 
@@ -227,12 +222,13 @@ class Reader:
     def _product(self, bound: Mapping[str, Any], name: str) -> Op:
         """A linear layer as the product of two matrices; the second is often a parameter, transposed."""
         source, matrix, added = (None if each is None else bound[each] for each in PRODUCTS[name])
-        attribute = self._transposed_attribute(matrix)
-        weight, bias = attribute or self._source(matrix), self._source(added)
-        scaled = any(bound.get(factor, 1) != 1 for factor in ("alpha", "beta"))
-        if weight is None or (bias is None and added is not None) or scaled:
+        if any(bound.get(factor, 1) != 1 for factor in ("alpha", "beta")):
+            return Opaque(detail=f"{name} with a factor")
+        transposed = self._transposed_attribute(matrix)
+        weight, bias = transposed or self._source(matrix), self._source(added)
+        if weight is None or (bias is None and added is not None):
             return Opaque(Code.OPERATOR_COMPUTED, str(matrix if weight is None else added))
-        op = self._linear(source, (weight, bias), (0, attribute is None), {})
+        op = self._linear(source, (weight, bias), (0, transposed is None), {})
         if not isinstance(op, Linear):
             return op
         if bias is not None and self.tensor(bias).shape != (op.channels,):
@@ -244,11 +240,11 @@ class Reader:
         if value not in self.constants or value.op == "get_attr" or len(value.all_input_nodes) != 1:
             return None
         name = attribute_name(value.all_input_nodes[0])
-        matrix, given = None if name is None else self.tensor(name), self.tensor(value)
-        if matrix is None or matrix.dim() != 2 or storage(matrix) != storage(given):
+        if name is None or self.tensor(name).dim() != 2:
             return None
-        same = given.stride() == matrix.t().stride() and given.storage_offset() == matrix.storage_offset()
-        return name if same and given.shape == matrix.t().shape else None
+        turned, given = self.tensor(name).t(), self.tensor(value)
+        same = storage(turned) == storage(given) and turned.storage_offset() == given.storage_offset()
+        return name if same and (turned.shape, turned.stride()) == (given.shape, given.stride()) else None
 
     def _source(self, value: Any) -> TensorName | None:
         """A constant as a name, if it is a parameter or buffer, or as a node, if it is computed."""
@@ -276,8 +272,8 @@ class Reader:
 
     def _norm_function(self, node: fx.Node, bound: Mapping[str, Any], kind: str) -> Op:
         name = _norm_name(node, bound)
-        trains = NORM_FUNCTIONS[kind]
-        trains = bound[trains] if isinstance(trains, str) else trains
+        known = NORM_FUNCTIONS[kind]
+        trains = bound[known] if isinstance(known, str) else known
         if kind == "instance_norm" and trains is True:
             return Opaque(detail=f"{name} (instance_norm without running statistics)")
         if bound.get("running_mean") is None or bound["running_var"] is None:
@@ -287,7 +283,7 @@ class Reader:
         if gives_several(node) and not self._gives_first_only(node):
             return LeftNorm(name, Code.TUPLE_OUTPUT)
         parts = {part: bound[part] for part in ("running_mean", "running_var", "weight", "bias")}
-        names = {part: attribute_name(value) for part, value in parts.items()}
+        names = {part: self._source(value) for part, value in parts.items()}
         mean, var = names["running_mean"], names["running_var"]
         computed = any(names[part] is None and value is not None for part, value in parts.items())
         eps = bound.get("eps", bound.get("epsilon"))
@@ -311,7 +307,7 @@ class Reader:
             code = Code.NORM_COMPUTED if left[0] is Code.OPERATOR_COMPUTED else left[0]
             return LeftNorm(norm.name, code, left[1])
         flat = all(self.tensor(name).dim() == 1 for name in names if name is not None)
-        return norm if flat else LeftNorm(norm.name, Code.NORM_COMPUTED, norm.mean)
+        return norm if flat else LeftNorm(norm.name, Code.NORM_COMPUTED, str(norm.mean))
 
     def _not_constant(self, names: Iterable[TensorName | None]) -> tuple[Code, str] | None:
         """Why one of these cannot be folded, and which."""

@@ -23,15 +23,11 @@ from torch.export.graph_signature import (
 )
 from torch.nn import Parameter
 
-from fxfuse.capture import reshaped_in_place
 from fxfuse.lifting import lift, lower
 from fxfuse.ops import Reader
-from fxfuse.planner import nothing_planned, planned
+from fxfuse.planner import planned_guarded
 from fxfuse.records import Report
-from fxfuse.refusals import Code
 from fxfuse.rewrite import gone, rewrite
-from fxfuse.shapes import GraphShapes
-from fxfuse.solve import Solution
 from fxfuse.tree import attribute, storage
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -47,39 +43,40 @@ def fold_program(program: ExportedProgram) -> tuple[ExportedProgram, Report]:
     """
     tensors = {**program.state_dict, **program.constants}
     lifted = lift(program.graph_module, _foldable(program.graph_signature, tensors), tensors)
-    graph = lifted.capture.graph
-    reader = Reader(lifted.capture.root, graph)
-    shapes = GraphShapes(graph, reader, {}, guarded=True)
-    name = type(program).__name__
-    if reshaped_in_place(graph) is None:
-        plan, solution = planned(graph, reader, shapes)
-    else:
-        plan, solution = nothing_planned(graph, reader, shapes, Code.RESHAPED), Solution()
-    names = {node.name: _reached(node, gone(plan)) for node in gone(plan)}
+    reader = Reader(lifted.capture.root, lifted.capture.graph)
+    plan, solution = planned_guarded(
+        lifted.capture, reader, {}, regions=_regions(program, lifted.capture.graph)
+    )
+    replaced = {old.name: node for old, node in gone(plan).items()}
     norms, constants = rewrite(lifted.capture, plan, solution, reader)
-    inputs = _Inputs(program, graph)
+    inputs = _Inputs(program, lifted.capture.graph)
     weights = {name: attribute(lifted.capture.root, name) for name in lower(lifted, inputs.new).values()}
-    folded = _program(program, graph, inputs.specs, names, tensors | weights)
-    return folded, Report(name, tuple(norms), plan.refusals, tuple(constants))
+    folded = _program(program, lifted.capture.graph, inputs.specs, replaced, tensors | weights)
+    return folded, Report(type(program).__name__, tuple(norms), plan.refusals, tuple(constants))
 
 
-def _foldable(signature: ExportGraphSignature, tensors: Mapping[str, Any]) -> dict[int, str]:
-    """The places and names of the weights that no run of the program changes."""
+def _regions(program: ExportedProgram, graph: fx.Graph) -> dict[fx.Node, frozenset[str]]:
+    """For each node the modules in which it is of those whose calls are preserved, to be exchanged."""
+    preserved = {entry.fqn for entry in program.module_call_graph if entry.signature and entry.fqn}
+    if not preserved:
+        return {}
+    stacks = {node: node.meta.get("nn_module_stack", {}).values() for node in graph.nodes}
+    return {node: frozenset(name for name, _ in stack) & preserved for node, stack in stacks.items()}
+
+
+def _foldable(signature: ExportGraphSignature, tensors: Mapping[str, Any]) -> dict[str, int]:
+    """The places among the inputs of the weights that no run of the program changes, by their names."""
     mutations = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
     changed = [tensors.get(str(spec.target)) for spec in signature.output_specs if spec.kind in mutations]
     written = {storage(tensor) for tensor in changed}
     weights = {
-        place: str(spec.target) for place, spec in enumerate(signature.input_specs) if spec.kind in _WEIGHTS
+        str(spec.target): place for place, spec in enumerate(signature.input_specs) if spec.kind in _WEIGHTS
     }
     return {
-        place: name
-        for place, name in weights.items()
+        name: place
+        for name, place in weights.items()
         if isinstance(tensors.get(name), Tensor) and storage(tensors[name]) not in written
     }
-
-
-def _reached(node: fx.Node, inputs: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    return _reached(inputs[node], inputs) if node in inputs else node
 
 
 class _Inputs:
@@ -100,7 +97,7 @@ class _Inputs:
         """An input for a new weight, behind the others of its kind."""
         kind = InputKind.PARAMETER if isinstance(value, Parameter) else InputKind.BUFFER
         later = _ORDER[_ORDER.index(kind) + 1 :]
-        behind = next(node for node in self._graph.nodes if self._kind(node) in later)
+        behind = next(n for n in self._graph.nodes if n.op != "placeholder" or self._specs[n].kind in later)
         with self._graph.inserting_before(behind):
             node = self._graph.placeholder(f"{kind.name[0].lower()}_{name.replace('.', '_')}")
         node.target = node.name
@@ -109,16 +106,13 @@ class _Inputs:
         self._specs[node] = InputSpec(kind, TensorArgument(node.name), name, persistent)
         return node
 
-    def _kind(self, node: fx.Node) -> InputKind:
-        return self._specs[node].kind if node in self._specs else InputKind.USER_INPUT
-
 
 def _program(
     source: ExportedProgram,
     graph: fx.Graph,
     specs: list[InputSpec],
     replaced: Mapping[str, fx.Node],
-    values: Mapping[str, Any],
+    tensors: Mapping[str, Any],
 ) -> ExportedProgram:
     """The program of an edited graph.
 
@@ -127,38 +121,42 @@ def _program(
         graph: the graph.
         specs: the specifications of its inputs.
         replaced: the names of nodes that are gone, and the nodes that are read instead.
-        values: parameters, buffers and constants by their names; some may be others than in the source.
+        tensors: parameters, buffers and constants by their names; some may be others than in the source.
     """
     outputs = source.graph_signature.output_specs
+    renamed: dict[str, str] = {}
     for spec in outputs:
-        if spec.arg.name in replaced:
-            replaced[spec.arg.name].name = spec.arg.name  # an output keeps its name
-    names = {old: node.name for old, node in replaced.items()}
-    old = {spec.target for spec in source.graph_signature.input_specs if spec.kind in _WEIGHTS}
+        if spec.arg.name in replaced:  # an output keeps its name
+            node = replaced[spec.arg.name]
+            renamed[node.name] = spec.arg.name
+            node.name = spec.arg.name
+    renamed |= {old: node.name for old, node in replaced.items()}
+    weights = {spec.target for spec in source.graph_signature.input_specs if spec.kind in _WEIGHTS}
     state, constants = (
-        {name: value for name, value in home.items() if name not in old}
+        {name: value for name, value in home.items() if name not in weights}
         for home in (source.state_dict, source.constants)
     )
     for spec in specs:
         if spec.kind in _WEIGHTS:
-            value = values[str(spec.target)]
+            value = tensors[str(spec.target)]
             is_parameter = spec.kind is InputKind.PARAMETER
             home = state if is_parameter or spec.persistent else constants
+            # A bias that was folded is a Parameter, also in the place of a buffer.
             home[str(spec.target)] = value if is_parameter else value.detach()
     return ExportedProgram(
         source.graph_module,
         graph,
-        ExportGraphSignature(list(specs), [replace(spec) for spec in outputs]),
+        ExportGraphSignature(specs, outputs),
         state,
-        dict(source.range_constraints),
-        [_renamed(entry, names) for entry in source.module_call_graph],
+        source.range_constraints,
+        [_with_names(entry, renamed) for entry in source.module_call_graph],
         source.example_inputs,
         constants,
         verifiers=source.verifiers,
     )
 
 
-def _renamed(entry: ModuleCallEntry, names: Mapping[str, str]) -> ModuleCallEntry:
+def _with_names(entry: ModuleCallEntry, names: Mapping[str, str]) -> ModuleCallEntry:
     """The inputs and outputs of a module that is to be found again (torch.export.unflatten)."""
     if entry.signature is None:
         return entry

@@ -76,6 +76,11 @@ class Code(Enum):
         "the graph is to give gradients of its parameters, which do not get through a fold",
         'call the model under torch.no_grad(), or compile it with options={"refold": "always"}',
     )
+    PRESERVED = Explanation(
+        "FXF112",
+        "it and the operator are in modules whose calls the export preserves, and one may be exchanged",
+        "export without preserve_module_call_signature for one of them, or fold the model before the export",
+    )
     BATCH_STATISTICS = Explanation(
         "FXF201",
         "it has no running statistics and normalises by those of the batch",
@@ -98,7 +103,7 @@ class Code(Enum):
     )
     NORM_COMPUTED = Explanation(
         "FXF205",
-        "its statistics or parameters are computed in forward, or are no plain real tensors",
+        "its statistics or parameters are computed from the input, or are no plain real tensors",
         "store them as buffers or parameters",
     )
     STATE_MUTATED = Explanation(

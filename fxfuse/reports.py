@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -15,7 +17,8 @@ from fxfuse.records import Report
 from fxfuse.tree import named_tensors
 
 _RECORD = "fxfuse_report"
-# For each tensor of a compiled model the newest report of each piece of code that is compiled with it.
+# For each tensor of a compiled model the newest report of each piece of code that was compiled with it. A
+# backend is not told to which model its graph belongs; the tensors are all that the two have in common.
 _compiled: Any = WeakTensorKeyDictionary()
 
 
@@ -29,10 +32,44 @@ def attach(fused: nn.Module | ExportedProgram, report: Report) -> None:
         meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {**kept, _RECORD: report.to_dict()}
 
 
-def attach_compiled(tensors: Iterable[Tensor], code: Hashable, report: Report) -> None:
-    """The same for a piece of code that is compiled; `tensors` are the weights that it reads."""
-    for tensor in tensors:
+def attach_compiled(
+    run: Callable[..., Any],
+    *,
+    code: Hashable,
+    report: Report,
+    tensors: Mapping[str, Tensor],
+    places: Mapping[str, int],
+) -> Callable[..., Any]:
+    """The same for compiled code, for every instance that comes to run it.
+
+    Args:
+        run: the compiled code.
+        code: what stands for its source.
+        report: what became of its norms.
+        tensors: the parameters and buffers of the instance for which it was compiled.
+        places: their places among the inputs of `run`.
+
+    Returns:
+        `run`, which attaches the report to the tensors that it is given.
+    """
+    for tensor in tensors.values():
         _compiled.setdefault(tensor, {})[code] = report
+    if not places or not report.norms:
+        return run
+    name, first = next(iter(places.items()))
+    known: Any = WeakTensorKeyDictionary()
+    known[tensors[name]] = True
+
+    @wraps(run)
+    def reported(*inputs: Any) -> Any:
+        if inputs[first] not in known:
+            known[inputs[first]] = True
+            own = replace(report)
+            for place in places.values():
+                _compiled.setdefault(inputs[place], {})[code] = own
+        return run(*inputs)
+
+    return reported
 
 
 def report(fused: nn.Module | ExportedProgram) -> Report:
@@ -40,7 +77,8 @@ def report(fused: nn.Module | ExportedProgram) -> Report:
 
     Args:
         fused: what ``fuse`` gave; or a model that ``torch.compile(model, backend="fxfuse")`` gave, or its
-            source, once it has been called: then it is about the code that was compiled so far.
+            source, once it has been called: then it is about the code that was compiled so far, with the
+            parameters that the model has now.
 
     Raises:
         UsageError: `fused` was not made by fxfuse, or was not called yet.
@@ -49,12 +87,10 @@ def report(fused: nn.Module | ExportedProgram) -> Report:
     record = getattr(fused, _RECORD, meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {}).get(_RECORD))
     if record is not None:
         return Report.from_dict(record)
-    compiled: dict[Hashable, Report] = {}
-    for _, tensor in named_tensors(fused) if isinstance(fused, nn.Module) else ():
-        compiled |= _compiled.get(tensor, {})
+    tensors = [tensor for _, tensor in named_tensors(fused)] if isinstance(fused, nn.Module) else []
+    compiled = {id(each): each for tensor in tensors for each in _compiled.get(tensor, {}).values()}
     if compiled:
-        source = getattr(fused, "_orig_mod", fused)
-        return _joined(type(source).__name__, [*compiled.values()])
+        return _joined(type(getattr(fused, "_orig_mod", fused)).__name__, [*compiled.values()])
     found = type(fused).__name__
     raise UsageError(
         f"this {found} was not made by fxfuse, or is compiled and was not called yet; "

@@ -17,14 +17,14 @@ from torch import Tensor, fx, nn
 
 from fxfuse.calls import given_arguments, gives_several, operator_name, set_argument
 from fxfuse.capture import Capture
-from fxfuse.layers import PRODUCTS
+from fxfuse.layers import LINEAR_ARGUMENTS, PRODUCTS
 from fxfuse.layout import VIEWS
 from fxfuse.nodes import Linear, Norm
 from fxfuse.ops import Reader
 from fxfuse.plan import Plan
 from fxfuse.records import Fold
 from fxfuse.solve import Solution
-from fxfuse.tree import attribute
+from fxfuse.tree import attribute, put
 
 
 def rewrite(
@@ -64,9 +64,13 @@ def rewrite(
 
 
 def gone(plan: Plan) -> dict[fx.Node, fx.Node]:
-    """The nodes that `plan` takes away, and what is read in the place of each."""
+    """The nodes that `plan` takes away, and what is read in the end in the place of each."""
     found = {move.node: move.source.input for move in plan.moves}
-    return found | {user: node for node in found if gives_several(node) for user in node.users}
+    found |= {user: node for node in found if gives_several(node) for user in node.users}
+    for node in reversed(found):
+        while found[node] in found:
+            found[node] = found[found[node]]
+    return found
 
 
 class _Editor:
@@ -102,33 +106,35 @@ class _Editor:
         folded.__dict__.update(module.__dict__)
         folded._parameters = {"weight": weight, "bias": bias}
         node.target = target if self._is_only_user(node, target) else self._fresh(target)
-        self._set(node.target, folded)
+        put(self.root, node.target, folded)
         return node.target
 
     def _set_arguments(self, node: fx.Node, linear: Linear, weight: Tensor, bias: Tensor | None) -> str:
-        _, weight_argument, bias_argument = PRODUCTS.get(operator_name(node), ("input", "weight", "bias"))
-        given = given_arguments(node)[weight_argument]
+        _, argument, bias_argument = PRODUCTS.get(operator_name(node), LINEAR_ARGUMENTS)
+        given = given_arguments(node)[argument]
         # Of a linear layer that is a product of matrices the weight is often transposed in the graph.
         transposes = isinstance(linear.weight, str) and given.op != "get_attr"
-        reader = given if transposes and set(given.users) == {node} else node
-        name = self._own_name(reader, linear.weight) or self._fresh(f"{node.name}.weight")
-        self._set(name, weight)
+        user = given if transposes and set(given.users) == {node} else node
+        name = self._own_name(user, linear.weight) or self._fresh(f"{node.name}.weight")
+        new = self._attribute(node, name, weight)
         with self.graph.inserting_before(node):
-            new = self.graph.get_attr(name)
-            moved = self.graph.node_copy(given, lambda _: new) if transposes else new
-        set_argument(node, weight_argument, moved)
+            placed = self.graph.node_copy(given, lambda _: new) if transposes else new
+        set_argument(node, argument, placed)
         if bias is not None:
             own = None if linear.bias is None else self._own_name(node, linear.bias, copy=False)
-            bias_name = own or self._bias_name(name)
-            self._set(bias_name, bias)
-            with self.graph.inserting_before(node):
-                added = self.graph.get_attr(bias_name)
-            if bias_argument is None:
+            added = self._attribute(node, own or self._bias_name(name), bias)
+            if bias_argument is not None:
+                set_argument(node, bias_argument, added)
+            else:
                 node.target = torch.addmm if node.target is torch.mm else torch.ops.aten.addmm.default
                 node.args = (added, *node.args)
-            else:
-                set_argument(node, bias_argument, added)
         return name.removesuffix(".weight")
+
+    def _attribute(self, node: fx.Node, name: str, tensor: Tensor) -> fx.Node:
+        """The tensor as an attribute of that name, to be read by `node`."""
+        put(self.root, name, tensor)
+        with self.graph.inserting_before(node):
+            return self.graph.get_attr(name)
 
     def _own_name(self, node: fx.Node, name: str | fx.Node, *, copy: bool = True) -> str | None:
         """`name` if it is one that `node` alone uses, else that of a copy; None for what has no name."""
@@ -159,18 +165,6 @@ class _Editor:
         stem = f"{name.replace('.', '_')}_folded"
         names = (stem if number == 1 else f"{stem}_{number}" for number in count(1))
         return next(name for name in names if not hasattr(self.root, name))
-
-    def _set(self, name: str, value: nn.Module | Tensor) -> None:
-        owner, _, leaf = name.rpartition(".")
-        place = attribute(self.root, owner)
-        if isinstance(value, nn.Module):
-            home = place._modules
-        else:
-            home = place._parameters if isinstance(value, nn.Parameter) else place._buffers
-        for other in (place.__dict__, place._parameters, place._buffers):
-            if other is not home:
-                other.pop(leaf, None)  # a tensor may have been a plain attribute
-        home[leaf] = value
 
 
 def bypass(graph: fx.Graph, inputs: Mapping[fx.Node, fx.Node]) -> None:

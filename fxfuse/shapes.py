@@ -47,9 +47,10 @@ class GraphShapes:
     Args:
         graph: the graph, which must not change.
         reader: reads its nodes.
-        observed: the values' shapes and dtypes on a run with example inputs, of which only the number of
-            axes and the dtype are used. Those on the run of torch.export are in the graph itself.
+        observed: the values on a run with example inputs, tensors without numbers, of which only the number
+            of axes and the dtype are used. Those on the run of torch.export are in the graph itself.
         guarded: whether the graph is never run on other shapes than those observed, up to symbols in them.
+            Then sizes are used too, and `observed` has those that are values.
     """
 
     def __init__(
@@ -83,12 +84,8 @@ class GraphShapes:
         return self._dtypes.get(node)
 
     def seen(self, node: fx.Node) -> torch.Size | None:
-        """The shape that `node` had on the run with example inputs."""
-        return self._observed[node].shape if node in self._observed else None
-
-    def _value(self, node: fx.Node) -> Tensor | None:
-        value = self._observed.get(node, node.meta.get("val"))
-        return value if isinstance(value, Tensor) and node not in self._reader.constants else None
+        """The shape that `node` had on the run with example inputs; guarded ones are as `of` says."""
+        return None if self._guarded or node not in self._observed else self._observed[node].shape
 
     def assumed(self, node: fx.Node) -> frozenset[tuple[fx.Node, int]]:
         """The numbers of axes that are assumed, of some nodes, where the shape of `node` is known."""
@@ -99,8 +96,8 @@ class GraphShapes:
         """The number that an argument of a call is: a number, a known size, or arithmetic of those."""
         if not isinstance(value, fx.Node):
             return value if isinstance(value, int) else None
-        if self._guarded and (seen := self._observed.get(value, value.meta.get("val"))) is not None:
-            return _guarded_size(seen)
+        if self._guarded and self._value(value) is not None:
+            return _guarded_size(self._value(value))
         if value.target in _ARITHMETIC and not value.kwargs:
             left, right = (self.size(argument) for argument in value.args)
             known = isinstance(left, int) and isinstance(right, int)
@@ -108,6 +105,10 @@ class GraphShapes:
         source, axis = _asked(value)
         shape = None if source is None else self.of(source)
         return shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
+
+    def _value(self, node: fx.Node) -> Any:
+        """What was seen of the value of `node`: a tensor without numbers, or a size."""
+        return self._observed.get(node, node.meta.get("val"))
 
     def _swept(self) -> None:
         if not self._is_swept:
@@ -138,6 +139,7 @@ class GraphShapes:
                 *(self._assumed[each] for each in node.all_input_nodes)
             )
             seen = self._value(node)
+            seen = seen if isinstance(seen, Tensor) and node not in self._reader.constants else None
             rank = self._checked.get(node)
             if rank is not None and rank.assumed and (shape is not None or seen is not None):
                 rank = None
@@ -155,7 +157,9 @@ class GraphShapes:
                 shape = tuple((node, place) if size is None else size for place, size in enumerate(shape))
             self._shapes[node], self._assumed[node] = shape, assumed
             self._least[node] = self._least_rank(op) if shape is None or assumed else len(shape)
-            self._dtypes[node] = seen.dtype if dtype is None and seen is not None else dtype
+            # Under autocast an operator has another dtype than its weight; a compiler's graph shows that.
+            observes = seen is not None and (dtype is None or self._guarded)
+            self._dtypes[node] = seen.dtype if observes else dtype
 
     def _follow(self, node: fx.Node, op: Op) -> tuple[Shape | None, torch.dtype | None]:
         """Shape and dtype, as far as they follow from those of the inputs."""

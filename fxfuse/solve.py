@@ -6,8 +6,7 @@ the operators on the way need.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from fxfuse.affine import AffineMap, exact
 from fxfuse.fold import absorb, absorb_unchecked
-from fxfuse.nodes import Affine, Linear, Norm
+from fxfuse.nodes import Affine, Linear, Norm, TensorName
 from fxfuse.ops import Reader
 from fxfuse.plan import Move, Plan, Site
 from fxfuse.refusals import Code
@@ -47,6 +46,7 @@ class Solution:
 class _Taken:
     """What one operator takes up, in the order in which it is to be composed."""
 
+    operator: Linear
     moves: list[Move] = field(default_factory=list)
     before: AffineMap | None = None
     after: AffineMap | None = None
@@ -61,10 +61,14 @@ def solve(plan: Plan, reader: Reader, solved: dict[tuple[Any, ...], Folded | Cod
         solved: what has been computed for this graph, by operator and the sources that it takes up; added to.
     """
     solution = Solution()
-    taken = _taken(plan, reader, solution.failed.setdefault)
+    pieces = [*_pieces(plan, reader)]
+    for move, site, piece in pieces:
+        broken = next((code for code in site.channels.needs if not _holds(code, piece)), None)
+        if broken is not None:
+            solution.failed.setdefault(move, broken)
     if solution.failed:
         return solution
-    for operator, parts in taken.items():
+    for operator, parts in _composed(pieces).items():
         key = (operator, *((move.node, move.direction) for move in parts.moves))
         if key not in solved:
             solved[key] = _folded(operator, parts, reader)
@@ -81,24 +85,57 @@ def solve_unchecked(plan: Plan, reader: Reader) -> dict[fx.Node, tuple[Tensor, T
 
     Nothing is checked: `plan` has been solved before, and has no move that depends on a map's numbers.
     """
-    taken = _taken(plan, reader, lambda *_: None)
-    return {
-        operator: absorb_unchecked(**_arguments(operator, parts, reader)) for operator, parts in taken.items()
-    }
+    composed = _composed(_pieces(plan, reader))
+    return {node: absorb_unchecked(**_arguments(parts, reader)) for node, parts in composed.items()}
 
 
-def _taken(plan: Plan, reader: Reader, fail: Callable[[Move, Code], object]) -> Mapping[fx.Node, _Taken]:
-    """What each operator takes up; `fail` is told of moves whose numbers do not allow them."""
-    taken: dict[fx.Node, _Taken] = defaultdict(_Taken)
+def sources(plan: Plan, reader: Reader) -> set[str]:
+    """The names of the parameters and buffers from which the folded tensors of `plan` are computed."""
+    found: set[str] = set()
+    for move in plan.moves:
+        source = move.source
+        if isinstance(source, Norm):
+            used: list[Any] = [source.mean, source.var, source.weight, source.bias]
+        else:
+            used = [source.constant]
+        used += [tensor for site in move.sites for tensor in (site.operator.weight, site.operator.bias)]
+        found |= _names(used, reader)
+    return found
+
+
+def statistics(plan: Plan, reader: Reader) -> set[str]:
+    """The names of the running statistics among them."""
+    norms = [move.source for move in plan.moves if isinstance(move.source, Norm)]
+    return _names([part for norm in norms for part in (norm.mean, norm.var)], reader)
+
+
+def _names(used: Iterable[Any], reader: Reader) -> set[str]:
+    found: set[str] = set()
+    for each in used:
+        found |= {each} if isinstance(each, str) else set()
+        found |= reader.constants.names(each) if isinstance(each, fx.Node) else set()
+    return found
+
+
+def _pieces(plan: Plan, reader: Reader) -> Iterator[tuple[Move, Site, AffineMap]]:
+    """What each operator takes up of each map, in the order of the moves."""
     for move in plan.moves:
         affine = affine_of(move.source, reader, reader.tensor(move.sites[0].operator.weight).device)
         for site in move.sites:
-            piece = affine.taken(site.channels.index, shift=site.channels.shift)
-            broken = next((code for code in site.channels.needs if not _holds(code, piece)), None)
-            if broken is not None:
-                fail(move, broken)
-            _add(taken[site.node], move, site, piece)
-    return taken
+            yield move, site, affine.taken(site.channels.index, shift=site.channels.shift)
+
+
+def _composed(pieces: Iterable[tuple[Move, Site, AffineMap]]) -> dict[fx.Node, _Taken]:
+    """What each operator takes up in all, of moves that come as `match` found them."""
+    found: dict[fx.Node, _Taken] = {}
+    for move, site, piece in pieces:
+        taken = found.setdefault(site.node, _Taken(site.operator))
+        if site.side == "output":
+            taken.after = piece if taken.after is None else taken.after.then(piece)
+        else:
+            taken.before = piece if taken.before is None else piece.then(taken.before)
+        taken.moves.append(move)
+    return found
 
 
 def affine_of(source: Norm | Affine, reader: Reader, device: torch.device) -> AffineMap:
@@ -125,35 +162,24 @@ def _holds(code: Code, piece: AffineMap) -> bool:
     return not piece.scale.is_meta and bool(_HOLDS[code](piece))
 
 
-def _add(taken: _Taken, move: Move, site: Site, piece: AffineMap) -> None:
-    """Moves backward come in the order of execution, those forward in the opposite order."""
-    if site.side == "output":
-        taken.after = piece if taken.after is None else taken.after.then(piece)
-    else:
-        taken.before = piece if taken.before is None else piece.then(taken.before)
-    taken.moves.append(move)
-
-
 def _folded(operator: fx.Node, taken: _Taken, reader: Reader) -> Folded | Code:
-    arguments = _arguments(operator, taken, reader)
-    folded = absorb(**arguments)
+    folded = absorb(**_arguments(taken, reader))
     if isinstance(folded, Code):
         return folded
-    linear, bias = reader.read(operator), arguments["bias"]
-    assert isinstance(linear, Linear)
+    linear = taken.operator
+    bias = None if linear.bias is None else reader.tensor(linear.bias)
     if isinstance(linear.weight, str):
-        new = alias(arguments["weight"], folded[0])
+        new = alias(reader.tensor(linear.weight), folded[0])
     else:
-        new = nn.Parameter(folded[0], reader.constants.trains(linear.weight))
+        new = nn.Parameter(folded[0], _trains(linear.weight, reader))
     if bias is None and not any(_shifts(move, operator) for move in taken.moves):
         return new, None
     return new, nn.Parameter(folded[1], _needs_gradient(new, bias, taken.moves, reader))
 
 
-def _arguments(operator: fx.Node, taken: _Taken, reader: Reader) -> dict[str, Any]:
+def _arguments(taken: _Taken, reader: Reader) -> dict[str, Any]:
     """Those of `absorb`."""
-    linear = reader.read(operator)
-    assert isinstance(linear, Linear)
+    linear = taken.operator
     return {
         "weight": reader.tensor(linear.weight),
         "bias": None if linear.bias is None else reader.tensor(linear.bias),
@@ -175,5 +201,11 @@ def _needs_gradient(weight: Tensor, bias: Tensor | None, moves: list[Move], read
     if bias is not None:
         return bias.requires_grad
     norms = [move.source for move in moves if isinstance(move.source, Norm)]
-    betas = [reader.tensor(norm.bias).requires_grad for norm in norms if norm.bias is not None]
+    betas = [_trains(norm.bias, reader) for norm in norms if norm.bias is not None]
     return any(betas) if betas else weight.requires_grad
+
+
+def _trains(source: TensorName, reader: Reader) -> bool:
+    if isinstance(source, fx.Node):
+        return reader.constants.trains(source)
+    return reader.tensor(source).requires_grad

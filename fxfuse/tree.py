@@ -67,6 +67,25 @@ def attribute(root: nn.Module, name: str) -> Any:
     return value
 
 
+def put(root: nn.Module, name: str, value: object) -> None:
+    """Makes `value` what `attribute` gives for that qualified name; missing modules on the way are made."""
+    *owners, leaf = name.split(".")
+    module: Any = root
+    for owner in owners:
+        missing = not hasattr(module, owner)
+        module = module._modules.setdefault(owner, nn.Module()) if missing else attribute(module, owner)
+    if isinstance(value, nn.Parameter):
+        home = module._parameters
+    elif isinstance(value, Tensor):
+        home = module._buffers
+    else:
+        home = module._modules if isinstance(value, nn.Module) else module.__dict__
+    for other in (module.__dict__, module._parameters, module._buffers, module._modules):
+        if other is not home:
+            other.pop(leaf, None)
+    home[leaf] = value
+
+
 def storage(value: Any) -> int:
     """What two tensors have in common if writing to one may change the other; something unique otherwise."""
     plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta

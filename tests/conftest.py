@@ -12,6 +12,7 @@ from tests import entrances
 torch.set_num_threads(1)
 # So many of the parameter sets of each scenario go through the other entrances too.
 _PICKED = 2
+_IS_PICKED = pytest.StashKey[bool]()
 
 
 def pytest_collection_modifyitems(items):
@@ -21,13 +22,13 @@ def pytest_collection_modifyitems(items):
             by_function[item.path, item.originalname].append(item)
     for found in by_function.values():
         for number in range(min(_PICKED, len(found))):
-            found[number * len(found) // _PICKED].user_properties.append(("entrances", True))
+            found[number * len(found) // _PICKED].stash[_IS_PICKED] = True
 
 
 @pytest.fixture(autouse=True)
 def _entrances(request, monkeypatch):
-    picked = ("entrances", True) in request.node.user_properties
-    monkeypatch.setattr(entrances, "current", request.node.originalname if picked else None)
+    picked = request.node.stash.get(_IS_PICKED, False)
+    monkeypatch.setattr(entrances, "current", request.node.name if picked else None)
 
 
 settings.register_profile("default", max_examples=400, deadline=None, derandomize=True)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxfuse import (
-    backend,
     channels,
     exchange,
+    following,
     keep,
     match,
     memory,
@@ -763,7 +763,7 @@ def leave_views_as_they_are() -> None:
 
 @bug("tests/test_backend.py")
 def never_fold_again() -> None:
-    wrap(backend._Following, "_fold_again", lambda *_: None)
+    wrap(following._Weights, "is_stale", lambda *_: False)
 
 
 if os.environ.get("FXFUSE_PLANT"):

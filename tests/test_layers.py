@@ -22,7 +22,7 @@ LAYERS = [
     ["shapes"],
     ["layout", "memory", "plan"],
     ["match", "solve"],
-    ["planner", "following", "inside"],
+    ["planner", "following", "inline"],
     ["rewrite"],
     ["program", "backend"],
     ["exchange"],

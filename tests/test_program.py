@@ -303,6 +303,17 @@ def test_constants_that_forward_makes_are_constants(dialect):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@dialects
+def test_effects_on_constants_and_random_numbers_stay(dialect):
+    def forward(m, x):
+        torch._assert_async((m.norm.running_var > 0).all(), "no variance")
+        return m.norm(m.conv(x)) * torch.empty(4, 1, 1, dtype=torch.float64).uniform_(1, 1)
+
+    model = randomise(Forward(forward, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4)))
+    fused = checked(export(model, X, dialect=dialect), X, folded=1)
+    assert "_assert_async" in str(fused.graph) and "running_var" in str(fused.graph_signature)
+
+
 def test_shape_that_changes_in_place_leaves_all_norms():
     def forward(m, x):
         y = m.conv(x)
@@ -341,6 +352,38 @@ def test_unflattened_modules_compute_the_same(dialect):
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)))
     fused = fxfuse.fuse(export(model, X, dialect=dialect, batch=False))
     assert_exact(model(X), torch.export.unflatten(fused)(X))
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr:UserWarning")  # unflatten itself
+@pytest.mark.parametrize(("kept", "code"), [("conv", "FXF112"), ("block", "FXF112"), ("other", None)])
+@pytest.mark.parametrize("last", [True, False])
+@dialects
+def test_norms_stay_in_modules_whose_calls_are_preserved(kept, code, last, dialect):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(x)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.other, self.conv, self.block = nn.ReLU(), nn.Conv2d(3, 4, 3), Block()
+
+        def forward(self, x):
+            y = self.block(self.conv(self.other(x)))
+            return y if last else y.exp()
+
+    model = randomise(Outer())
+    program = dialect(torch.export.export(model, (X,), preserve_module_call_signature=(kept,)))
+    fused = fxfuse.fuse(program)
+    assert [each.code for each in fxfuse.report(fused).refused] == ([code] if code else [])
+    modules = torch.export.unflatten(fused)
+    assert_exact(model(X), modules(X))
+    x = noise(2, 4, 6, 6) if kept == "block" else X
+    assert_exact(model.get_submodule(kept)(x), modules.get_submodule(kept)(x))
 
 
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr:UserWarning")  # unflatten itself

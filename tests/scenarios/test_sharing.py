@@ -395,12 +395,27 @@ def test_norm_whose_parameters_are_computed_is_folded_on_their_values(part):
 
 
 @pytest.mark.parametrize("part", ["running_mean", "running_var", "weight", "bias"])
-def test_norm_with_an_expression_for_a_part_is_left(part):
+@pytest.mark.parametrize("constant", [True, False])
+def test_norm_with_an_expression_for_a_part_is_folded_if_it_is_constant(constant, part):
     def forward(m, x):
         parts = {name: getattr(m.norm, name) for name in ("running_mean", "running_var", "weight", "bias")}
-        return F.batch_norm(m.conv(x), **parts | {part: parts[part].abs()})
+        value = parts[part].abs() + (0.5 if constant else x.square().mean())
+        return F.batch_norm(m.conv(x), **parts | {part: value})
 
-    check(model_of(forward, "conv", "norm"), X, left=["FXF205"])
+    folds = {"folded": 1} if constant else {"left": ["FXF205"]}
+    check(model_of(forward, "conv", "norm"), X, **folds)
+
+
+def test_bias_from_a_computed_beta_needs_gradients_as_that_does():
+    def forward(m, x):
+        norm = m.norm
+        return F.batch_norm(m.conv(x), norm.running_mean, norm.running_var, None, norm.bias * 2)
+
+    model = model_of(forward, "norm", conv=nn.Conv2d(4, 4, 3, bias=False))
+    model.conv.requires_grad_(False)
+    assert check(model, X, folded=1).conv.bias.requires_grad
+    model.norm.requires_grad_(False)
+    assert not check(model, X, folded=1).conv.bias.requires_grad
 
 
 # 32
