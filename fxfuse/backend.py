@@ -78,9 +78,9 @@ def backend(
     originals = {node: place for place, node in enumerate(capture.graph.find_nodes(op="placeholder"))}
     # A change of a tensor that was made in inference mode could not be noticed.
     always = always or any(tensor.is_inference() for tensor in tensors.values())
-    stays = Code.GRADIENTS if _trains(capture, tensors) and not always else None
     with torch.no_grad():
         reader = Reader(capture.root, capture.graph)
+        stays = Code.GRADIENTS if _trains(capture, reader, tensors) and not always else None
         plan, solution = planned_guarded(capture, reader, _observed(capture), stays=stays, fixed=not always)
         norms, constants = rewrite(capture, plan, solution, reader)
         if always and plan.moves:
@@ -148,15 +148,15 @@ def _observed(capture: Capture) -> dict[fx.Node, Any]:
     return {node: node.meta["example_value"] for node in capture.graph.nodes if "example_value" in node.meta}
 
 
-def _trains(capture: Capture, tensors: Mapping[str, Tensor]) -> bool:
+def _trains(capture: Capture, reader: Reader, tensors: Mapping[str, Tensor]) -> bool:
     """Whether a value of the graph may give gradients of parameters, or takes tangents of them with it."""
     if forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
         for tensor in tensors.values()
     ):
         return True
-    given = ("placeholder", "get_attr")
-    values = [value for node, value in _observed(capture).items() if node.op not in given]
+    observed = _observed(capture).items()
+    values = [seen for node, seen in observed if node.op != "placeholder" and node not in reader.constants]
     asks = any(tensor.requires_grad for tensor in tensors.values())
     return asks and any(each.requires_grad for each in pytree.tree_leaves(values) if isinstance(each, Tensor))
 

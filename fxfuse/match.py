@@ -117,9 +117,8 @@ class _Matcher:
             if writer is not None:
                 raise _Stop(Code.STATE_MUTATED, writer.name)
         self._check_parts(node, source.input)
-        before, after = self.shapes.dtype(source.input), self.shapes.dtype(node)
-        if None not in (before, after) and before != after:
-            raise _Stop(Code.OPERATOR_COMPUTED, f"{source.input.name} is {before}, {node.name} {after}")
+        if self.shapes.changes_dtype(source.input, node):
+            raise _Stop(Code.OPERATOR_COMPUTED, f"{node.name} has another dtype than {source.input.name}")
         self._check_tensors(source, sites)
         if direction == "forward" and isinstance(source, Affine):
             self._check_dtype(source, sites)

@@ -83,6 +83,11 @@ class GraphShapes:
         self.of(node)
         return self._dtypes.get(node)
 
+    def changes_dtype(self, before: fx.Node, after: fx.Node) -> bool:
+        """Whether a compiler saw that one value has another dtype than the other, as autocast may make it."""
+        values = [self._value(node) for node in (before, after)]
+        return self._guarded and len({value.dtype for value in values if isinstance(value, Tensor)}) > 1
+
     def seen(self, node: fx.Node) -> torch.Size | None:
         """The shape that `node` had on the run with example inputs; guarded ones are as `of` says."""
         return None if self._guarded or node not in self._observed else self._observed[node].shape
