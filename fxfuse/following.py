@@ -11,17 +11,17 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fxfuse.dynamo import Key
 from fxfuse.ops import Reader
 from fxfuse.plan import Plan
 from fxfuse.solve import Solution, solve, sources, statistics
 from fxfuse.tree import put
 
 _LOG = logging.getLogger("fxfuse")
-Key = tuple[fx.Node, int]
 
 
 @dataclass(frozen=True)

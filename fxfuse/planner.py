@@ -6,8 +6,7 @@ anew without the moves that fail, until none does.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
@@ -15,20 +14,16 @@ from torch import fx
 from fxfuse.capture import Capture, reshaped_in_place
 from fxfuse.match import match
 from fxfuse.ops import Reader
-from fxfuse.plan import Direction, Plan
+from fxfuse.plan import Direction, Move, Plan
 from fxfuse.refusals import Code
 from fxfuse.shapes import GraphShapes
 from fxfuse.solve import Folded, Solution, solve
 
+Forbid = Callable[[Plan, Move], Code | None]
+
 
 def planned(
-    graph: fx.Graph,
-    reader: Reader,
-    shapes: GraphShapes,
-    *,
-    assumes: bool = True,
-    fixed: bool = True,
-    regions: Mapping[fx.Node, Hashable] = MappingProxyType({}),
+    graph: fx.Graph, reader: Reader, shapes: GraphShapes, forbid: Forbid = lambda *_: None
 ) -> tuple[Plan, Solution]:
     """A plan of which every move can be made; moves whose numbers do not allow it are planned around.
 
@@ -36,29 +31,19 @@ def planned(
         graph: the graph; it is not changed.
         reader: reads its nodes.
         shapes: what is known of the shapes of its values.
-        assumes: whether moves may assume what the graph then has to assert.
-        fixed: whether the tensors stay as they are, so that moves may depend on their numbers.
-        regions: parts of the graph from one to another of which no map may move, by the nodes in them.
+        forbid: why a move of a plan is not to be made; None if it may be.
     """
     barred: dict[tuple[fx.Node, Direction], Code] = {}
     solved: dict[tuple[Any, ...], Folded | Code] = {}
     while True:
         plan = match(graph, reader, shapes, barred)
-        failed = {move: Code.LAYOUT for move in plan.moves if move.node in plan.stuck}
-        if not assumes:
-            relaid = frozenset[fx.Node]().union(*plan.views.values())
-            failed |= {move: Code.RANK_UNKNOWN for move in plan.moves if move.assumed}
-            failed |= {move: Code.LAYOUT for move in plan.moves if move.node in relaid}
-        if not fixed:
-            conditions = ((move, site.channels.needs) for move in plan.moves for site in move.sites)
-            failed |= {move: code for move, needs in conditions for code in needs}
-        pairs = ((move, site.node) for move in plan.moves for site in move.sites)
-        crossing = {move for move, site in pairs if regions.get(site) != regions.get(move.node)}
-        failed |= dict.fromkeys(crossing, Code.PRESERVED)
-        solution = Solution() if failed else solve(plan, reader, solved)
-        failed |= solution.failed
+        codes = {move: Code.LAYOUT if move.node in plan.stuck else forbid(plan, move) for move in plan.moves}
+        failed = {move: code for move, code in codes.items() if code is not None}
         if not failed:
-            return plan, solution
+            solution = solve(plan, reader, solved)
+            failed = solution.failed
+            if not failed:
+                return plan, solution
         barred |= {(move.node, move.direction): code for move, code in failed.items()}
 
 
@@ -68,8 +53,7 @@ def planned_guarded(
     observed: Mapping[fx.Node, Any],
     *,
     stays: Code | None = None,
-    fixed: bool = True,
-    regions: Mapping[fx.Node, Hashable] = MappingProxyType({}),
+    forbid: Forbid = lambda *_: None,
 ) -> tuple[Plan, Solution]:
     """The same for the graph of a compiler, which guards the shapes that it has observed.
 
@@ -78,14 +62,9 @@ def planned_guarded(
         reader: reads its nodes.
         observed: what the compiler saw, unless it is in the graph itself.
         stays: why all norms are to be left, if they are.
-        fixed: whether the tensors stay as they are.
-        regions: parts of the graph from one to another of which no map may move, by the nodes in them.
+        forbid: as above.
     """
     shapes = GraphShapes(capture.graph, reader, observed, guarded=True)
     if reshaped_in_place(capture.graph) is not None:
         stays = Code.RESHAPED
-    if stays is None:
-        return planned(capture.graph, reader, shapes, fixed=fixed, regions=regions)
-    directions: tuple[Direction, ...] = ("backward", "forward")
-    barred = {(node, direction): stays for node in capture.graph.nodes for direction in directions}
-    return match(capture.graph, reader, shapes, barred), Solution()
+    return planned(capture.graph, reader, shapes, forbid if stays is None else lambda *_: stays)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -25,8 +26,10 @@ from torch.nn import Parameter
 
 from fxfuse.lifting import lift, lower
 from fxfuse.ops import Reader
+from fxfuse.plan import Move, Plan
 from fxfuse.planner import planned_guarded
 from fxfuse.records import Report
+from fxfuse.refusals import Code
 from fxfuse.rewrite import gone, rewrite
 from fxfuse.tree import attribute, storage
 
@@ -44,9 +47,8 @@ def fold_program(program: ExportedProgram) -> tuple[ExportedProgram, Report]:
     tensors = {**program.state_dict, **program.constants}
     lifted = lift(program.graph_module, _foldable(program.graph_signature, tensors), tensors)
     reader = Reader(lifted.capture.root, lifted.capture.graph)
-    plan, solution = planned_guarded(
-        lifted.capture, reader, {}, regions=_regions(program, lifted.capture.graph)
-    )
+    regions = _regions(program, lifted.capture.graph)
+    plan, solution = planned_guarded(lifted.capture, reader, {}, forbid=partial(_crossing, regions))
     replaced = {old.name: node for old, node in gone(plan).items()}
     norms, constants = rewrite(lifted.capture, plan, solution, reader)
     inputs = _Inputs(program, lifted.capture.graph)
@@ -62,6 +64,12 @@ def _regions(program: ExportedProgram, graph: fx.Graph) -> dict[fx.Node, frozens
         return {}
     stacks = {node: node.meta.get("nn_module_stack", {}).values() for node in graph.nodes}
     return {node: frozenset(name for name, _ in stack) & preserved for node, stack in stacks.items()}
+
+
+def _crossing(regions: Mapping[fx.Node, frozenset[str]], _: Plan, move: Move) -> Code | None:
+    """A map that leaves a module which may be exchanged would be lost with it, or come on top of another."""
+    crosses = any(regions.get(site.node) != regions.get(move.node) for site in move.sites)
+    return Code.PRESERVED if crosses else None
 
 
 def _foldable(signature: ExportGraphSignature, tensors: Mapping[str, Any]) -> dict[str, int]:

@@ -23,7 +23,7 @@ from fxfuse.methods import others, separates
 from fxfuse.nodes import Affine, Linear, Norm, Query
 from fxfuse.ops import Reader, norms_inside
 from fxfuse.options import variants
-from fxfuse.plan import Plan
+from fxfuse.plan import Move, Plan
 from fxfuse.planner import planned
 from fxfuse.records import Fold, Refusal
 from fxfuse.refusals import Code, by_code
@@ -91,7 +91,7 @@ class Unit:
     def _planned(self, fixed: Mapping[str, Any], captured: Capture) -> _Variant:
         reader = KeepingReader(captured, self.left)
         shapes = GraphShapes(captured.graph, reader, {})
-        return _Variant(fixed, captured, reader, *planned(captured.graph, reader, shapes, assumes=False))
+        return _Variant(fixed, captured, reader, *planned(captured.graph, reader, shapes, _needs_a_graph))
 
     def _moved(self) -> dict[str, None]:
         """The norms that would go."""
@@ -218,6 +218,13 @@ def _captures(module: nn.Module) -> list[tuple[dict[str, Any], Capture]]:
             if not error.argument or error.argument in given:
                 raise
             asked.append(error.argument)
+
+
+def _needs_a_graph(plan: Plan, move: Move) -> Code | None:
+    """Why a move cannot be made where forward is kept: it could neither assert anything nor be changed."""
+    if move.assumed:
+        return Code.RANK_UNKNOWN
+    return Code.LAYOUT if any(move.node in nodes for nodes in plan.views.values()) else None
 
 
 def _outline(captured: Capture, identities: set[str], without: set[fx.Node]) -> list[str]:
