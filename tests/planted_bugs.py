@@ -15,11 +15,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.planting import BUGS, KEPT_MODULES, LAYOUTS
+from tests.planting import BACKEND, BUGS, KEPT_MODULES, LAYOUTS, PROGRAM, SCENARIOS
 
 _TESTS = Path(__file__).parent
 _PROPERTIES = "tests/test_properties.py"
-_EVERYTHING = (_PROPERTIES, *KEPT_MODULES, *LAYOUTS)
+_EVERYTHING = (_PROPERTIES, *KEPT_MODULES, *LAYOUTS, *BACKEND, *PROGRAM, *SCENARIOS)
 _CONTROL = "(no bug)"
 
 
@@ -47,7 +47,7 @@ def failures(name: str) -> set[str]:
 
 
 def _place(test: str) -> str:
-    return test if test.endswith(".py") else f"{_PROPERTIES}::{test}"
+    return test if test.startswith("tests/") else f"{_PROPERTIES}::{test}"
 
 
 def main(names: list[str]) -> int:

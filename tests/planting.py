@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxfuse import (
+    backend,
     channels,
+    dynamo,
     exchange,
     following,
+    inline,
     keep,
     match,
     memory,
@@ -24,6 +27,7 @@ from fxfuse import (
     options,
     pipeline,
     planner,
+    program,
     rewrite,
     solve,
     table,
@@ -66,6 +70,9 @@ DETERMINISM = ("test_folding_is_deterministic",)
 # Other files.
 KEPT_MODULES = ("tests/test_keep.py",)
 LAYOUTS = ("tests/test_layout.py",)
+BACKEND = ("tests/test_backend.py",)
+PROGRAM = ("tests/test_program.py",)
+SCENARIOS = ("tests/scenarios/test_ways_of_writing.py", "tests/upstream_bugs")
 
 
 @dataclass(frozen=True)
@@ -761,9 +768,91 @@ def leave_views_as_they_are() -> None:
     wrap(match, "layouts", lambda *_: Layouts())
 
 
-@bug("tests/test_backend.py")
+# ---- the graphs of compilers ------------------------------------------------------------------------
+
+
+@bug(*BACKEND)
 def never_fold_again() -> None:
     wrap(following._Weights, "is_stale", lambda *_: False)
+
+
+@bug(*BACKEND)
+def trust_norms_to_count_versions() -> None:
+    wrap(following.Followers, "_has_trained", lambda *_: False)
+
+
+@bug(*BACKEND)
+def trust_optimisers_to_count_versions() -> None:
+    wrap(following._Steps, "_step", lambda *_: None)
+
+
+@bug(*BACKEND)
+def share_folded_weights_among_instances() -> None:
+    def first(original: Any, self: Any, inputs: Any) -> Any:
+        if not hasattr(self, "first"):
+            self.first = original(self, inputs)
+        return self.first
+
+    wrap(following.Followers, "follow", first)
+
+
+@bug(*BACKEND)
+def fold_although_gradients_are_asked_for() -> None:
+    wrap(dynamo, "gives_gradients", lambda *_: False)
+
+
+@bug(*BACKEND)
+def cut_gradients_off_inside() -> None:
+    wrap(inline, "solve_unchecked", lambda original, *args: _detached(original(*args)))
+
+
+def _detached(tensors: dict[Any, tuple[Tensor, Tensor]]) -> dict[Any, tuple[Tensor, ...]]:
+    return {node: tuple(tensor.detach() for tensor in pair) for node, pair in tensors.items()}
+
+
+@bug(*BACKEND)
+def make_moves_inside_that_depend_on_numbers() -> None:
+    wrap(backend, "_depends_on_numbers", lambda *_: None)
+
+
+@bug(*BACKEND)
+def let_sizes_of_weights_be_symbols() -> None:
+    wrap(dynamo, "static_sizes", lambda original, _: original([]))
+
+
+@bug(*PROGRAM)
+def move_maps_out_of_modules_that_may_be_exchanged() -> None:
+    wrap(program, "_crossing", lambda *_: None)
+
+
+@bug(*PROGRAM)
+def fold_what_a_program_writes_to() -> None:
+    wrap(program, "storage", lambda _, value: id(object()))
+
+
+@bug(*PROGRAM)
+def let_outputs_lose_their_names() -> None:
+    wrap(program, "gone", lambda *_: {})
+
+
+@bug(*SCENARIOS)
+def take_observed_shapes_for_facts_in_every_graph() -> None:
+    original = GraphShapes.__init__
+
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs | {"guarded": True})
+
+    GraphShapes.__init__ = guarded
+
+
+@bug(*SCENARIOS)
+def take_several_outputs_for_one() -> None:
+    wrap(ops.Reader, "_gives_first_only", lambda *_: True)
+
+
+@bug(*SCENARIOS)
+def forget_that_a_matrix_is_transposed() -> None:
+    wrap(ops.Reader, "_transposed_attribute", lambda _, __, value: str(value.all_input_nodes[0].target))
 
 
 if os.environ.get("FXFUSE_PLANT"):

@@ -52,6 +52,13 @@ IGNORANT = {
     "rewrite": {"fold", "affine", "match", "keep"},
     "keep": {"fold", "affine", "match", "solve", "rewrite"},
     "exposure": {"capture", "ops", "match", "fold", "affine"},
+    "lifting": {"ops", "match", "fold", "affine", "solve", "rewrite"},
+    "reports": {"capture", "ops", "match", "fold", "solve", "rewrite"},
+    "program": {"match", "fold", "affine", "dynamo", "backend"},
+    "following": {"capture", "match", "fold", "affine", "rewrite"},
+    "inline": {"match", "fold", "affine", "rewrite", "backend"},
+    "dynamo": {"match", "fold", "affine", "rewrite", "program"},
+    "backend": {"match", "fold", "affine", "solve", "program"},
 }
 
 
