@@ -55,8 +55,8 @@ def backend(
         options: ``then``: the backend that compiles the folded graph, "inductor" by default. ``refold``:
             "changed", the default, folds again before a call what has changed since the last one, and leaves
             graphs as they are that are to give gradients of their parameters; "always" folds inside of the
-            compiled graph, on every call, and differentiably. So do graphs of tensors that were made in
-            inference mode, which nobody can see change.
+            compiled graph, on every call, and differentiably. So do graphs of tensors that nobody can see
+            change: those made in inference mode or shared with other processes.
 
     Raises:
         UsageError: an option or a backend is not known.
@@ -67,8 +67,7 @@ def backend(
     capture = lifted.capture
     tensors = dynamo.tensors_of(capture)
     originals = {node: place for place, node in enumerate(capture.graph.find_nodes(op="placeholder"))}
-    # A change of a tensor that was made in inference mode could not be noticed.
-    always = always or any(tensor.is_inference() for tensor in tensors.values())
+    always = always or any(map(dynamo.changes_unseen, tensors.values()))
     with torch.no_grad():
         reader = Reader(capture.root, capture.graph)
         trains = dynamo.gives_gradients(capture, reader, tensors)
@@ -112,11 +111,13 @@ def _choices(
     if refold not in _REFOLD:
         raise UsageError(f"refold={refold!r} is neither of {', '.join(map(repr, _REFOLD))}")
     try:
-        found = lookup_backend(then)
+        found = lookup_backend(str(then))
     except InvalidBackend as error:
         raise UsageError(
-            f"then={then!r} is no backend of torch.compile; torch.compiler.list_backends()"
+            f"then={then!r} is no backend of torch.compile; these are: torch.compiler.list_backends()"
         ) from error
+    if found is backend:
+        raise UsageError("then='fxfuse' would be this backend again; name the one that compiles the graph")
     patches = {} if mode is None else {"config_patches": torch._inductor.list_mode_options(mode)}
     return partial(found, **patches), refold == "always"
 

@@ -103,6 +103,8 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
     _check_writable(output, json_file)
     if output is not None and output.suffix != ".pt2":
         raise UsageError(f"cannot write {output}: an exported program is a .pt2 file")
+    if output is not None and output.exists() and output.samefile(model if model.endswith(".pt2") else "."):
+        raise UsageError(f"cannot write {output}: it is the model itself, which would be lost")
     with _progress(4 if output else 3) as step:
         loaded, inputs = _load(model, shapes, seed, step)
         if output is not None and inputs is None and isinstance(loaded.model, nn.Module):
@@ -126,7 +128,7 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
     show(headline(model, loaded.weights))
     show(report_view(report))
     if report.verification is None:
-        show("not verified: no input is known for this model; say which with --input")
+        show(f"not verified: {_why_no_input(loaded.model)}")
     else:
         show(comparison_view(report.verification))
     if output is not None:
@@ -225,6 +227,12 @@ def _load(
     loaded = zoo.load(model, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     return loaded, tuple(torch.randn(shape, generator=generator) for shape in shapes) or loaded.inputs
+
+
+def _why_no_input(model: object) -> str:
+    if isinstance(model, ExportedProgram) and model.example_inputs and model.example_inputs[1]:
+        return "it takes inputs by keyword, which only torch can be given: folded.module()(x, name=y)"
+    return "no input is known for this model; say which with --input"
 
 
 def _check_writable(*files: Path | None) -> None:

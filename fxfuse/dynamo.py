@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch._dynamo.symbolic_convert import tls
 from torch._guards import TracingContext
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
@@ -37,9 +38,13 @@ def static_inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[s
     """The places of parameters and buffers by their names, which are qualified ones if Dynamo tells them."""
     found: dict[str, int] = {}
     # A weight may be passed to forward, too, and be written to as such.
-    others = {storage(each) for each in inputs if not getattr(each, _STATIC, None)}
+    passed = [
+        each for each in inputs if not getattr(each, _STATIC, None) and not isinstance(each, FakeTensor)
+    ]
+    others = {storage(each) for each in passed}
     for place, node in enumerate(graph_module.graph.find_nodes(op="placeholder")):
-        if getattr(inputs[place], _STATIC, None) and storage(inputs[place]) not in others:
+        is_weight = getattr(inputs[place], _STATIC, None) and not isinstance(inputs[place], FakeTensor)
+        if is_weight and storage(inputs[place]) not in others:
             name = ".".join(_PARTS.findall(node.meta["grapharg"].source.name)[1:])
             clashes = any(is_below(name, other) or is_below(other, name) for other in found)
             found[node.name if clashes or not name else name] = place
@@ -51,6 +56,11 @@ def tensors_of(capture: Capture) -> dict[str, Tensor]:
     names = dict.fromkeys(str(node.target) for node in capture.graph.find_nodes(op="get_attr"))
     values = {name: attribute(capture.root, name) for name in names}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def changes_unseen(tensor: Tensor) -> bool:
+    """Whether a write may count up no version: it was made in inference mode, or other processes share it."""
+    return tensor.is_inference() or (tensor.device.type == "cpu" and bool(tensor.is_shared()))  # type: ignore[no-untyped-call]
 
 
 def observed(capture: Capture) -> dict[fx.Node, Any]:

@@ -11,14 +11,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxfuse.dynamo import Key
 from fxfuse.ops import Reader
 from fxfuse.plan import Plan
-from fxfuse.solve import Solution, solve, sources, statistics
+from fxfuse.solve import Solution, solve, sources
 from fxfuse.tree import put
 
 _LOG = logging.getLogger("fxfuse")
@@ -31,19 +31,19 @@ class _Weights:
     Attributes:
         tensors: the folded weight, 0, and bias, 1, of each operator; None if these cannot be folded.
         seen: of each source its place among the inputs, itself, its version, which operators that write to it
-            count up, and its address.
-        statistics: the running statistics, by device, end to end: the kernels of batch norm do not count.
+            count up, its address, and its memory, so that nothing else gets that address.
+        buffers: the numbers of those that are buffers: the kernels of batch norm do not count.
         steps: how many steps optimisers had made: their fused kernels do not count either.
     """
 
     tensors: dict[Key, Tensor] | None
-    seen: list[tuple[int | None, weakref.ref[Tensor], int, int]]
-    statistics: list[Tensor]
+    seen: list[tuple[int | None, weakref.ref[Tensor], int, int, Tensor]]
+    buffers: list[Tensor]
     steps: int
 
     def is_stale(self, inputs: Sequence[Any]) -> bool:
         """Whether a source is another tensor than it was, or may have been written to."""
-        for place, reference, version, address in self.seen:
+        for place, reference, version, address, _ in self.seen:
             tensor: Any = reference()
             now = tensor if place is None else inputs[place]
             if now is not tensor or now._version != version or now.data_ptr() != address:
@@ -77,7 +77,7 @@ class Followers:
         self._places = places
         self._attributes = {name: tensor for name, tensor in tensors.items() if name not in places}
         self._sources = sorted(sources(plan, reader))
-        self._statistics = sorted(statistics(plan, reader))
+        self._buffers = [name for name in self._sources if not isinstance(tensors[name], nn.Parameter)]
         self._sets: Any = WeakTensorKeyDictionary()
         self._sets[tensors[self._sources[0]]] = self._weights(tensors, solution)
         self._folding = threading.Lock()
@@ -90,15 +90,15 @@ class Followers:
         first = self._sources[0]
         key = inputs[self._places[first]] if first in self._places else self._attributes[first]
         weights: _Weights | None = self._sets.get(key)
-        if weights is None or weights.is_stale(inputs) or self._has_trained(weights, inputs):
+        if weights is None or weights.is_stale(inputs) or self._have_changed(weights, inputs):
             with self._folding:
                 weights = self._sets[key] = self._folded(inputs)
         return weights.tensors
 
-    def _has_trained(self, weights: _Weights, inputs: Sequence[Any]) -> bool:
-        """Whether a norm has new statistics, which its kernels write without counting up a version."""
-        now = _joined([self._tensor(name, inputs) for name in self._statistics])
-        return not all(map(torch.equal, weights.statistics, now))
+    def _have_changed(self, weights: _Weights, inputs: Sequence[Any]) -> bool:
+        """Whether buffers have other numbers: a norm that trains writes statistics and counts no version."""
+        now = _joined([self._tensor(name, inputs) for name in self._buffers])
+        return not all(map(torch.equal, weights.buffers, now))
 
     def _tensor(self, name: str, inputs: Sequence[Any]) -> Tensor:
         tensor: Tensor = inputs[self._places[name]] if name in self._places else self._attributes[name]
@@ -117,12 +117,12 @@ class Followers:
             reasons = "; ".join(dict.fromkeys(code.value.reason for code in solution.failed.values()))
             _LOG.warning("the new weights cannot be folded, so the norms run as they are: %s", reasons)
         watched = ((self._places.get(name), tensors[name]) for name in self._sources)
-        return _Weights(
-            None if solution.failed else keyed(solution),
-            [(place, weakref.ref(tensor), tensor._version, tensor.data_ptr()) for place, tensor in watched],
-            _joined([tensors[name] for name in self._statistics]),
-            _optimiser_steps().count,
-        )
+        seen = [
+            (place, weakref.ref(tensor), tensor._version, tensor.data_ptr(), tensor.detach())
+            for place, tensor in watched
+        ]
+        buffers = _joined([tensors[name] for name in self._buffers])
+        return _Weights(None if solution.failed else keyed(solution), seen, buffers, _optimiser_steps().count)
 
 
 def keyed(solution: Solution) -> dict[Key, Tensor]:
@@ -142,7 +142,7 @@ def _joined(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors end to end, in one for each device and dtype."""
     kinds = dict.fromkeys((tensor.device, tensor.dtype) for tensor in tensors)
     return [
-        torch.cat([tensor.detach() for tensor in tensors if (tensor.device, tensor.dtype) == kind])
+        torch.cat([tensor.detach().flatten() for tensor in tensors if (tensor.device, tensor.dtype) == kind])
         for kind in kinds
     ]
 

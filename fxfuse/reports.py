@@ -77,8 +77,8 @@ def report(fused: nn.Module | ExportedProgram) -> Report:
 
     Args:
         fused: what ``fuse`` gave; or a model that ``torch.compile(model, backend="fxfuse")`` gave, or its
-            source, once it has been called: then it is about the code that was compiled so far, with the
-            parameters that the model has now.
+            source, once it has been called: then it is about the newest compilation of each piece of code
+            that reads parameters which the model has now.
 
     Raises:
         UsageError: `fused` was not made by fxfuse, or was not called yet.
@@ -93,8 +93,8 @@ def report(fused: nn.Module | ExportedProgram) -> Report:
         return _joined(type(getattr(fused, "_orig_mod", fused)).__name__, [*compiled.values()])
     found = type(fused).__name__
     raise UsageError(
-        f"this {found} was not made by fxfuse, or is compiled and was not called yet; "
-        "fxfuse.explain(model) tells what can be folded"
+        f"this {found} was not made by fxfuse, or comes out of a file of torch.export; or it is compiled and "
+        "was not called yet, or Dynamo compiled nothing of it; fxfuse.explain(model) tells what can be folded"
     )
 
 

@@ -99,21 +99,9 @@ def sources(plan: Plan, reader: Reader) -> set[str]:
         else:
             used = [source.constant]
         used += [tensor for site in move.sites for tensor in (site.operator.weight, site.operator.bias)]
-        found |= _names(used, reader)
-    return found
-
-
-def statistics(plan: Plan, reader: Reader) -> set[str]:
-    """The names of the running statistics among them."""
-    norms = [move.source for move in plan.moves if isinstance(move.source, Norm)]
-    return _names([part for norm in norms for part in (norm.mean, norm.var)], reader)
-
-
-def _names(used: Iterable[Any], reader: Reader) -> set[str]:
-    found: set[str] = set()
-    for each in used:
-        found |= {each} if isinstance(each, str) else set()
-        found |= reader.constants.names(each) if isinstance(each, fx.Node) else set()
+        for each in used:
+            found |= {each} if isinstance(each, str) else set()
+            found |= reader.constants.names(each) if isinstance(each, fx.Node) else set()
     return found
 
 

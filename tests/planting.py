@@ -778,7 +778,7 @@ def never_fold_again() -> None:
 
 @bug(*BACKEND)
 def trust_norms_to_count_versions() -> None:
-    wrap(following.Followers, "_has_trained", lambda *_: False)
+    wrap(following.Followers, "_have_changed", lambda *_: False)
 
 
 @bug(*BACKEND)

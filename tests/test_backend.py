@@ -336,6 +336,43 @@ def test_statistics_alone_that_a_norm_writes_are_followed():
 
 
 @torch.no_grad()
+def test_statistics_in_a_computed_weight_or_written_out_are_followed():
+    class Calibrated(Net):
+        def forward(self, x):
+            y = F.conv2d(x, self.one.weight / self.bn1.running_var.sqrt().view(-1, 1, 1, 1))
+            z = self.bn2(self.two(torch.relu(self.bn1(y))))
+            scale = torch.rsqrt(self.bn3.running_var + 1e-5)[:, None, None]
+            return F.conv2d(z, self.two.weight.transpose(0, 1)[:, :, :1, :1]) + scale.sum() * 0, z * scale
+
+    model = randomise(Calibrated())
+    run = compiled(model)
+    for norm, size in ((model.bn1, 4), (model.bn2, 5), (model.bn3, 5)):
+        assert_exact(model(X), run(X))
+        F.batch_norm(noise(9, size) + 2, norm.running_mean, norm.running_var, training=True)
+    assert_exact(model(X), run(X))
+
+
+@torch.no_grad()
+def test_memory_that_is_watched_is_given_to_nobody_else():
+    model = randomise(nn.Sequential(nn.Conv2d(64, 64, 3), nn.BatchNorm2d(64))).float()
+    run, x = compiled(model), torch.randn(1, 64, 5, 5)
+    for _ in range(3):
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-2)
+        model[0].weight.data = torch.empty(0)
+        model[0].weight.data = torch.randn(64, 64, 3, 3)
+
+
+@torch.no_grad()
+def test_weights_that_are_shared_with_processes_are_folded_on_every_call():
+    model = randomise(Net()).share_memory()
+    run = compiled(model)
+    assert_exact(model(X), run(X))
+    model.one.weight.data.mul_(2)  # as another process does
+    assert_exact(model(X), run(X))
+    assert len(fxfuse.report(run).folded) == 3
+
+
+@torch.no_grad()
 def test_threads_do_not_mix_their_weights():
     models = [randomise(nn.Sequential(Net().one, Net().bn1), seed) for seed in range(2)]
     runs = [compiled(model) for model in models]
@@ -718,6 +755,8 @@ def test_the_report_of_a_graph_is_logged(caplog):
     [
         ({"than": "eager"}, "no options than"),
         ({"then": "nobody"}, "'nobody' is no backend"),
+        ({"then": None}, "None is no backend"),
+        ({"then": "fxfuse"}, "would be this backend again"),
         ({"refold": "never"}, "refold='never' is neither of 'changed', 'always'"),
         ({"mode": "max-autotune"}, "no options mode"),
     ],

@@ -107,6 +107,8 @@ def test_an_exported_program_is_folded_into_an_exported_program(run, decomposed)
     result = run("verify", "model.pt2", "folded.pt2", "--input", "7,3,8,8")
     assert result.exit_code == 0 and "equal but for rounding" in result.stdout, result.output
     assert "the shapes of the source" in run("fuse", "model.pt2", "-o", "again.pt2").stdout
+    result = run("fuse", "model.pt2", "-o", "model.pt2")
+    assert result.exit_code == 2 and "it is the model itself" in result.output
 
 
 def test_verification_that_fails_ends_with_1(run):
