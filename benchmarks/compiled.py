@@ -108,15 +108,15 @@ def measure(name: str, rounds: int, batch: int, step: Callable[[str], None]) -> 
     models = {way: copy.deepcopy(source) for way in WAYS}
     calls = {way: compiled(models[way], options) for way, options in WAYS.items()}
     first: dict[str, float] = {}
-    for way, call in calls.items():
-        step(f"{name}: {way}")
-        # Dynamo asks this setting too, and does not see `options`.
-        with torch._inductor.config.patch(freezing=way == FREEZING):
-            start = time.perf_counter()
-            call(x)
-            first[way] = time.perf_counter() - start
-    step(f"{name}: timing")
     with checks() as spent:
+        for way, call in calls.items():
+            step(f"{name}: {way}")
+            # Dynamo asks this setting too, and does not see `options`.
+            with torch._inductor.config.patch(freezing=way == FREEZING):
+                start = time.perf_counter()
+                call(x)
+                first[way] = time.perf_counter() - start
+        step(f"{name}: timing")
         times = timed(calls, x, rounds)
     medians = {way: statistics.median(taken) for way, taken in times.items()}
     before = {way: distance(call(x), source(x)) for way, call in calls.items()}
