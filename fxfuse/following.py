@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxfuse.dynamo import Key
+from fxfuse.nodes import Norm
 from fxfuse.ops import Reader
 from fxfuse.plan import Plan
 from fxfuse.solve import Solution, solve, sources
@@ -77,7 +78,10 @@ class Followers:
         self._places = places
         self._attributes = {name: tensor for name, tensor in tensors.items() if name not in places}
         self._sources = sorted(sources(plan, reader))
-        self._buffers = [name for name in self._sources if not isinstance(tensors[name], nn.Parameter)]
+        buffers = {name for name in self._sources if not isinstance(tensors[name], nn.Parameter)}
+        norms = [move.source for move in plan.moves if isinstance(move.source, Norm)]
+        # Whoever trains writes the mean with the variance.
+        self._buffers = sorted(buffers - {norm.var for norm in norms if norm.mean in buffers})
         self._sets: Any = WeakTensorKeyDictionary()
         self._sets[tensors[self._sources[0]]] = self._weights(tensors, solution)
         self._folding = threading.Lock()
