@@ -373,6 +373,23 @@ def test_weights_that_are_shared_with_processes_are_folded_on_every_call():
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
+def test_a_graph_without_numbers_runs_unfolded(tmp_path, caplog, monkeypatch):
+    """DistributedDataParallel divides a graph into buckets, and hands each of them over without numbers."""
+    caplog.set_level(logging.INFO, "fxfuse")
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = randomise(Net())
+        parallel = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-6)
+        run = compiled(parallel)
+        assert_exact(model(X), run(X))
+        assert "FXF205" in caplog.text
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
 def test_threads_do_not_mix_their_weights():
     models = [randomise(nn.Sequential(Net().one, Net().bn1), seed) for seed in range(2)]
     runs = [compiled(model) for model in models]
