@@ -82,8 +82,10 @@ class Followers:
         norms = [move.source for move in plan.moves if isinstance(move.source, Norm)]
         # Whoever trains writes the mean with the variance.
         self._buffers = sorted(buffers - {norm.var for norm in norms if norm.mean in buffers})
+        # Instances may share a weight, but hardly statistics.
+        self._key = min(self._sources, key=lambda name: name not in buffers)
         self._sets: Any = WeakTensorKeyDictionary()
-        self._sets[tensors[self._sources[0]]] = self._weights(tensors, solution)
+        self._sets[tensors[self._key]] = self._weights(tensors, solution)
         self._folding = threading.Lock()
 
     def follow(self, inputs: Sequence[Any]) -> dict[Key, Tensor] | None:
@@ -91,8 +93,7 @@ class Followers:
 
         They are new ones where something has changed: threads and backward passes may use the old ones yet.
         """
-        first = self._sources[0]
-        key = inputs[self._places[first]] if first in self._places else self._attributes[first]
+        key = self._tensor(self._key, inputs)
         weights: _Weights | None = self._sets.get(key)
         if weights is None or weights.is_stale(inputs) or self._have_changed(weights, inputs):
             with self._folding:

@@ -56,14 +56,16 @@ def attach_compiled(
         _compiled.setdefault(tensor, {})[code] = report
     if not places or not report.norms:
         return run
-    name, first = next(iter(places.items()))
+    # Instances may share a parameter, but hardly statistics.
+    name = min(places, key=lambda name: isinstance(tensors[name], nn.Parameter))
+    place_of_key = places[name]
     known: Any = WeakTensorKeyDictionary()
     known[tensors[name]] = True
 
     @wraps(run)
     def reported(*inputs: Any) -> Any:
-        if inputs[first] not in known:
-            known[inputs[first]] = True
+        if inputs[place_of_key] not in known:
+            known[inputs[place_of_key]] = True
             own = replace(report)
             for place in places.values():
                 _compiled.setdefault(inputs[place], {})[code] = own

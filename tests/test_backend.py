@@ -647,6 +647,28 @@ def test_constants_that_forward_makes_are_constants(refold):
 
 
 @torch.no_grad()
+def test_instances_that_share_an_operator_have_folds_and_reports_of_their_own(monkeypatch):
+    class Block(nn.Module):
+        def __init__(self, conv):
+            super().__init__()
+            self.conv, self.bn1, self.bn2 = conv, nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.bn2(torch.sin(self.bn1(self.conv(x))))
+
+    conv = nn.Conv2d(3, 4, 3)
+    blocks = nn.ModuleList([randomise(Block(conv), seed) for seed in range(2)])
+    expected = [block(X) for block in blocks]
+    for block in blocks:
+        block.compile(backend="fxfuse", options={"then": "fxfuse_tests"})
+    for _ in range(2):
+        assert_exact(expected, [block(X) for block in blocks])
+        monkeypatch.setattr(following, "solve", None)  # nothing is folded again
+    report = fxfuse.report(blocks)
+    assert len(report.folded) == 2 and [each.code for each in report.refused] == ["FXF102"] * 2
+
+
+@torch.no_grad()
 def test_a_model_that_is_compiled_twice_is_followed_by_both():
     model = randomise(Net())
     one, two = compiled(model), compiled(model, "always")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxfuse
 from fxfuse import zoo
@@ -416,6 +417,33 @@ def test_real_networks_fold_whole(name, dialect):
     with torch.no_grad():
         checked(export(model, x, dialect=dialect), x, folded=len(expected.folded))
     assert not expected.refused
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("functional", [True, False])
+def test_graphs_of_make_fx_are_folded(mode, functional):
+    """They guard nothing: example inputs tell numbers of axes, which the graph then asserts."""
+    model = randomise(Net()).requires_grad_(False)
+    traced = torch.func.functionalize(model) if functional else model
+    graph = make_fx(traced, tracing_mode=mode, _allow_non_fake_inputs=True)(X).eval()
+    fused = fxfuse.fuse(graph, example_inputs=(X,))
+    report = fxfuse.report(fused)
+    assert len(report.folded) == 4 and not report.refused
+    assert not any("batch_norm" in str(node.target) for node in fused.graph.nodes)
+    assert_exact(model(X), fused(X))
+    if mode == "symbolic":
+        assert_exact(model(noise(5, 3, 8, 8)), fused(noise(5, 3, 8, 8)))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@dialects
+def test_the_module_of_a_program_is_folded_as_a_graph(dialect, strict):
+    """As ``capture_pre_autograd_graph`` gave it."""
+    model = randomise(Net())
+    module = dialect(torch.export.export(model, (X,), strict=strict)).module()
+    fused = fxfuse.fuse(module)
+    assert len(fxfuse.report(fused).folded) == 4
+    assert_exact(model(X), fused(X))
 
 
 @needs_compiler
