@@ -6,6 +6,7 @@ import copy
 import io
 import shutil
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -461,12 +462,11 @@ def test_result_is_compiled_ahead_of_time(dialect, tmp_path):
 
 @dialects
 def test_result_runs_in_onnx_runtime(dialect, tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
     model = randomise(Net()).float()
     fused = fxfuse.fuse(export(model, X.float(), dialect=dialect))
     file = tmp_path / "net.onnx"
     torch.onnx.export(fused, (X.float(),), f=file, dynamo=True, verbose=False)
-    session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     for batch in (2, 5):
         x = noise(batch, 3, 8, 8).float()
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
