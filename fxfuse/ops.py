@@ -44,7 +44,7 @@ from fxfuse.objects import modules_outside
 from fxfuse.refusals import Code
 from fxfuse.replica import is_plain
 from fxfuse.table import LAYERS, LAYERS_LIKE_INPUT, LIKE_ALL, LIKE_INPUT, SPLITS, TRANSPARENT, Call, part
-from fxfuse.transparent import Within
+from fxfuse.transparent import Transparent, Within
 from fxfuse.tree import NORM_RANKS, attribute, has_hooks, joined, storage
 
 # Operators whose second argument gives its shape or dtype only.
@@ -350,8 +350,10 @@ class Reader:
         if isinstance(source, fx.Node) and isinstance(self.read(source), Split):
             return self._part(source, bound["index"])
         if isinstance(source, fx.Node) and gives_several(source):
-            # The operator is read as if it gave its first value alone; nobody reads the others.
-            return Within(source) if self._gives_first_only(source) else None
+            op = self.read(source)
+            # What gives a tuple is read as if it gave the first value alone; nobody reads the others.
+            known = isinstance(op, (Norm, Transparent)) or (isinstance(op, Opaque) and bool(op.like))
+            return Within(source) if known and self._gives_first_only(source) else None
         return self._passed("getitem", bound)
 
     def _passed(self, name: str, bound: Mapping[str, Any]) -> Op | None:

@@ -17,7 +17,7 @@ from torch._dynamo import register_backend
 from torch.autograd import forward_ad
 
 import fxfuse
-from fxfuse import following, zoo
+from fxfuse import backend, following, zoo
 from tests.forms import noise
 from tests.support import assert_exact, randomise
 
@@ -691,6 +691,45 @@ def test_modules_called_twice_and_norms_that_share_an_operator():
         assert_exact(model(X), run(X))
         model.one.weight.mul_(1.5)
     assert len(fxfuse.report(run).folded) == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("refold", ["changed", "always"])
+def test_functions_that_share_weights_and_several_norms_on_one_operator_compiled_repeatedly(refold):
+    class Shared(Net):
+        def forward(self, x):
+            first = F.conv2d(x, self.one.weight, self.one.bias)
+            second = F.conv2d(x.flip(3), self.one.weight, self.one.bias)
+            y = torch.relu(self.bn1(first)) + torch.relu(self.other(second)) + self.one(x)
+            return self.bn2(self.two(y)), self.bn3(self.two(y).mean((2, 3)))
+
+        def __init__(self):
+            super().__init__()
+            self.other = nn.BatchNorm2d(4)
+
+    model = randomise(Shared())
+    for _ in range(3):
+        torch.compiler.reset()
+        run = compiled(model, refold)
+        assert_exact(model(X), run(X))
+        model.one.weight.mul_(1.5)
+        assert_exact(model(X), run(X))
+        assert [norms(graph) for graph in GRAPHS[-1:]] == [0]
+        assert len(fxfuse.report(run).folded) == 4
+
+
+@torch.no_grad()
+def test_a_mode_reaches_inductor(monkeypatch):
+    given = {}
+
+    def inductor(graph, _inputs, **options):
+        given.update(options)
+        return graph.forward
+
+    monkeypatch.setattr(backend, "lookup_backend", lambda name: {"inductor": inductor}[name])
+    model = randomise(Net())
+    assert_exact(model(X), torch.compile(model, backend="fxfuse", mode="max-autotune-no-cudagraphs")(X))
+    assert given["config_patches"]["max_autotune"] is True
 
 
 def test_report_of_what_was_not_compiled_is_an_error():

@@ -280,6 +280,20 @@ def test_product_with_a_parameter_that_is_not_transposed(matrix):
     assert fused.w.shape == matrix and fused.w_bias.shape == (4,)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_first_row_of_what_may_be_a_tuple_is_no_tuples_first_value(known):
+    """torch.max gives a tuple with an axis, and a tensor with another tensor."""
+
+    def forward(m, x):
+        return m.norm(m.linear(torch.max(x, x.flip(0))[0])), m.norm(m.linear(torch.max(x, 0)[0]))
+
+    layers = {"linear": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)}
+    model, x = randomise(Forward(forward, **layers)), noise(5, 4, 4)
+    fused = fxfuse.fuse(model, example_inputs=(x,) if known else None)
+    assert_exact(model(x), fused(x))
+    assert len(fxfuse.report(fused).folded) == 2 * known
+
+
 def test_matrix_that_is_read_elsewhere_keeps_its_value():
     layers = {"linear": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)}
 
