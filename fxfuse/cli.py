@@ -103,7 +103,7 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
     _check_writable(output, json_file)
     if output is not None and output.suffix != ".pt2":
         raise UsageError(f"cannot write {output}: an exported program is a .pt2 file")
-    if output is not None and output.exists() and output.samefile(model if model.endswith(".pt2") else "."):
+    if output is not None and output.resolve() == Path(model).resolve():
         raise UsageError(f"cannot write {output}: it is the model itself, which would be lost")
     with _progress(4 if output else 3) as step:
         loaded, inputs = _load(model, shapes, seed, step)
@@ -114,7 +114,7 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
         report = fxfuse.report(fused)
         if output is not None:
             step(f"writing {output}")
-            program = fused if isinstance(fused, ExportedProgram) else _exported(fused, inputs or ())
+            program = fused if isinstance(fused, ExportedProgram) else _program_of(fused, inputs or ())
             _save(program, output)
         step("done")
     record = {
@@ -133,8 +133,8 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
         show(comparison_view(report.verification))
     if output is not None:
         size = output.stat().st_size / 2**20
-        shapes_kept = "the shapes of the source" if isinstance(fused, ExportedProgram) else "any batch size"
-        show(headline(str(output), f"written, {size:.1f} MiB, for {shapes_kept}"))
+        taken = "the shapes of the source" if isinstance(fused, ExportedProgram) else "any batch size"
+        show(headline(str(output), f"written, {size:.1f} MiB, for {taken}"))
 
 
 @main.command(epilog="Example: fxfuse explain torchvision:densenet121")
@@ -250,7 +250,7 @@ def _check_writable(*files: Path | None) -> None:
             raise UsageError(f"cannot write {file}: permission denied")
 
 
-def _exported(fused: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
+def _program_of(fused: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     """The program of a module, for any batch size."""
     # A batch of one would be taken for a constant.
     batches = tuple(torch.cat([value, value]) if value.shape[0] == 1 else value for value in inputs)

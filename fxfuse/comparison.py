@@ -31,8 +31,6 @@ _FAR = 0.25
 _ZERO = 1e-12
 
 
-Tolerances = tuple[float | None, float | None]
-
 # What a model's forward raises when it gets inputs that it cannot take.
 REJECTIONS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 
@@ -71,13 +69,13 @@ def verify(
     Raises:
         UsageError: a model is in training mode, or the reference rejects the inputs.
     """
-    if not isinstance(inputs, (list, tuple)):
-        raise UsageError(f"inputs is a {type(inputs).__name__}; pass a tuple of positional inputs, (x,)")
     reference = as_module(reference)
     candidate = as_module(candidate)
     for name, model in (("reference", reference), ("candidate", candidate)):
         if is_training(model):
             raise UsageError(f"the {name} is in training mode; call {name}.eval()")
+    if not isinstance(inputs, (list, tuple)):
+        raise UsageError(f"inputs is a {type(inputs).__name__}; pass a tuple of positional inputs, (x,)")
     values = drawn(reference, inputs, seed)
     if any(tensor.is_meta for model in (reference, candidate) for tensor in model.parameters()):
         return _unmeasured(ok=True, note="the model is on the meta device: nothing to compare")
@@ -114,6 +112,7 @@ def drawn(model: nn.Module, inputs: Sequence[Any], seed: int) -> list[Any]:
 
 
 Outputs = dict[str, Any]
+Tolerances = tuple[float | None, float | None]
 
 
 @contextmanager

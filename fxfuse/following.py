@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -85,8 +85,9 @@ class Followers:
         # Instances may share a weight, but hardly statistics.
         self._key = min(self._sources, key=lambda name: name not in buffers)
         self._sets: Any = WeakTensorKeyDictionary()
-        self._sets[tensors[self._key]] = self._weights(tensors, solution)
+        self._sets[tensors[self._key]] = self._weights(tensors, lambda: solution)
         self._folding = threading.Lock()
+        self._let_go()
 
     def follow(self, inputs: Sequence[Any]) -> dict[Key, Tensor] | None:
         """The tensors that are folded from the weights among `inputs`; None if these cannot be folded.
@@ -113,21 +114,30 @@ class Followers:
         tensors = {name: self._tensor(name, inputs) for name in (*self._places, *self._attributes)}
         for name, tensor in tensors.items():
             put(self._reader.root, name, tensor)
-        self._reader.forget_tensors()
-        with torch.inference_mode(False), torch.no_grad():
-            return self._weights(tensors, solve(self._plan, self._reader, {}))
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                return self._weights(tensors, lambda: solve(self._plan, self._reader, {}))
+        finally:
+            self._let_go()
 
-    def _weights(self, tensors: Mapping[str, Tensor], solution: Solution) -> _Weights:
-        if solution.failed:
-            reasons = "; ".join(dict.fromkeys(code.value.reason for code in solution.failed.values()))
-            _LOG.warning("the new weights cannot be folded, so the norms run as they are: %s", reasons)
+    def _weights(self, tensors: Mapping[str, Tensor], solution: Callable[[], Solution]) -> _Weights:
+        """What is folded of `tensors`. Before it is, they are looked at: who writes meanwhile is noticed."""
         watched = ((self._places.get(name), tensors[name]) for name in self._sources)
         seen = [
             (place, weakref.ref(tensor), tensor._version, tensor.data_ptr(), tensor.detach())
             for place, tensor in watched
         ]
-        buffers = _joined([tensors[name] for name in self._buffers])
-        return _Weights(None if solution.failed else keyed(solution), seen, buffers, _optimiser_steps().count)
+        buffers, steps = _joined([tensors[name] for name in self._buffers]), _optimiser_steps().count
+        solved = solution()
+        if solved.failed:
+            reasons = "; ".join(dict.fromkeys(code.value.reason for code in solved.failed.values()))
+            _LOG.warning("the new weights cannot be folded, so the norms run as they are: %s", reasons)
+        return _Weights(None if solved.failed else keyed(solved), seen, buffers, steps)
+
+    def _let_go(self) -> None:
+        """Keeps no model alive: between folds nothing reads its tensors."""
+        self._reader.root = nn.Module()
+        self._reader.forget_tensors()
 
 
 def keyed(solution: Solution) -> dict[Key, Tensor]:

@@ -6,6 +6,7 @@ and buffers that nobody reads any more are gone from its signature and its state
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -30,6 +31,7 @@ from fxfuse.plan import Move, Plan
 from fxfuse.planner import planned_guarded
 from fxfuse.records import Report
 from fxfuse.refusals import Code
+from fxfuse.replica import replicated
 from fxfuse.rewrite import gone, rewrite
 from fxfuse.tree import attribute, storage
 
@@ -44,7 +46,7 @@ def fold_program(program: ExportedProgram) -> tuple[ExportedProgram, Report]:
     Args:
         program: in the ATen dialect, before or after ``run_decompositions``; it is not changed.
     """
-    tensors = {**program.state_dict, **program.constants}
+    tensors = replicated({**program.state_dict, **program.constants})
     lifted = lift(program.graph_module, _foldable(program.graph_signature, tensors), tensors)
     reader = Reader(lifted.capture.root, lifted.capture.graph)
     regions = _regions(program, lifted.capture.graph)
@@ -94,7 +96,8 @@ class _Inputs:
         self._graph = graph
         placeholders = graph.find_nodes(op="placeholder")
         self._mode = detect_fake_mode([node.meta.get("val") for node in placeholders])
-        self._specs = dict(zip(placeholders, program.graph_signature.input_specs, strict=True))
+        specs = copy.deepcopy(program.graph_signature.input_specs)
+        self._specs = dict(zip(placeholders, specs, strict=True))
 
     @property
     def specs(self) -> list[InputSpec]:
@@ -131,7 +134,7 @@ def _program(
         replaced: the names of nodes that are gone, and the nodes that are read instead.
         tensors: parameters, buffers and constants by their names; some may be others than in the source.
     """
-    outputs = source.graph_signature.output_specs
+    outputs = copy.deepcopy(source.graph_signature.output_specs)  # passes of torch rename in them
     renamed: dict[str, str] = {}
     for spec in outputs:
         if spec.arg.name in replaced:  # an output keeps its name
@@ -141,7 +144,7 @@ def _program(
     renamed |= {old: node.name for old, node in replaced.items()}
     weights = {spec.target for spec in source.graph_signature.input_specs if spec.kind in _WEIGHTS}
     state, constants = (
-        {name: value for name, value in home.items() if name not in weights}
+        {name: tensors[name] for name in home if name not in weights}
         for home in (source.state_dict, source.constants)
     )
     for spec in specs:
@@ -156,7 +159,7 @@ def _program(
         graph,
         ExportGraphSignature(specs, outputs),
         state,
-        source.range_constraints,
+        dict(source.range_constraints),
         [_with_names(entry, renamed) for entry in source.module_call_graph],
         source.example_inputs,
         constants,

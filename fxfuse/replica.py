@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
+from collections.abc import Mapping
 from functools import partial
 from types import MethodType
 from typing import Any, TypeVar, cast
@@ -29,6 +30,14 @@ def replicate(model: _M) -> _M:
     TorchScript modules cannot be copied without their tensors, so these are copied too.
     """
     return cast(_M, _module(model, {}))
+
+
+def replicated(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for tensors by their names; what is no tensor stays."""
+    memo: dict[int, Any] = {}
+    return {
+        name: _tensor(value, memo) if isinstance(value, Tensor) else value for name, value in tensors.items()
+    }
 
 
 def isolated(model: _M) -> _M:

@@ -412,6 +412,27 @@ def test_threads_do_not_mix_their_weights():
 
 
 @torch.no_grad()
+def test_who_writes_while_weights_are_folded_is_noticed(monkeypatch):
+    model = randomise(Net())
+    run = compiled(model)
+    model.one.weight.mul_(2)
+    solve = following.solve
+
+    def interfered(*arguments):
+        solution = solve(*arguments)
+        model.two.weight.mul_(3)
+        model.bn1.running_mean.data.add_(1)
+        monkeypatch.undo()
+        return solution
+
+    run(X)
+    monkeypatch.setattr(following, "solve", interfered)
+    model.one.weight.mul_(2)
+    run(X)
+    assert_exact(model(X), run(X))
+
+
+@torch.no_grad()
 def test_a_fold_that_is_interrupted_is_made_at_the_next_call(monkeypatch):
     model = randomise(Net())
     run = compiled(model)
@@ -757,15 +778,17 @@ def test_reports_of_a_broken_graph_are_one():
 
 
 @torch.no_grad()
-def test_a_report_lets_go_of_the_model():
+def test_compiled_code_and_reports_let_go_of_the_model():
     model = randomise(Net())
-    compiled(model)(X)
-    reference = weakref.ref(model.one.weight)
-    torch.compiler.reset()
+    run = compiled(model)
+    for _ in range(2):
+        run(X)
+        model.one.weight.mul_(2)
+    references = [weakref.ref(tensor) for tensor in (*model.parameters(), *model.buffers())]
     GRAPHS.clear()
-    del model
+    del model, run
     gc.collect()
-    assert reference() is None
+    assert not any(reference() is not None for reference in references)
 
 
 @pytest.mark.parametrize("then", ["fxfuse_tests", "aot_eager"])

@@ -109,6 +109,8 @@ def test_an_exported_program_is_folded_into_an_exported_program(run, decomposed)
     assert "the shapes of the source" in run("fuse", "model.pt2", "-o", "again.pt2").stdout
     result = run("fuse", "model.pt2", "-o", "model.pt2")
     assert result.exit_code == 2 and "it is the model itself" in result.output
+    result = run("fuse", "absent.pt2", "-o", "folded.pt2")
+    assert result.exit_code == 2 and "there is no file absent.pt2" in result.output
 
 
 def test_verification_that_fails_ends_with_1(run):

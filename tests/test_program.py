@@ -160,6 +160,21 @@ def test_example_inputs_are_verified_and_remembered(dialect):
 
 
 @dialects
+def test_changes_of_the_result_leave_the_source_alone(dialect):
+    model = randomise(nn.Sequential(Net(), nn.ReLU(), nn.Linear(6, 2)))
+    program = export(model, X, dialect=dialect)
+    before = described(program)
+    fused = fxfuse.fuse(program)
+    weight, ours = program.state_dict["2.weight"], fused.state_dict["2.weight"]
+    assert ours is not weight and ours.data_ptr() == weight.data_ptr()  # of no norm: the memory is shared
+    fused.module().half().requires_grad_(False)
+    fused.graph_signature.replace_all_uses(fused.graph_signature.user_outputs[0], "other")
+    fused.graph_signature.replace_all_uses(fused.graph_signature.user_inputs[0], "another")
+    assert str(before) == str(described(program)) and weight.requires_grad and weight.dtype is torch.float64
+    assert_exact(model(X), program.module()(X))
+
+
+@dialects
 def test_explain_says_what_fuse_would(dialect):
     program = export(randomise(Net()), X, dialect=dialect)
     before = described(program)
