@@ -18,6 +18,7 @@ from fxfuse.errors import CaptureError
 from fxfuse.exposure import Kind, hooks_look, uses_of_submodules
 from fxfuse.layers import code_calls_norm, has_statistics, is_norm, is_torch_layer
 from fxfuse.ops import norms_inside
+from fxfuse.places import place_of_forward
 from fxfuse.records import Fold, Refusal
 from fxfuse.refusals import Code
 from fxfuse.tree import CONTAINERS, attribute, has_hooks, is_below, joined
@@ -102,7 +103,7 @@ class _Folder:
     def _walk_parts(self, path: str, module: nn.Module, place: str) -> None:
         """Walks on into those submodules that the code of the module, which stays, does no more than call."""
         if code_calls_norm(module):
-            self.account.refuse(Refusal.because(path, Code.UNTRACED, place))
+            self.account.refuse(Refusal.because(path, Code.UNTRACED, place, place_of_forward([module])))
         for name, use in uses_of_submodules(module).items():
             child = joined(path, name)
             container = isinstance(attribute(self.source, child), CONTAINERS)
@@ -116,9 +117,16 @@ class _Folder:
         module = attribute(self.source, path)
         if module not in self._exposed:
             for name in [""] if is_norm(module) else norms_inside(module):
-                self.account.refuse(Refusal.because(joined(path, name), code, detail))
+                norm = joined(path, name)
+                self.account.refuse(Refusal.because(norm, code, detail, self._place(norm)))
         self._walked |= {*module.modules()}
         self._exposed |= {*module.modules()}
+
+    def _place(self, norm: str) -> str:
+        """The forward that calls it, directly or through torch.nn's containers."""
+        parts = norm.split(".")[:-1]
+        owners = (".".join(parts[:count]) for count in range(len(parts), -1, -1))
+        return place_of_forward(attribute(self.source, owner) for owner in owners)
 
     def _shared_below(self, path: str) -> Iterator[str]:
         """The modules below `path`, by names relative to it, that the model also has elsewhere."""

@@ -30,6 +30,7 @@ from fxfuse.layout import layouts
 from fxfuse.memory import Memory
 from fxfuse.nodes import Affine, LeftNorm, Linear, Norm, Opaque, Split
 from fxfuse.ops import Reader, norms_inside
+from fxfuse.places import place_of
 from fxfuse.plan import Barred, Direction, Move, Plan, Site
 from fxfuse.records import Refusal
 from fxfuse.refusals import Code
@@ -146,24 +147,25 @@ class _Matcher:
 
     def refused(self, node: fx.Node) -> Iterator[Refusal]:
         """Why `node`, if it is a norm, is left; and the norms inside of what is called as a whole."""
-        op = self.reader.read(node)
+        op, where = self.reader.read(node), place_of(node)
         if isinstance(op, LeftNorm):
-            yield Refusal.because(op.name, op.code, op.detail)
+            yield Refusal.because(op.name, op.code, op.detail, where)
         elif isinstance(op, Norm) and node not in self.moves:
             stop = self._reason(node)
-            yield Refusal.because(op.name, stop.code, stop.detail)
+            yield Refusal.because(op.name, stop.code, stop.detail, where)
         elif isinstance(op, Affine) and node in self.written_out:
             left = next((part for part in self.written_out[node][::-1] if part not in self.moves), None)
             if left is not None:
                 stop = self._reason(left)
-                yield Refusal.because(str(op.norm), stop.code, stop.detail)
+                yield Refusal.because(str(op.norm), stop.code, stop.detail, where)
         elif node.op == "get_attr":
             inner = attribute(self.reader.root, str(node.target))
             for name in norms_inside(inner) if isinstance(inner, nn.Module) else []:
                 place = f"{node.target} ({type(inner).__name__})"
-                yield Refusal.because(f"{node.target}.{name}".rstrip("."), Code.INSIDE_OPAQUE, place)
+                full = f"{node.target}.{name}".rstrip(".")
+                yield Refusal.because(full, Code.INSIDE_OPAQUE, place, where)
         elif node.op == "call_function" and torch_name(node.target) is None and calls_norm(node.target):
-            yield Refusal.because(node.name, Code.INSIDE_OPAQUE, str(node.target))
+            yield Refusal.because(node.name, Code.INSIDE_OPAQUE, str(node.target), where)
 
     def _written_out(self, node: fx.Node) -> tuple[fx.Node, ...]:
         op = self.reader.read(node)

@@ -21,6 +21,7 @@ from fxfuse.layers import LINEAR_ARGUMENTS, PRODUCTS
 from fxfuse.layout import VIEWS
 from fxfuse.nodes import Linear, Norm
 from fxfuse.ops import Reader
+from fxfuse.places import place_of
 from fxfuse.plan import Plan
 from fxfuse.records import Fold
 from fxfuse.solve import Solution
@@ -55,11 +56,11 @@ def rewrite(
     for move in plan.moves:
         names = tuple(dict.fromkeys(into[site.node] for site in move.sites))
         if isinstance(move.source, Norm):
-            norms.append(Fold(move.source.name, names, move.direction))
+            norms.append(Fold(move.source.name, names, move.direction, place_of(move.node)))
         elif move.node in whole:
-            norms.append(Fold(str(move.source.norm), names, move.direction))
+            norms.append(Fold(str(move.source.norm), names, move.direction, place_of(move.node)))
         elif move.node not in rest:
-            constants.append(Fold(move.node.name, names, move.direction))
+            constants.append(Fold(move.node.name, names, move.direction, place_of(move.node)))
     return norms, constants
 
 

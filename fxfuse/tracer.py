@@ -45,6 +45,7 @@ from fxfuse.guards import (
     traceable_checks,
 )
 from fxfuse.options import defaults
+from fxfuse.places import is_own_code, stack_trace
 from fxfuse.proxies import ParameterProxy, TensorProxy, TypedProxy, gives_tensor
 from fxfuse.reparametrized import evaluate_weights
 from fxfuse.replica import replicate
@@ -130,6 +131,7 @@ class ModuleTracer(fx.Tracer):
         if _autocast_state() != self._autocast:
             raise TraceError("autocast is switched inside forward, which a graph does not record")
         node = super().create_node(*args, **kwargs)
+        node.stack_trace = stack_trace(ModuleTracer.trace.__code__)
         if self.notes_methods:
             node.meta[METHODS] = tuple(self._methods_running())
         return node
@@ -139,7 +141,7 @@ class ModuleTracer(fx.Tracer):
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             name, code = frame.f_code.co_name, frame.f_code
-            if name != "forward" and name[0] not in "_<" and code.co_varnames and _is_own_code(frame):
+            if name != "forward" and name[0] not in "_<" and code.co_varnames and is_own_code(frame):
                 owner = frame.f_locals.get(code.co_varnames[0])
                 if isinstance(owner, nn.Module) and id(owner) in self._paths and hasattr(type(owner), name):
                     self._frames.add(frame)
@@ -237,7 +239,7 @@ def _watching(tracer: ModuleTracer, given: Container[str]) -> Iterator[None]:
     """Notices questions whether a value is None that only the run could answer."""
 
     def enter(frame: FrameType, _event: str, _arg: Any) -> Any:
-        return look if _is_own_code(frame) and compared_by_identity(frame.f_code) else None
+        return look if is_own_code(frame) and compared_by_identity(frame.f_code) else None
 
     def look(frame: FrameType, _event: str, _arg: Any) -> Any:
         for name in compared_by_identity(frame.f_code):
@@ -310,7 +312,7 @@ def _what_failed(
         path = _submodule_of(callee, tracer)
         if path and path not in tracer.kept:
             return path
-        if not _is_own_code(callee):
+        if not is_own_code(callee):
             continue
         function = caller.f_globals.get(callee.f_code.co_name)
         if not isinstance(function, FunctionType) or function.__code__ is not callee.f_code:
@@ -331,12 +333,8 @@ def _submodule_of(frame: FrameType, tracer: ModuleTracer) -> str | None:
     return tracer._paths.get(id(module)) if is_forward else None
 
 
-def _is_own_code(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "fxfuse")
-
-
 def _explanation(model: nn.Module, error: BaseException, *, by_value: bool) -> str:
-    own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_own_code(frame)]
+    own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if is_own_code(frame)]
     message = f"{type(model).__name__} cannot be traced: {error}"
     if own:
         frame, line = own[-1]

@@ -23,6 +23,7 @@ from fxfuse.methods import others, separates
 from fxfuse.nodes import Affine, Linear, Norm, Query
 from fxfuse.ops import Reader, norms_inside
 from fxfuse.options import variants
+from fxfuse.places import place_of
 from fxfuse.plan import Move, Plan
 from fxfuse.planner import planned
 from fxfuse.records import Fold, Refusal
@@ -182,7 +183,7 @@ class Unit:
             for move in each.plan.moves:
                 norm = each.reader.norm(move.node)
                 into = tuple(dict.fromkeys(each.reader.operator(site.node) for site in move.sites))
-                found.setdefault(norm, Fold(norm, into, move.direction))
+                found.setdefault(norm, Fold(norm, into, move.direction, place_of(move.node)))
         return [*found.values()]
 
     def refusals(self) -> list[Refusal]:

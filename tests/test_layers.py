@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "fxfuse"
 
 # Each module may import from those on the lines above it only.
 LAYERS = [
-    ["_version", "errors", "refusals", "tree", "replica", "calls", "affine", "functions"],
+    ["_version", "errors", "refusals", "tree", "replica", "calls", "affine", "functions", "places"],
     ["objects"],
     ["guards", "options", "methods"],
     ["proxies", "reparametrized", "exposure", "fold", "records", "layers", "channels", "constants"],

@@ -1,0 +1,61 @@
+"""Where in the source a node or a module comes from: ``models/net.py:31 in Block.forward``."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import CodeType, FrameType
+
+import torch
+from torch import fx, nn
+
+_FRAME = re.compile(r'File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>[^\n]+)')
+_TORCH = f"{Path(torch.__file__).parent}/"
+
+
+def stack_trace(inside: CodeType) -> str:
+    """The innermost frame that is neither torch's nor fxfuse's, as tracebacks write it; empty without one.
+
+    Args:
+        inside: the code of the call within which it is looked for.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not inside:
+        if is_own_code(frame):
+            return (
+                f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_qualname}\n'
+            )
+        frame = frame.f_back
+    return ""
+
+
+def is_own_code(frame: FrameType) -> bool:
+    """Whether the code is neither torch's nor fxfuse's."""
+    return frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "fxfuse")
+
+
+def place_of(node: fx.Node) -> str:
+    """The line of the model's own code that makes the node; empty if the graph does not tell."""
+    found = _FRAME.finditer(node.stack_trace or "")
+    own = [each for each in found if not each["file"].startswith((_TORCH, "<"))]
+    return _written(own[-1]["file"], int(own[-1]["line"]), own[-1]["function"]) if own else ""
+
+
+def place_of_forward(modules: Iterable[nn.Module]) -> str:
+    """The line where the first forward that is not torch's is defined; empty if there is none."""
+    for module in modules:
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        if code is not None and not code.co_filename.startswith((_TORCH, "<")):
+            return _written(code.co_filename, code.co_firstlineno, code.co_qualname)
+    return ""
+
+
+def _written(file: str, line: int, function: str) -> str:
+    """With the path as seen from the nearest folder from which Python imports."""
+    folders = [Path(folder) for folder in (str(Path.cwd()), *sys.path) if Path(file).is_relative_to(folder)]
+    nearest = max(folders, key=lambda folder: len(folder.parts), default=None)
+    path = Path(file) if nearest is None else Path(file).relative_to(nearest)
+    return f"{path.as_posix()}:{line} in {function}"
