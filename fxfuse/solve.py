@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxfuse.affine import AffineMap, exact
-from fxfuse.fold import absorb, absorb_unchecked
+from fxfuse.fold import Absorption, absorb, absorb_unchecked
 from fxfuse.nodes import Affine, Linear, Norm, TensorName
 from fxfuse.ops import Reader
 from fxfuse.plan import Move, Plan, Site
@@ -86,7 +86,7 @@ def solve_unchecked(plan: Plan, reader: Reader) -> dict[fx.Node, tuple[Tensor, T
     Nothing is checked: `plan` has been solved before, and has no move that depends on a map's numbers.
     """
     composed = _composed(_pieces(plan, reader))
-    return {node: absorb_unchecked(**_arguments(parts, reader)) for node, parts in composed.items()}
+    return {node: absorb_unchecked(_absorption(parts, reader)) for node, parts in composed.items()}
 
 
 def sources(plan: Plan, reader: Reader) -> set[str]:
@@ -151,7 +151,7 @@ def _holds(code: Code, piece: AffineMap) -> bool:
 
 
 def _folded(operator: fx.Node, taken: _Taken, reader: Reader) -> Folded | Code:
-    folded = absorb(**_arguments(taken, reader))
+    folded = absorb(_absorption(taken, reader))
     if isinstance(folded, Code):
         return folded
     linear = taken.operator
@@ -165,17 +165,11 @@ def _folded(operator: fx.Node, taken: _Taken, reader: Reader) -> Folded | Code:
     return new, nn.Parameter(folded[1], _needs_gradient(new, bias, taken.moves, reader))
 
 
-def _arguments(taken: _Taken, reader: Reader) -> dict[str, Any]:
-    """Those of `absorb`."""
+def _absorption(taken: _Taken, reader: Reader) -> Absorption:
     linear = taken.operator
-    return {
-        "weight": reader.tensor(linear.weight),
-        "bias": None if linear.bias is None else reader.tensor(linear.bias),
-        "before": taken.before,
-        "after": taken.after,
-        "transposed": linear.transposed,
-        "groups": linear.groups,
-    }
+    bias = None if linear.bias is None else reader.tensor(linear.bias)
+    weight = reader.tensor(linear.weight)
+    return Absorption(weight, bias, taken.before, taken.after, linear.transposed, linear.groups)
 
 
 def _shifts(move: Move, operator: fx.Node) -> bool:
