@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxfuse import zoo
 from fxfuse.errors import UsageError
 from fxfuse.pipeline import fuse
-from fxfuse.records import Comparison
 from fxfuse.reports import report
+from fxfuse.verdict import Comparison
 
 _ROUNDS = 30
 

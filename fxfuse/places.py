@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -54,8 +55,12 @@ def place_of_forward(modules: Iterable[nn.Module]) -> str:
 
 
 def _written(file: str, line: int, function: str) -> str:
-    """With the path as seen from the nearest folder from which Python imports."""
-    folders = [Path(folder) for folder in (str(Path.cwd()), *sys.path) if Path(file).is_relative_to(folder)]
+    return f"{_seen_from(str(Path.cwd()), file)}:{line} in {function}"
+
+
+@cache
+def _seen_from(here: str, file: str) -> str:
+    """The path as seen from the nearest folder from which Python imports, `here` among them."""
+    folders = [Path(folder) for folder in (here, *sys.path) if Path(file).is_relative_to(folder)]
     nearest = max(folders, key=lambda folder: len(folder.parts), default=None)
-    path = Path(file) if nearest is None else Path(file).relative_to(nearest)
-    return f"{path.as_posix()}:{line} in {function}"
+    return (Path(file) if nearest is None else Path(file).relative_to(nearest)).as_posix()

@@ -19,7 +19,10 @@ class Explanation:
 
 
 class Code(Enum):
-    """The refusal codes. 1xx: place; 2xx: the norm; 3xx: the operator; 4xx: numbers; 5xx: kept modules."""
+    """The refusal codes.
+
+    1xx: place; 2xx: the norm; 3xx: the operator; 4xx: numbers; 5xx: kept modules; 6xx: wishes.
+    """
 
     OTHER_USERS = Explanation(
         "FXF101",
@@ -171,6 +174,11 @@ class Code(Enum):
         "the folded weight of a channel would be too small for its dtype and lose its digits",
         "fold before the model is cast to a smaller dtype",
     )
+    CHECK = Explanation(
+        "FXF403",
+        "the folded operator did not give what the operators of the source gave, so the fold was undone",
+        "this is a mistake of fxfuse, or of the machine: please report it, with the model",
+    )
     SHARED = Explanation(
         "FXF501",
         "modules are kept, and it or the operator is called more than once, or read elsewhere",
@@ -190,6 +198,11 @@ class Code(Enum):
         "FXF504",
         "modules are kept, and a method other than forward gives the value between it and the operator",
         "fold without keep_modules=True, or call the norm and the operator in the same method",
+    )
+    ASKED = Explanation(
+        "FXF601",
+        "it was asked to be left",
+        "take it out of leave=... to have it folded",
     )
 
 

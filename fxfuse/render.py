@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fxfuse.demo import Demonstration
-from fxfuse.records import Comparison, Refusal, Report
+from fxfuse.records import Refusal, Report
+from fxfuse.verdict import Comparison
 
 
 def headline(model: str, weights: str) -> RenderableType:
