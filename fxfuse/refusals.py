@@ -1,6 +1,6 @@
 """Why a norm can be left: one code for each reason, with what it means and what can be done.
 
-``docs/refusals.md`` explains each at length; a test holds the two together.
+``refusals.md``, beside this file, explains each at length; a test holds the two together.
 """
 
 from __future__ import annotations
