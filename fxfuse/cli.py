@@ -27,7 +27,8 @@ import fxfuse
 from fxfuse import demo as demonstration
 from fxfuse import zoo
 from fxfuse.errors import FxfuseError, UsageError, VerificationError
-from fxfuse.render import comparison_view, demonstration_view, headline, report_view, show
+from fxfuse.explanations import explanation, is_code
+from fxfuse.render import comparison_view, demonstration_view, headline, report_view, show, show_markdown
 
 _MODEL_HELP = """
 
@@ -137,14 +138,24 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
         show(headline(str(output), f"written, {size:.1f} MiB, for {taken}"))
 
 
-@main.command(epilog="Example: fxfuse explain torchvision:densenet121")
+@main.command(epilog="Examples: fxfuse explain torchvision:densenet121; fxfuse explain FXF102")
 @click.argument("model")
 @_input
 @_seed
 @_json
 @_reported
 def explain(model: str, shapes: tuple[Any, ...], seed: int, json_file: Path | None) -> None:
-    """Says what would become of every norm of MODEL, and changes nothing."""
+    """Says what would become of every norm of MODEL, and changes nothing.
+
+    A refusal code in place of MODEL, as FXF102, is explained with an example; FXF lists all codes.
+    """
+    if is_code(model):
+        if shapes or json_file:
+            raise UsageError(
+                f"{model} is a code and no model, to which --input and --json belong; leave them out"
+            )
+        show_markdown(explanation(model))
+        return
     _check_writable(json_file)
     with _progress(3) as step:
         loaded, inputs = _load(model, shapes, seed, step)

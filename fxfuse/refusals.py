@@ -164,22 +164,22 @@ class Code(Enum):
     OVERFLOW = Explanation(
         "FXF401",
         "the folded weight or bias would be infinite or NaN in its dtype",
-        "fold before the model is cast to a smaller dtype, or mend the statistics",
+        "mend the statistics, or keep the model in float32 or bfloat16, which have a wider range",
     )
     UNDERFLOW = Explanation(
         "FXF402",
         "the folded weight of a channel would be too small for its dtype and lose its digits",
-        "fold before the model is cast to a smaller dtype",
+        "keep the model in float32 or bfloat16, which hold smaller numbers",
     )
     SHARED = Explanation(
         "FXF501",
         "modules are kept, and it or the operator is called more than once, or read elsewhere",
-        "fold without keep_modules=True, which gives every call its own weights",
+        "leave out keep_modules=True if it was given, or give each call a module of its own",
     )
     NO_MODULE = Explanation(
         "FXF502",
         "modules are kept, and it or the operator is no module of its own that could be exchanged",
-        "fold without keep_modules=True, or call the norm and the convolution as modules",
+        "leave out keep_modules=True if it was given, or call the norm and the operator as modules",
     )
     OPTIONS = Explanation(
         "FXF503",
@@ -189,7 +189,7 @@ class Code(Enum):
     METHODS = Explanation(
         "FXF504",
         "modules are kept, and a method other than forward gives the value between it and the operator",
-        "fold without keep_modules=True, or call the norm and the operator in the same method",
+        "leave out keep_modules=True if it was given, or call the norm and the operator in one method",
     )
 
 
