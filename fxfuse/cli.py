@@ -28,6 +28,7 @@ from fxfuse import demo as demonstration
 from fxfuse import zoo
 from fxfuse.errors import FxfuseError, UsageError, VerificationError
 from fxfuse.explanations import explanation, is_code
+from fxfuse.records import SCHEMA
 from fxfuse.render import comparison_view, demonstration_view, headline, report_view, show, show_markdown
 
 _MODEL_HELP = """
@@ -287,9 +288,8 @@ def _write_json(record: dict[str, Any], file: Path | None) -> bool:
     """Writes `record`, if a file was asked for; tells whether stdout is taken by it."""
     if file is None:
         return False
-    text = json.dumps(
-        {"fxfuse": fxfuse.__version__, "torch": torch.__version__, **record}, indent=2, allow_nan=False
-    )
+    versions = {"schema": SCHEMA, "fxfuse": fxfuse.__version__, "torch": torch.__version__}
+    text = json.dumps(versions | record, indent=2, allow_nan=False)
     if str(file) == "-":
         click.echo(text)
         return True
