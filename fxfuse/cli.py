@@ -104,13 +104,18 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
     """Folds the norms of MODEL, verifies the result and says what was done."""
     _check_writable(output, json_file)
     if output is not None and output.suffix != ".pt2":
-        raise UsageError(f"cannot write {output}: an exported program is a .pt2 file")
+        raise UsageError(f"cannot write {output}: an exported program is a .pt2 file; call it that")
     if output is not None and output.resolve() == Path(model).resolve():
-        raise UsageError(f"cannot write {output}: it is the model itself, which would be lost")
+        raise UsageError(
+            f"cannot write {output}: it is the model itself, which would be lost; use another name"
+        )
     with _progress(4 if output else 3) as step:
         loaded, inputs = _load(model, shapes, seed, step)
         if output is not None and inputs is None and isinstance(loaded.model, nn.Module):
-            raise UsageError(f"to write {output} an input of {model} is needed; say which with --input")
+            raise UsageError(
+                f"to write {output}, torch.export has to run {model}, of which no input is known; "
+                "say which with --input 1,3,224,224"
+            )
         step("folding and verifying")
         fused = fxfuse.fuse(loaded.model, example_inputs=inputs)
         report = fxfuse.report(fused)
@@ -183,7 +188,10 @@ def verify(
     with _progress(3) as step:
         loaded, inputs = _load(model, shapes, seed, step)
         if inputs is None:
-            raise UsageError(f"no input is known for {model}; say which with --input")
+            raise UsageError(
+                f"no input is known for {model}, without which nothing can be compared; "
+                "say which with --input 1,3,224,224"
+            )
         step("folding" if candidate is None else f"loading {candidate}")
         if candidate is None:
             report = fxfuse.report(fxfuse.fuse(loaded.model, example_inputs=inputs))
@@ -214,7 +222,10 @@ def list_models(pattern: str) -> None:
     """Lists the models that torchvision and timm know, or those with PATTERN in their name."""
     found = zoo.names(pattern)
     if not found:
-        raise UsageError(f"no model has {pattern!r} in its name")
+        raise UsageError(
+            f"no model of torchvision or timm, if they are installed, has {pattern!r} in its name; "
+            "fxfuse list prints all names"
+        )
     click.echo("\n".join(found))
 
 
@@ -272,7 +283,8 @@ def _program_of(fused: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(
-            f"{type(fused).__name__} is folded but torch.export cannot write it: {reason}"
+            f"{type(fused).__name__} is folded but torch.export cannot write it: {reason}; "
+            "in Python, fxfuse.fuse(model) gives it as a module"
         ) from error
 
 

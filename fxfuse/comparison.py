@@ -18,10 +18,11 @@ from torch.export import ExportedProgram
 from torch.testing._comparison import default_tolerances
 from torch.utils import _pytree as pytree
 
+from fxfuse.arguments import check_eval, check_inputs, check_module, rejection
 from fxfuse.errors import UsageError
 from fxfuse.records import Comparison, Worst
 from fxfuse.replica import isolated
-from fxfuse.tree import as_module, is_training
+from fxfuse.tree import as_module
 
 # A folded model rounds in other places than its source, so its error is like the source's but not equal.
 _ROUNDING_FACTOR = 4.0
@@ -33,12 +34,6 @@ _ZERO = 1e-12
 
 # What a model's forward raises when it gets inputs that it cannot take.
 REJECTIONS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
-
-
-def rejection(inputs: Sequence[Any], error: BaseException) -> str:
-    """The shapes of the inputs and the first line of what the model raised."""
-    shapes = [str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value) for value in inputs]
-    return f"{', '.join(shapes)}: {str(error).partition(chr(10))[0] or type(error).__name__}"
 
 
 def verify(
@@ -67,26 +62,26 @@ def verify(
         seed: for drawn inputs, and for random numbers that the models draw.
 
     Raises:
-        UsageError: a model is in training mode, or the reference rejects the inputs.
+        UsageError: a model is in training mode or none at all, or the reference rejects the inputs.
     """
     reference = as_module(reference)
     candidate = as_module(candidate)
     for name, model in (("reference", reference), ("candidate", candidate)):
-        if is_training(model):
-            raise UsageError(f"the {name} is in training mode; call {name}.eval()")
-    if not isinstance(inputs, (list, tuple)):
-        raise UsageError(f"inputs is a {type(inputs).__name__}; pass a tuple of positional inputs, (x,)")
+        check_module(model, name)
+        check_eval(model, name)
+    check_inputs(inputs, "inputs")
     values = drawn(reference, inputs, seed)
     if any(tensor.is_meta for model in (reference, candidate) for tensor in model.parameters()):
         return _unmeasured(ok=True, note="the model is on the meta device: nothing to compare")
     try:
         expected = _run(isolated(reference), values, seed)
     except REJECTIONS as error:
-        raise UsageError(f"the reference rejects the inputs {rejection(values, error)}") from error
+        raise UsageError(f"the reference rejects the inputs {rejection(values, error, reference)}") from error
     try:
         actual = _run(isolated(candidate), values, seed)
     except REJECTIONS as error:
-        return _unmeasured(ok=False, note=f"the candidate rejects the inputs {rejection(values, error)}")
+        why = rejection(values, error, candidate)
+        return _unmeasured(ok=False, note=f"the candidate rejects the inputs {why}")
     mismatch = _structural_mismatch(expected, actual)
     if mismatch:
         return _unmeasured(ok=False, note=mismatch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from importlib import resources
 
@@ -27,7 +26,8 @@ def explanation(text: str) -> str:
         return f"# {wanted}: {reasons[wanted]}\n\n{section(wanted)}"
     found = [f"- {code}: {reason}" for code, reason in reasons.items() if code.startswith(wanted)]
     if not found:
-        near = ", ".join(difflib.get_close_matches(wanted, reasons, n=3))
+        number = int(wanted.removeprefix("FXF"))
+        near = ", ".join(sorted(reasons, key=lambda code: abs(int(code.removeprefix("FXF")) - number))[:3])
         raise UsageError(f"there is no code {wanted}; nearest: {near}; fxfuse explain FXF lists all of them")
     return "\n".join(found)
 

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "fxfuse"
 # Each module may import from those on the lines above it only.
 LAYERS = [
     ["_version", "errors", "refusals", "tree", "replica", "calls", "affine", "functions", "places"],
-    ["objects", "explanations"],
+    ["objects", "explanations", "arguments"],
     ["guards", "options", "methods"],
     ["proxies", "reparametrized", "exposure", "fold", "records", "layers", "channels", "constants"],
     ["transparent", "patterns", "comparison", "reports"],
