@@ -61,6 +61,26 @@ def test_section_says_what_to_do(code):
     assert len(examples(code)) == (1 if code in NO_MEND else 2)
 
 
+class Chosen(nn.Module):
+    """Modules are kept because forward takes an option, not because the caller asked for it."""
+
+    def __init__(self, *, shared):
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.two = self.one if shared else nn.Conv2d(3, 4, 3)
+
+    def forward(self, x, rectify=False):
+        y = self.norm(self.one(x)) + self.two(x)
+        return y.relu() if rectify else y
+
+
+def test_hint_holds_where_options_of_forward_keep_the_modules():
+    (left,) = fxfuse.explain(Chosen(shared=True).eval()).refused
+    hint = "leave out keep_modules=True if it was given, or give each call a module of its own"
+    assert (left.code, left.hint) == ("FXF501", hint)
+    assert len(fxfuse.explain(Chosen(shared=False).eval()).folded) == 1
+
+
 def run(*arguments):
     return CliRunner().invoke(cli.main, ["explain", *arguments])
 
