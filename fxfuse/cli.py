@@ -27,7 +27,9 @@ import fxfuse
 from fxfuse import demo as demonstration
 from fxfuse import zoo
 from fxfuse.errors import FxfuseError, UsageError, VerificationError
-from fxfuse.render import comparison_view, demonstration_view, headline, report_view, show
+from fxfuse.explanations import explanation, is_code
+from fxfuse.records import SCHEMA
+from fxfuse.render import comparison_view, demonstration_view, headline, report_view, show, show_markdown
 
 _MODEL_HELP = """
 
@@ -102,13 +104,18 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
     """Folds the norms of MODEL, verifies the result and says what was done."""
     _check_writable(output, json_file)
     if output is not None and output.suffix != ".pt2":
-        raise UsageError(f"cannot write {output}: an exported program is a .pt2 file")
+        raise UsageError(f"cannot write {output}: an exported program is a .pt2 file; call it that")
     if output is not None and output.resolve() == Path(model).resolve():
-        raise UsageError(f"cannot write {output}: it is the model itself, which would be lost")
+        raise UsageError(
+            f"cannot write {output}: it is the model itself, which would be lost; use another name"
+        )
     with _progress(4 if output else 3) as step:
         loaded, inputs = _load(model, shapes, seed, step)
         if output is not None and inputs is None and isinstance(loaded.model, nn.Module):
-            raise UsageError(f"to write {output} an input of {model} is needed; say which with --input")
+            raise UsageError(
+                f"to write {output}, torch.export has to run {model}, of which no input is known; "
+                "say which with --input 1,3,224,224"
+            )
         step("folding and verifying")
         fused = fxfuse.fuse(loaded.model, example_inputs=inputs)
         report = fxfuse.report(fused)
@@ -137,14 +144,24 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
         show(headline(str(output), f"written, {size:.1f} MiB, for {taken}"))
 
 
-@main.command(epilog="Example: fxfuse explain torchvision:densenet121")
+@main.command(epilog="Examples: fxfuse explain torchvision:densenet121; fxfuse explain FXF102")
 @click.argument("model")
 @_input
 @_seed
 @_json
 @_reported
 def explain(model: str, shapes: tuple[Any, ...], seed: int, json_file: Path | None) -> None:
-    """Says what would become of every norm of MODEL, and changes nothing."""
+    """Says what would become of every norm of MODEL, and changes nothing.
+
+    A refusal code in place of MODEL, as FXF102, is explained with an example; FXF lists all codes.
+    """
+    if is_code(model):
+        if shapes or json_file:
+            raise UsageError(
+                f"{model} is a code and no model, to which --input and --json belong; leave them out"
+            )
+        show_markdown(explanation(model))
+        return
     _check_writable(json_file)
     with _progress(3) as step:
         loaded, inputs = _load(model, shapes, seed, step)
@@ -171,7 +188,10 @@ def verify(
     with _progress(3) as step:
         loaded, inputs = _load(model, shapes, seed, step)
         if inputs is None:
-            raise UsageError(f"no input is known for {model}; say which with --input")
+            raise UsageError(
+                f"no input is known for {model}, without which nothing can be compared; "
+                "say which with --input 1,3,224,224"
+            )
         step("folding" if candidate is None else f"loading {candidate}")
         if candidate is None:
             report = fxfuse.report(fxfuse.fuse(loaded.model, example_inputs=inputs))
@@ -202,7 +222,10 @@ def list_models(pattern: str) -> None:
     """Lists the models that torchvision and timm know, or those with PATTERN in their name."""
     found = zoo.names(pattern)
     if not found:
-        raise UsageError(f"no model has {pattern!r} in its name")
+        raise UsageError(
+            f"no model of torchvision or timm, if they are installed, has {pattern!r} in its name; "
+            "fxfuse list prints all names"
+        )
     click.echo("\n".join(found))
 
 
@@ -260,7 +283,8 @@ def _program_of(fused: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(
-            f"{type(fused).__name__} is folded but torch.export cannot write it: {reason}"
+            f"{type(fused).__name__} is folded but torch.export cannot write it: {reason}; "
+            "in Python, fxfuse.fuse(model) gives it as a module"
         ) from error
 
 
@@ -276,9 +300,8 @@ def _write_json(record: dict[str, Any], file: Path | None) -> bool:
     """Writes `record`, if a file was asked for; tells whether stdout is taken by it."""
     if file is None:
         return False
-    text = json.dumps(
-        {"fxfuse": fxfuse.__version__, "torch": torch.__version__, **record}, indent=2, allow_nan=False
-    )
+    versions = {"schema": SCHEMA, "fxfuse": fxfuse.__version__, "torch": torch.__version__}
+    text = json.dumps(versions | record, indent=2, allow_nan=False)
     if str(file) == "-":
         click.echo(text)
         return True

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fxfuse.algebra import ZERO, Truth, UnmeasurableError, least_explained
+from fxfuse.arguments import check_eval, check_inputs, check_module, rejection
 from fxfuse.errors import UsageError
 from fxfuse.rounding import Measured, Tolerances, measure, top1, units
-from fxfuse.runs import DISTRIBUTIONS, REJECTIONS, Outputs, drawn, precise, rejection, run
-from fxfuse.tree import as_module, is_training
+from fxfuse.runs import DISTRIBUTIONS, REJECTIONS, Outputs, drawn, precise, run
+from fxfuse.tree import as_module
 from fxfuse.verdict import Comparison
 
 # A reference that is further than this from its own float64 run is no measure of rounding.
@@ -69,7 +70,7 @@ def verify(
         seed: for drawn inputs, and for random numbers that the models draw.
 
     Raises:
-        UsageError: a model is in training mode, or the reference rejects the inputs.
+        UsageError: a model is in training mode or none at all, or the reference rejects the inputs.
     """
     return compared(as_module(reference), as_module(candidate), inputs, (rtol, atol), seed)
 
@@ -84,10 +85,9 @@ def compared(
 ) -> Comparison:
     """As `verify`, with the source folded once more in float64 by `refold`."""
     for name, model in (("reference", reference), ("candidate", candidate)):
-        if is_training(model):
-            raise UsageError(f"the {name} is in training mode; call {name}.eval()")
-    if not isinstance(inputs, (list, tuple)):
-        raise UsageError(f"inputs is a {type(inputs).__name__}; pass a tuple of positional inputs, (x,)")
+        check_module(model, name)
+        check_eval(model, name)
+    check_inputs(inputs, "inputs")
     if any(tensor.is_meta for model in (reference, candidate) for tensor in model.parameters()):
         return _unmeasured("the model is on the meta device: nothing to compare", ok=True)
     with precise():
@@ -109,7 +109,9 @@ def _comparisons(
             expected = run(reference, values, seed)
         except REJECTIONS as error:
             if number == 0:
-                raise UsageError(f"the reference rejects the inputs {rejection(values, error)}") from error
+                raise UsageError(
+                    f"the reference rejects the inputs {rejection(values, error, reference)}"
+                ) from error
             continue  # it need not take all that can be drawn
         case = _Case(values, expected, label, seed)
         yield case.comparison(reference, candidate, tolerances, refolded if number == 0 else None)
@@ -149,7 +151,8 @@ class _Case:
         try:
             actual = run(candidate, self.inputs, self.seed)
         except REJECTIONS as error:
-            return _unmeasured(f"the candidate rejects the inputs {rejection(self.inputs, error)}", ok=False)
+            why = rejection(self.inputs, error, candidate)
+            return _unmeasured(f"the candidate rejects the inputs {why}", ok=False)
         mismatch = _structural_mismatch(self.expected, actual)
         if mismatch:
             return _unmeasured(mismatch, ok=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from fxfuse.arguments import check_eval, check_inputs, rejection
 from fxfuse.capture import Capture, capture, check_usable
 from fxfuse.comparison import compared
 from fxfuse.errors import CaptureError, UsageError
@@ -25,9 +26,9 @@ from fxfuse.refusals import Code
 from fxfuse.replica import isolated, replicate
 from fxfuse.reports import attach
 from fxfuse.rewrite import rewrite
-from fxfuse.runs import REJECTIONS, clean_run, drawn, in_float64, rejection
+from fxfuse.runs import REJECTIONS, clean_run, drawn, in_float64
 from fxfuse.shapes import GraphShapes, observed_values
-from fxfuse.tree import as_module, is_training
+from fxfuse.tree import as_module
 from fxfuse.verdict import Comparison
 
 
@@ -125,19 +126,17 @@ def _folded(
 def _folded_but(
     model: nn.Module | ExportedProgram, example_inputs: Sequence[Any] | None, keep_modules: bool, leave: Leave
 ) -> tuple[nn.Module | ExportedProgram, Report]:
-    if example_inputs is not None and not isinstance(example_inputs, (list, tuple)):
-        found = type(example_inputs).__name__
-        raise UsageError(f"example_inputs is a {found}; pass a tuple of positional inputs, (x,)")
+    if example_inputs is not None:
+        check_inputs(example_inputs, "example_inputs")
     if isinstance(model, ExportedProgram):
         if keep_modules:
-            raise UsageError("an exported program has no modules to keep; fold it without keep_modules=True")
+            raise UsageError(
+                "an exported program is one graph and has no modules to keep; leave out keep_modules=True"
+            )
         with torch.inference_mode(False), torch.no_grad():
             return fold_program(model, leave)
     check_usable(model)
-    if is_training(model):
-        raise UsageError(
-            f"{type(model).__name__} is in training mode, where norms use the batch; call model.eval()"
-        )
+    check_eval(model, "model")
     # Tensors that are made in inference mode could not become parameters of a module for all modes.
     with torch.inference_mode(False), torch.no_grad():
         if keep_modules:
@@ -215,4 +214,6 @@ def _observed(captured: Capture, inputs: Sequence[Any]) -> Mapping[fx.Node, Tens
         with clean_run(drawn(captured.root, inputs, seed=0), seed=0) as values:
             return observed_values(isolated(captured.root), captured.graph, values)
     except REJECTIONS as error:
-        raise UsageError(f"the model rejects the example inputs {rejection(inputs, error)}") from error
+        raise UsageError(
+            f"the model rejects the example inputs {rejection(inputs, error, captured.root)}"
+        ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,28 @@ def place_of_forward(modules: Iterable[nn.Module]) -> str:
         if code is not None and not code.co_filename.startswith((_TORCH, "<")):
             return _written(code.co_filename, code.co_firstlineno, code.co_qualname)
     return ""
+
+
+def place_of_error(error: BaseException) -> str:
+    """The innermost module that was running, and the innermost line of the model's own code."""
+    running: list[nn.Module] = []
+    line = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
+        node = frame.f_locals.get("n") if isinstance(owner, fx.Interpreter) else None
+        owner = owner.module if isinstance(owner, fx.Interpreter) else owner
+        if isinstance(owner, nn.Module):
+            running.append(owner)
+            if isinstance(node, fx.Node):
+                line = place_of(node)
+            elif is_own_code(frame) and not frame.f_code.co_filename.startswith("<"):
+                line = _written(frame.f_code.co_filename, number, frame.f_code.co_qualname)
+    if not running:
+        return ""
+    names = (name for root in running for name, module in root.named_modules() if module is running[-1])
+    name = next(names)
+    kind = type(running[-1]).__name__
+    return ", ".join(filter(None, (f"{name} ({kind})" if name else kind, line)))
 
 
 def _written(file: str, line: int, function: str) -> str:

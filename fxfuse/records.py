@@ -111,7 +111,7 @@ class Report:
         )
 
     def to_json(self) -> str:
-        """`to_dict` as text."""
+        """`to_dict` as text; ``report.schema.json``, in this package, describes every field."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def __str__(self) -> str:

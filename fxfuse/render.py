@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 
 from rich.console import Console, Group, RenderableType
+from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -45,6 +46,8 @@ def report_view(report: Report) -> RenderableType:
     if report.constants:
         parts.append(Text(f"{len(report.constants)} multiplications and additions of constants folded too"))
     parts += [Text(f"note: {note}") for note in report.notes]
+    if report.refused:
+        parts.append(Text(f"fxfuse explain {min(map(_code, report.refused))} says more", style="dim"))
     return Group(*parts)
 
 
@@ -83,3 +86,12 @@ def show(view: RenderableType) -> None:
     """Prints `view` on stdout; as wide as it needs to be where that is no terminal."""
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(view)
+
+
+def show_markdown(text: str) -> None:
+    """Prints `text` on stdout: set on a terminal, as it is anywhere else."""
+    console = Console()
+    if console.is_terminal:
+        console.print(Markdown(text, code_theme="ansi_dark"))
+    else:
+        print(text.rstrip())

@@ -25,12 +25,6 @@ DISTRIBUTIONS = ("normal", "heavy-tailed", "constant", "zeros", "image-like")
 _COARSE = 4  # the size of the random image that is enlarged
 
 
-def rejection(inputs: Sequence[Any], error: BaseException) -> str:
-    """The shapes of the inputs and the first line of what the model raised."""
-    shapes = [str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value) for value in inputs]
-    return f"{', '.join(shapes)}: {str(error).partition(chr(10))[0] or type(error).__name__}"
-
-
 def drawn(model: nn.Module, inputs: Sequence[Any], seed: int, distribution: str = "normal") -> list[Any]:
     """`inputs`, with a random tensor in the dtype of `model` in place of each that is a torch.Size."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))

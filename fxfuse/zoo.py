@@ -84,7 +84,7 @@ def torchvision() -> ModuleType:
     """
     found = importlib.util.find_spec("torchvision")
     if found is None or found.origin is None:
-        raise UsageError("torchvision is not installed; pip install 'fxfuse[zoo]'")
+        raise UsageError("torchvision, which has that model, is not installed; pip install 'fxfuse[zoo]'")
     extensions = [*Path(found.origin).parent.glob("_C*.so"), *Path(found.origin).parent.glob("_C*.pyd")]
     try:
         for extension in extensions:
@@ -107,7 +107,7 @@ def torchvision() -> ModuleType:
 def timm() -> ModuleType:
     """The timm package, which needs torchvision to be importable."""
     if importlib.util.find_spec("timm") is None:
-        raise UsageError("timm is not installed; pip install 'fxfuse[zoo]'")
+        raise UsageError("timm, which has that model, is not installed; pip install 'fxfuse[zoo]'")
     torchvision()
     return importlib.import_module("timm")
 
@@ -183,7 +183,7 @@ def _cached_file(repository: str | None) -> str | None:
 def _check_name(name: str, known: list[str], source: str) -> None:
     if name not in known:
         near = ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.4)) or "none is near"
-        raise UsageError(f"{source} has no model {name!r}; nearest: {near}")
+        raise UsageError(f"{source} has no model {name!r}; nearest: {near}; fxfuse list prints all names")
 
 
 def _factory(module_name: str, factory_name: str) -> Loaded:
@@ -194,21 +194,32 @@ def _factory(module_name: str, factory_name: str) -> Loaded:
         model = getattr(importlib.import_module(module_name), factory_name)()
     except Exception as error:  # nothing but the user's own code runs here, and it may raise anything
         raise UsageError(
-            f"cannot load {module_name}:{factory_name}: {type(error).__name__}: {error}"
+            f"cannot load {module_name}:{factory_name}: {type(error).__name__}: {error}; the module is "
+            "imported from here or from what is installed, and the factory called without arguments"
         ) from error
     if not isinstance(model, nn.Module):
-        raise UsageError(f"{module_name}:{factory_name} gave a {type(model).__name__}, not a torch.nn.Module")
+        raise UsageError(
+            f"{module_name}:{factory_name} gave a {type(model).__name__}, not a torch.nn.Module; "
+            "it has to return the model"
+        )
     return Loaded(model.eval(), "weights as the factory makes them", None)
 
 
 def _exported(path: Path) -> Loaded:
     if not path.is_file():
-        raise UsageError(f"there is no file {path}")
+        raise UsageError(f"there is no file {path}, seen from {Path.cwd()}")
     if not zipfile.is_zipfile(path):
-        raise UsageError(f"{path} is no exported program, or a damaged one (not a zip archive)")
+        raise UsageError(
+            f"{path} is no exported program, or a damaged one ({path.stat().st_size} bytes, "
+            "not a zip archive); torch.export.save(program, file) writes one"
+        )
     try:
         program = torch.export.load(path)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{path} cannot be read as an exported program: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"{path} cannot be read as an exported program by torch {torch.__version__}: {reason}; "
+            "torch.export.save(program, file) writes one"
+        ) from error
     args, kwargs = program.example_inputs or (None, {})
     return Loaded(program, f"from {path.name}", None if kwargs else args)

@@ -150,7 +150,7 @@ def test_fuse_of_a_model_that_cannot_be_traced_says_why_and_verifies(run):
         (("fuse", "made_here:network", "-o", "nowhere/folded.pt2"), "cannot write nowhere/folded.pt2"),
         (("explain", "made_here:network", "--json", "nowhere/r.json"), "cannot write nowhere/r.json"),
         (("verify", "made_here:network"), "no input is known"),
-        (("list", "no such name"), "no model has 'no such name'"),
+        (("list", "no such name"), "has 'no such name' in its name"),
     ],
 )
 def test_wrong_use_ends_with_2_and_a_message(run, arguments, said):

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "fxfuse"
 LAYERS = [
     ["_version", "errors", "refusals", "tree", "replica", "calls", "functions", "places"],
     ["channels"],
-    ["objects", "affine", "distances", "verdict"],
+    ["objects", "explanations", "arguments", "affine", "distances", "verdict"],
     ["guards", "options", "methods"],
     ["proxies", "reparametrized", "exposure", "fold", "records", "layers", "constants"],
     ["runs"],
