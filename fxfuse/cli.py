@@ -6,9 +6,7 @@ Results go to stdout, progress to stderr. Exit codes: 0 done, 1 verification fai
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +25,9 @@ import fxfuse
 from fxfuse import demo as demonstration
 from fxfuse import zoo
 from fxfuse.errors import FxfuseError, UsageError, VerificationError
+from fxfuse.files import check_writable, written
 from fxfuse.render import comparison_view, demonstration_view, headline, report_view, show
+from fxfuse.visible import one_line, visible
 
 _MODEL_HELP = """
 
@@ -60,9 +60,19 @@ _input = click.option(
     help="Shape of an input, as 1,3,224,224; once for each input.",
 )
 _seed = click.option("--seed", default=0, show_default=True, help="Seed of random weights and inputs.")
+_weights = click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="A .safetensors file, or one of torch.save, with the weights of MODEL.",
+)
 _json = click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write everything as JSON; - for stdout."
 )
+
+
+def _complain(message: str) -> None:
+    """Prints `message` on stderr, with what a model or a file has put into it visible."""
+    click.echo(visible(message), err=True)
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -73,10 +83,10 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except VerificationError as error:
-            click.echo(f"Verification failed: {error}", err=True)
+            _complain(f"Verification failed: {error}")
             sys.exit(1)
         except FxfuseError as error:
-            click.echo(f"Error: {error}", err=True)
+            _complain(f"Error: {error}")
             sys.exit(2)
 
     return run
@@ -86,7 +96,7 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
 @click.version_option(fxfuse.__version__)
 def main() -> None:
     """Takes the batch normalisation out of a trained PyTorch network."""
-    warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
+    warnings.showwarning = lambda message, *_: _complain(f"Warning: {message}")
 
 
 @main.command(epilog="Example: fxfuse fuse timm:regnety_002 -o folded.pt2")
@@ -96,17 +106,23 @@ def main() -> None:
 )
 @_input
 @_seed
+@_weights
 @_json
 @_reported
-def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, json_file: Path | None) -> None:
+def fuse(
+    model: str,
+    output: Path | None,
+    shapes: tuple[Any, ...],
+    seed: int,
+    weights: Path | None,
+    json_file: Path | None,
+) -> None:
     """Folds the norms of MODEL, verifies the result and says what was done."""
-    _check_writable(output, json_file)
-    if output is not None and output.suffix != ".pt2":
+    _check_outputs(output, json_file, kept=(model, weights))
+    if output is not None and output.suffix.lower() != ".pt2":
         raise UsageError(f"cannot write {output}: an exported program is a .pt2 file")
-    if output is not None and output.resolve() == Path(model).resolve():
-        raise UsageError(f"cannot write {output}: it is the model itself, which would be lost")
     with _progress(4 if output else 3) as step:
-        loaded, inputs = _load(model, shapes, seed, step)
+        loaded, inputs = _load(model, shapes, seed, weights, step)
         if output is not None and inputs is None and isinstance(loaded.model, nn.Module):
             raise UsageError(f"to write {output} an input of {model} is needed; say which with --input")
         step("folding and verifying")
@@ -115,7 +131,8 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
         if output is not None:
             step(f"writing {output}")
             program = fused if isinstance(fused, ExportedProgram) else _program_of(fused, inputs or ())
-            _save(program, output)
+            with written(output) as part, part.open("wb") as file:
+                torch.export.save(program, file)
         step("done")
     record = {
         "model": model,
@@ -141,13 +158,16 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
 @click.argument("model")
 @_input
 @_seed
+@_weights
 @_json
 @_reported
-def explain(model: str, shapes: tuple[Any, ...], seed: int, json_file: Path | None) -> None:
+def explain(
+    model: str, shapes: tuple[Any, ...], seed: int, weights: Path | None, json_file: Path | None
+) -> None:
     """Says what would become of every norm of MODEL, and changes nothing."""
-    _check_writable(json_file)
+    _check_outputs(json_file, kept=(model, weights))
     with _progress(3) as step:
-        loaded, inputs = _load(model, shapes, seed, step)
+        loaded, inputs = _load(model, shapes, seed, weights, step)
         step("matching")
         report = fxfuse.explain(loaded.model, example_inputs=inputs)
         step("done")
@@ -161,21 +181,27 @@ def explain(model: str, shapes: tuple[Any, ...], seed: int, json_file: Path | No
 @click.argument("candidate", required=False)
 @_input
 @_seed
+@_weights
 @_json
 @_reported
 def verify(
-    model: str, candidate: str | None, shapes: tuple[Any, ...], seed: int, json_file: Path | None
+    model: str,
+    candidate: str | None,
+    shapes: tuple[Any, ...],
+    seed: int,
+    weights: Path | None,
+    json_file: Path | None,
 ) -> None:
     """Compares MODEL with CANDIDATE, or with what fuse makes of it, on random inputs."""
-    _check_writable(json_file)
+    _check_outputs(json_file, kept=(model, candidate, weights))
     with _progress(3) as step:
-        loaded, inputs = _load(model, shapes, seed, step)
+        loaded, inputs = _load(model, shapes, seed, weights, step)
         if inputs is None:
             raise UsageError(f"no input is known for {model}; say which with --input")
         step("folding" if candidate is None else f"loading {candidate}")
         if candidate is None:
             report = fxfuse.report(fxfuse.fuse(loaded.model, example_inputs=inputs))
-            comparison, compared = report.verification, f"{len(report.folded)} of {report.norms} norms folded"
+            comparison, compared = report.verification, report.summary
         else:
             other = zoo.load(candidate, seed=seed)
             step("comparing")
@@ -203,7 +229,7 @@ def list_models(pattern: str) -> None:
     found = zoo.names(pattern)
     if not found:
         raise UsageError(f"no model has {pattern!r} in its name")
-    click.echo("\n".join(found))
+    click.echo("\n".join(map(one_line, found)))
 
 
 @main.command()
@@ -221,10 +247,14 @@ for _command in (fuse, explain, verify):
 
 
 def _load(
-    model: str, shapes: tuple[tuple[int, ...], ...], seed: int, step: Callable[[str], None]
+    model: str,
+    shapes: tuple[tuple[int, ...], ...],
+    seed: int,
+    weights: Path | None,
+    step: Callable[[str], None],
 ) -> tuple[zoo.Loaded, tuple[Any, ...] | None]:
     step(f"loading {model}")
-    loaded = zoo.load(model, seed=seed)
+    loaded = zoo.load(model, seed=seed, weights=weights)
     generator = torch.Generator().manual_seed(seed)
     return loaded, tuple(torch.randn(shape, generator=generator) for shape in shapes) or loaded.inputs
 
@@ -235,19 +265,11 @@ def _why_no_input(model: object) -> str:
     return "no input is known for this model; say which with --input"
 
 
-def _check_writable(*files: Path | None) -> None:
+def _check_outputs(*files: Path | None, kept: tuple[str | Path | None, ...]) -> None:
     """Before the work, not after it."""
-    for file in files:
-        if file is None or str(file) == "-":
-            continue
-        if file.is_dir():
-            raise UsageError(f"cannot write {file}: it is a folder")
-        if not file.parent.is_dir():
-            raise UsageError(f"cannot write {file}: there is no folder {file.parent}")
-        if file.exists() and not file.is_file():
-            raise UsageError(f"cannot write {file}: it is no regular file")
-        if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise UsageError(f"cannot write {file}: permission denied")
+    outputs = [file for file in files if file is not None and str(file) != "-"]
+    for number, file in enumerate(outputs):
+        check_writable(file, kept=[Path(name) for name in (*kept, *outputs[:number]) if name is not None])
 
 
 def _program_of(fused: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
@@ -264,14 +286,6 @@ def _program_of(fused: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
         ) from error
 
 
-def _save(program: ExportedProgram, output: Path) -> None:
-    """Writes a file and renames it when it is finished, so that one of that name is always whole."""
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        part = Path(folder, "part.pt2")
-        torch.export.save(program, part)
-        part.replace(output.resolve())
-
-
 def _write_json(record: dict[str, Any], file: Path | None) -> bool:
     """Writes `record`, if a file was asked for; tells whether stdout is taken by it."""
     if file is None:
@@ -282,7 +296,8 @@ def _write_json(record: dict[str, Any], file: Path | None) -> bool:
     if str(file) == "-":
         click.echo(text)
         return True
-    file.write_text(text + "\n", encoding="utf-8")
+    with written(file) as part:
+        part.write_text(text + "\n", encoding="utf-8")
     return False
 
 
@@ -290,7 +305,7 @@ def _write_json(record: dict[str, Any], file: Path | None) -> bool:
 def _progress(steps: int) -> Iterator[Callable[[str], None]]:
     """A bar on stderr, on a terminal only; the yielded function names the step that begins."""
     console = Console(stderr=True)
-    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=steps, completed=-1)
-        yield lambda description: bar.update(task, advance=1, description=description)
+        yield lambda description: bar.update(task, advance=1, description=one_line(description))

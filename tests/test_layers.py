@@ -8,6 +8,8 @@ PACKAGE = Path(__file__).parents[1] / "fxfuse"
 # Each module may import from those on the lines above it only.
 LAYERS = [
     ["_version", "errors", "refusals", "tree", "replica", "calls", "affine", "functions", "places"],
+    ["files", "visible", "vetting", "container"],
+    ["archive", "checkpoint"],
     ["objects"],
     ["guards", "options", "methods"],
     ["proxies", "reparametrized", "exposure", "fold", "records", "layers", "channels", "constants"],
