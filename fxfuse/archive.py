@@ -85,7 +85,7 @@ def _check_entries(entries: Mapping[str, bytes]) -> None:
 
 def _json(entries: Mapping[str, bytes], name: str) -> Any:
     try:
-        return json.loads(entries[name])
+        return json.loads(entries[name].decode())
     except (ValueError, RecursionError) as error:
         raise SuspectError(f"its entry {name!r} is no JSON ({error})") from error
 

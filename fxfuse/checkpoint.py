@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pickle
-import zipfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,15 +94,16 @@ def _safetensors(path: Path) -> Any:
 
 def _pickled(path: Path) -> Any:
     """What torch.save wrote, if it is made of tensors and plain containers."""
-    if zipfile.is_zipfile(path):
-        with path.open("rb") as file:
+    with path.open("rb") as file:
+        if file.read(2) == b"PK":  # torch before 1.6 wrote no archives
             read_entries(file, str(path))
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch remarks on pickles that are not its own
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
-            f"{path} holds Python objects, as a whole module or an optimiser, or is no file of torch.save; "
-            "to unpickle objects would run code out of the file. Where you trust it, save the weights alone: "
+            f"{path} is damaged, or holds Python objects, as a whole module or an optimiser, and to "
+            "unpickle those runs code out of the file. Copy it again, or where you trust it save weights alone: "
             "torch.save(model.state_dict(), FILE)"
         ) from error
     except (RuntimeError, OSError, ValueError, LookupError, EOFError, TypeError) as error:

@@ -27,6 +27,8 @@ def read_entries(file: IO[bytes], name: str) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(file) as archive:
             listed = archive.infolist()
+            if not listed or min(entry.header_offset for entry in listed):
+                raise zipfile.BadZipFile("it does not begin with its first entry")
             _check_sizes(listed, file.seek(0, io.SEEK_END), name)
             entries = {entry.filename.partition("/")[2]: archive.read(entry) for entry in listed}
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:

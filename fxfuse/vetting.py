@@ -16,7 +16,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -41,21 +41,26 @@ _CALCULATION = (
     | ast.Compare | ast.cmpop | ast.BinOp | ast.operator | ast.UnaryOp | ast.unaryop | ast.BoolOp
     | ast.boolop | ast.IfExp
 )  # fmt: skip
-_ARITHMETIC = re.compile(
+_FUNCTION = re.compile(
     r"_operator\.(abs|add|and_|eq|floordiv|ge|getitem|gt|le|lshift|lt|mod|mul|ne|neg|not_|or_|pos|pow|rshift|sub"
     r"|truediv|xor)|math\.[a-z]\w*|torch\._?sym_\w+"
+    r"|torch\._functorch\.predispatch\.(_(add|remove)_batch_dim|_vmap_(in|de)crement_nesting|lazy_load_decompositions)"
 )
-# Of the operators that take graphs those that do nothing but run them.
+# Of the operators that take graphs or operators those that do nothing but run them.
 _CONTROL = {
-    "associative_scan", "cond", "flex_attention", "hints_wrapper", "invoke_subgraph", "map_impl",
-    "scan", "strict_mode", "tag_activation_checkpoint", "while_loop", "wrap_activation_checkpoint",
+    "associative_scan", "auto_functionalized", "auto_functionalized_v2", "cond", "flex_attention",
+    "hints_wrapper", "invoke_subgraph", "map_impl", "out_dtype", "scan", "strict_mode",
+    "tag_activation_checkpoint", "while_loop", "with_effects", "wrap_activation_checkpoint",
     "wrap_with_autocast", "wrap_with_set_grad_enabled",
 }  # fmt: skip
-_PLAIN = re.compile(r"""[^"'\\\x00-\x1f\x7f]*""")
+# Dicts with names of tensors, which may be any, for keys.
+_NAMED = {
+    "tensor_values", "sym_int_values", "sym_float_values", "sym_bool_values", "custom_obj_values",
+    "as_string_to_argument", "config", "range_constraints",
+}  # fmt: skip
 # The keys of a dict of inputs, the type of a named tuple, or nothing.
 _CONTEXT = re.compile(r"""null|[\w.]+|\[(("[\w.]*"|\d+)(, ("[\w.]*"|\d+))*)?\]""")
 _EXPANDED = 2**28  # so many elements may share a place, as those of an expanded tensor do
-_NOTES = {"stack_trace", "nn_module_stack", "torch_fn", "source_fn_stack", "custom", "from_node"}
 
 
 class SuspectError(ValueError):
@@ -65,7 +70,7 @@ class SuspectError(ValueError):
 def check_program(record: Any) -> None:
     """Raises SuspectError for the first text in the JSON of a program that torch.export does not write."""
     for key, text in _texts(record, "a name"):
-        if not _is_fit(key, text):
+        if not _RULES.get(key, _is_plain)(text):
             raise SuspectError(f"it has the {key} {text[:200]!r}, which torch.export does not write")
 
 
@@ -104,25 +109,11 @@ def _texts(record: Any, key: str) -> Iterator[tuple[str, str]]:
         for value in record:
             yield from _texts(value, key)
     elif isinstance(record, dict):
+        if key in _RULES:  # a text is wanted; what torch does with a dict in its place, nobody knows
+            raise SuspectError(f"it has a dict as {key}, where torch.export writes a text")
         for name, value in record.items():
             yield "key", name
-            yield from _texts(value, name)
-
-
-def _is_fit(key: str, text: str) -> bool:
-    match key:
-        case "name" | "as_name" | "forward_arg_names":
-            return re.fullmatch(r"\w*", text) is not None
-        case "expr_str":
-            return _is_arithmetic(text, _SYMBOLIC, set())
-        case "guards_code":
-            return _is_arithmetic(text, _SYMBOLIC | _TENSOR, _TENSOR)
-        case "target" | "as_operator":
-            return _is_operator(text)
-        case "in_spec" | "out_spec":
-            return _is_structure(text)
-        case _:
-            return key in _NOTES or _PLAIN.fullmatch(text) is not None
+            yield from _texts(value, f"value in {key}" if key in _NAMED else name)
 
 
 def _is_arithmetic(text: str, calls: Set[str], attributes: Set[str]) -> bool:
@@ -149,7 +140,7 @@ def _calculates(node: ast.AST, calls: Set[str], attributes: Set[str]) -> bool:
 
 def _is_operator(name: str) -> bool:
     """Whether `name` is arithmetic, or an operator of torch that touches no files."""
-    if _ARITHMETIC.fullmatch(name):
+    if _FUNCTION.fullmatch(name):
         return True
     if not re.fullmatch(r"torch\.ops(\.\w+){2,3}", name):
         return False
@@ -177,3 +168,36 @@ def _is_tree(tree: Any) -> bool:
         and _CONTEXT.fullmatch(context) is not None
         and all(_is_tree(child) for child in tree["children_spec"])
     )
+
+
+def _is_symbolic(text: str) -> bool:
+    return _is_arithmetic(text, _SYMBOLIC, set())
+
+
+def _is_guard(text: str) -> bool:
+    return _is_arithmetic(text, _SYMBOLIC | _TENSOR, _TENSOR)
+
+
+def _is_word(text: str) -> bool:
+    return re.fullmatch(r"\w*", text) is not None
+
+
+def _is_plain(text: str) -> bool:
+    return re.fullmatch(r"""[^"'\\\x00-\x1f\x7f]*""", text) is not None
+
+
+def _is_note(_: str) -> bool:
+    return True
+
+
+# By the key under which a text stands.
+_RULES: dict[str, Callable[[str], bool]] = {
+    **dict.fromkeys(("name", "as_name", "forward_arg_names"), _is_word),
+    **dict.fromkeys(("target", "as_operator"), _is_operator),
+    **dict.fromkeys(("in_spec", "out_spec"), _is_structure),
+    **dict.fromkeys(
+        ("stack_trace", "nn_module_stack", "torch_fn", "source_fn_stack", "custom", "from_node"), _is_note
+    ),
+    "expr_str": _is_symbolic,
+    "guards_code": _is_guard,
+}
