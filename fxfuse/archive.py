@@ -70,7 +70,7 @@ def read_program(path: Path) -> ExportedProgram:
 def _check_entries(entries: Mapping[str, bytes]) -> None:
     """Raises SuspectError for the first entry that is more than data, or that is missing."""
     if _OLD in entries:
-        raise SuspectError("it has the format of torch before 2.8, which is made of pickled objects")
+        raise SuspectError("it has an old format of torch, which is made of pickled objects")
     for name in entries:
         if name not in _NEEDED and not _FREE.fullmatch(name):
             raise SuspectError(f"it has an entry {name!r}, which no program of plain tensors has")

@@ -102,8 +102,8 @@ def _pickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
-            f"{path} is damaged, or holds Python objects, as a whole module or an optimiser, and to "
-            "unpickle those runs code out of the file. Copy it again, or where you trust it save weights alone: "
+            f"{path} is damaged, or holds Python objects, as a whole module does, and to unpickle "
+            "those runs code out of the file. Copy it again, or where you trust it save the weights alone: "
             "torch.save(model.state_dict(), FILE)"
         ) from error
     except (RuntimeError, OSError, ValueError, LookupError, EOFError, TypeError) as error:

@@ -5,6 +5,7 @@ Results go to stdout, progress to stderr. Exit codes: 0 done, 1 verification fai
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import warnings
@@ -71,8 +72,8 @@ _json = click.option(
 
 
 def _complain(message: str) -> None:
-    """Prints `message` on stderr, with what a model or a file has put into it visible."""
-    click.echo(visible(message), err=True)
+    """Prints `message` on stderr; no text of a model or a file in it acts, or passes for a line of ours."""
+    click.echo(visible(message).replace("\n", "\n  "), err=True)
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -92,7 +93,18 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    """Commands whose usage errors may quote anything."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            raise click.UsageError(one_line(error.format_message()), error.ctx) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(fxfuse.__version__)
 def main() -> None:
     """Takes the batch normalisation out of a trained PyTorch network."""
@@ -131,8 +143,7 @@ def fuse(
         if output is not None:
             step(f"writing {output}")
             program = fused if isinstance(fused, ExportedProgram) else _program_of(fused, inputs or ())
-            with written(output) as part, part.open("wb") as file:
-                torch.export.save(program, file)
+            _save(program, output)
         step("done")
     record = {
         "model": model,
@@ -284,6 +295,13 @@ def _program_of(fused: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
         raise UsageError(
             f"{type(fused).__name__} is folded but torch.export cannot write it: {reason}"
         ) from error
+
+
+def _save(program: ExportedProgram, output: Path) -> None:
+    file = io.BytesIO()  # torch ends the process where it cannot write on
+    torch.export.save(program, file)
+    with written(output) as part:
+        part.write_bytes(file.getbuffer())
 
 
 def _write_json(record: dict[str, Any], file: Path | None) -> bool:

@@ -69,7 +69,11 @@ class SuspectError(ValueError):
 
 def check_program(record: Any) -> None:
     """Raises SuspectError for the first text in the JSON of a program that torch.export does not write."""
-    for key, text in _texts(record, "a name"):
+    try:
+        texts = [*_texts(record, "a name")]
+    except RecursionError as error:
+        raise SuspectError("its JSON is nested too deeply") from error
+    for key, text in texts:
         if not _RULES.get(key, _is_plain)(text):
             raise SuspectError(f"it has the {key} {text[:200]!r}, which torch.export does not write")
 
@@ -93,12 +97,19 @@ def check_tensors(record: Any, sizes: Mapping[str, int]) -> None:
 def _check_tensor(name: str, tensor: Any, sizes: Mapping[str, int]) -> None:
     match tensor:
         case {"path_name": str(place), "use_pickle": False, "tensor_meta": {"sizes": list(axes)}}:
-            elements = math.prod(axis["as_int"] for axis in axes if "as_int" in axis)
+            elements = math.prod(_size(name, axis) for axis in axes)
             available = sizes.get(place, 0)
             if elements > (max(available, _EXPANDED) if available else 0):
                 raise SuspectError(f"its tensor {name!r} has {elements} elements in {available} bytes")
         case _:
             raise SuspectError(f"its tensor {name!r} is a pickled object")
+
+
+def _size(name: str, axis: Any) -> int:
+    match axis:
+        case {"as_int": int(size)}:
+            return size
+    raise SuspectError(f"its tensor {name!r} has a size {axis!r}, and not a number")
 
 
 def _texts(record: Any, key: str) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ import stat
 import sys
 import zipfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -302,7 +303,7 @@ def test_nothing_in_a_program_is_unpickled(saved, kind, said):
     [
         ("../../outside", "it has an entry '../../outside'"),
         ("data/aotinductor/model/library.so", "it has an entry 'data/aotinductor/model/library.so'"),
-        ("serialized_exported_program.json", "it has the format of torch before 2.8"),
+        ("serialized_exported_program.json", "it has an old format of torch"),
         ("models/other.json", "it has an entry 'models/other.json'"),
     ],
 )
@@ -393,13 +394,39 @@ def test_two_entries_of_one_name_are_refused():
     assert "entries have the same name" in refusal(file.getvalue())
 
 
+def sized(size, record):
+    record["config"]["0.bias"]["tensor_meta"]["sizes"] = [size]
+
+
 def test_a_small_tensor_cannot_declare_to_be_a_large_one(saved):
     def edit(record):
         record["config"]["0.weight"]["tensor_meta"]["sizes"][0] = {"as_int": 2**40}
         record["config"]["0.weight"]["tensor_meta"]["strides"] = [{"as_int": 0}] * 4
 
-    said = refusal(edited(saved[0], "data/weights/model_weights_config.json", edit))
+    name = "data/weights/model_weights_config.json"
+    said = refusal(edited(saved[0], name, edit))
+    for size in ({"as_int": "3"}, 3, {}, [], {"as_expr": {"expr_str": "3"}}):
+        odd = edited(saved[0], name, partial(sized, size))
+        assert "its tensor '0.bias' has a size" in refusal(odd)
     assert f"its tensor '0.weight' has {2**40 * 27} elements in 432 bytes" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "it does not list its tensors"),
+        ('{"config": []}', "it does not list its tensors"),
+        ('{"config": {"a": []}}', "its tensor 'a' is a pickled object"),
+        ("no JSON", "is no JSON"),
+        *(
+            (f"{'[' * depth}{']' * depth}", "hostile.pt2 is not loaded")
+            for depth in (*range(800, 1000, 3), 100_000)
+        ),
+    ],
+)
+def test_lists_of_tensors_that_are_none_are_refused(saved, text, said):
+    entries = entries_of(saved[0]) | {"data/weights/model_weights_config.json": text.encode()}
+    assert said in refusal(rebuilt(entries).getvalue())
 
 
 # Weights
