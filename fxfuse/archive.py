@@ -21,7 +21,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import load_pt2
 
-from fxfuse.container import read_entries, rebuilt
+from fxfuse.container import opened, read_entries, rebuilt
 from fxfuse.errors import UsageError
 from fxfuse.vetting import SuspectError, check_program, check_tensors
 
@@ -45,9 +45,7 @@ def read_program(path: Path) -> ExportedProgram:
         UsageError: there is no such file, it is damaged, or something in it is not what torch.export.save
             writes of a program of plain tensors.
     """
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
-    with path.open("rb") as file:
+    with opened(path) as file:
         entries = read_entries(file, str(path))
     try:
         _check_entries(entries)

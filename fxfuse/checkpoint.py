@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfuse.container import read_entries
+from fxfuse.container import opened, read_entries
 from fxfuse.errors import UsageError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -31,9 +31,8 @@ def load_weights(model: nn.Module, path: Path) -> str:
         UsageError: there is no such file, it is damaged, it holds more than tensors, or its names or shapes
             are not those of the model, which has to be built again then.
     """
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
-    tensors = _tensors(path)
+    with opened(path):
+        tensors = _tensors(path)
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     other = [name for name, value in own.items() if name in tensors and tensors[name].shape != value.shape]
     fitting = {name: value for name, value in tensors.items() if name not in other} if other else tensors
@@ -94,7 +93,7 @@ def _safetensors(path: Path) -> Any:
 
 def _pickled(path: Path) -> Any:
     """What torch.save wrote, if it is made of tensors and plain containers."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         if file.read(2) == b"PK":  # torch before 1.6 wrote no archives
             read_entries(file, str(path))
     try:

@@ -9,9 +9,20 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO
 
 from fxfuse.errors import UsageError
+
+
+def opened(path: Path) -> IO[bytes]:
+    """The file, to read from; a UsageError if there is none, or it cannot be read."""
+    try:
+        if path.is_file():
+            return path.open("rb")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    raise UsageError(f"there is no file {path}")
 
 
 def read_entries(file: IO[bytes], name: str) -> dict[str, bytes]:

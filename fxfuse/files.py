@@ -14,6 +14,16 @@ from fxfuse.errors import UsageError
 
 def check_writable(path: Path, *, kept: Iterable[Path]) -> None:
     """Raises UsageError if `path` cannot be written, or is one of the files `kept` under whatever name."""
+    try:
+        _check_place(path)
+        same = [other for other in kept if path.exists() and other.exists() and path.samefile(other)]
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    if same:
+        raise UsageError(f"cannot write {path}: it is the same file as {same[0]}, which would be lost")
+
+
+def _check_place(path: Path) -> None:
     if path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder")
     if not path.parent.is_dir():
@@ -22,9 +32,6 @@ def check_writable(path: Path, *, kept: Iterable[Path]) -> None:
         raise UsageError(f"cannot write {path}: it is no regular file")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UsageError(f"cannot write {path}: permission denied")
-    for other in kept:
-        if path.exists() and other.exists() and path.samefile(other):
-            raise UsageError(f"cannot write {path}: it is the same file as {other}, which would be lost")
 
 
 @contextmanager

@@ -525,6 +525,23 @@ def test_weights_need_a_file_with_a_name_that_says_what_it_is():
     assert "those end in .safetensors, .pt, .pth, .bin" in rejected(network(), Path("w.npz"))
 
 
+def test_files_that_cannot_be_opened_are_usage_errors(saved, monkeypatch):
+    long = "x" * 300
+    for read in (read_program, lambda path: load_weights(network(), path)):
+        with pytest.raises(UsageError, match=r"xxx\.pt cannot be read: File name too long"):
+            read(Path(f"{long}.pt"))
+    with pytest.raises(UsageError, match=r"cannot write xxx.*: File name too long"):
+        check_writable(Path(long), kept=[])
+
+    def denied(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    Path("model.pt2").write_bytes(saved[0])
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(UsageError, match=r"model\.pt2 cannot be read: Permission denied"):
+        read_program(Path("model.pt2"))
+
+
 # Outputs
 
 
