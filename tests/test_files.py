@@ -132,6 +132,14 @@ def test_programs_with_guards_keywords_control_flow_and_odd_tensors_are_read(str
         assert torch.equal(found.module()(x, **arguments)[name], value)
 
 
+def test_guards_are_read():
+    auto, x = torch.export.Dim.AUTO, torch.randn(3, 3, 8, 8)
+    program = torch.export.export(network(), (x,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    torch.export.save(program, "model.pt2")
+    assert "L['input'].size()[2] >= 3" in program._guards_code
+    assert read_program(Path("model.pt2"))._guards_code == program._guards_code
+
+
 def test_a_truncated_program_is_a_usage_error_wherever_it_ends(saved):
     content = saved[0]
     for length in [0, 1, 4, *range(30, len(content), len(content) // 40), len(content) - 1]:
@@ -223,7 +231,7 @@ CODE = {
     "a size": (first_size(CALL), "the expr_str"),
     "a size in a dict": (first_size({"a": QUOTELESS}), "a dict as expr_str"),
     "a text in a size": (first_size(f'Add("{CALL}")'), "the expr_str"),
-    "a guard": (lambda record: record.update(guards_code=[f"{CALL} is None"]), "the guards_code"),
+    "a guard": (lambda record: record.update(guards_code=[f"{QUOTELESS} is None"]), "the guards_code"),
     "the name of an input": (named(f"x={CALL}"), "the name"),
     "the name of an argument": (signature(forward_arg_names=[f"x={CALL}"]), "the forward_arg_names"),
     "a key for a name": (signature(forward_arg_names={f"x={QUOTELESS}": ""}), "a dict as forward_arg_names"),
