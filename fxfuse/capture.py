@@ -99,6 +99,12 @@ def capture(model: nn.Module, fixed: Mapping[str, Any] | None = None, given: Con
             f"a GraphModule has an attribute {taken[0]!r} of its own, as has {type(model).__name__}; "
             "rename that module, parameter or buffer"
         )
+    # torch puts these into the code of the graph, between quotation marks and as they are.
+    loose = [name for name in called if not name.isprintable() or {*name} & {'"', "\\"}]
+    if loose:
+        raise CaptureError(
+            f"the name {loose[0]!r} would not stay a name in generated code; rename that attribute"
+        )
     return Capture(root, graph, type(model).__name__)
 
 

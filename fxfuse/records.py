@@ -88,6 +88,13 @@ class Report:
         """How many norms the source executes."""
         return len(self.folded) + len(self.refused)
 
+    @property
+    def summary(self) -> str:
+        """How many norms are gone, in words."""
+        return (
+            f"{len(self.folded)} of {self.norms} norms folded" if self.norms else "there are no norms to fold"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON values; key ``schema`` is the version of their arrangement."""
         verification = None if self.verification is None else self.verification.to_dict()
@@ -115,7 +122,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {len(self.folded)} of {self.norms} norms folded"]
+        lines = [f"{self.model}: {self.summary}"]
         lines += [f"  folded  {fold}" for fold in self.folded]
         lines += [f"  also    {fold}" for fold in self.constants]
         lines += [f"  left    {left.norm}  {left.code}: {left.reason} ({left.hint})" for left in self.refused]

@@ -13,8 +13,7 @@ import importlib.util
 import inspect
 import sys
 import warnings
-import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from fxfuse.archive import read_program
+from fxfuse.checkpoint import load_weights
 from fxfuse.errors import UsageError
 
 RANDOM = "random weights and random statistics"
@@ -43,15 +44,32 @@ class Loaded:
     inputs: tuple[Any, ...] | None
 
 
-def load(spec: str, *, seed: int = 0) -> Loaded:
-    """Loads the model that `spec` names. `seed` draws random weights and inputs.
+def load(spec: str, *, seed: int = 0, weights: Path | None = None) -> Loaded:
+    """Loads the model that `spec` names.
+
+    Args:
+        spec: its name.
+        seed: draws random weights and inputs.
+        weights: a .safetensors file, or one of torch.save, whose tensors replace all weights of the model.
 
     Raises:
         UsageError: there is no such model (the nearest names are given), its library is not installed,
-            the factory does not give a module, or the file cannot be read.
+            the factory does not give a module, or a file cannot be read or does not fit.
     """
-    if spec.endswith(".pt2"):
-        return _exported(Path(spec))
+    if spec.lower().endswith(".pt2"):
+        if weights is not None:
+            raise UsageError(f"{spec} has its own weights, which {weights} cannot replace; leave it out")
+        program = read_program(Path(spec))
+        args, kwargs = program.example_inputs or (None, {})
+        return Loaded(program, f"from {Path(spec).name}", None if kwargs else args)
+    loaded = _built(spec, seed)
+    if weights is not None:
+        assert isinstance(loaded.model, nn.Module)
+        return replace(loaded, weights=load_weights(loaded.model, weights))
+    return loaded
+
+
+def _built(spec: str, seed: int) -> Loaded:
     source, colon, name = spec.partition(":")
     if not colon or not source:
         raise UsageError(
@@ -145,7 +163,7 @@ def _torchvision(name: str) -> Loaded:
     model = models.get_model(name, weights=None, **options)
     file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     if file.exists():
-        model.load_state_dict(torch.load(file, weights_only=True))
+        load_weights(model, file)
         return Loaded(model.eval(), f"pretrained ({weights})", _image(weights.transforms()))
     return Loaded(randomise(model).eval(), RANDOM, _image(weights.transforms()))
 
@@ -167,7 +185,7 @@ def _timm(name: str) -> Loaded:
     shape = model.pretrained_cfg.get("input_size", (3, 224, 224))
     file = _cached_file(model.pretrained_cfg.get("hf_hub_id"))
     if file is not None:
-        model.load_state_dict(importlib.import_module("safetensors.torch").load_file(file))
+        load_weights(model, Path(file))
         return Loaded(model.eval(), f"pretrained ({file})", (torch.randn(1, *shape),))
     return Loaded(randomise(model).eval(), RANDOM, (torch.randn(1, *shape),))
 
@@ -203,23 +221,3 @@ def _factory(module_name: str, factory_name: str) -> Loaded:
             "it has to return the model"
         )
     return Loaded(model.eval(), "weights as the factory makes them", None)
-
-
-def _exported(path: Path) -> Loaded:
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}, seen from {Path.cwd()}")
-    if not zipfile.is_zipfile(path):
-        raise UsageError(
-            f"{path} is no exported program, or a damaged one ({path.stat().st_size} bytes, "
-            "not a zip archive); torch.export.save(program, file) writes one"
-        )
-    try:
-        program = torch.export.load(path)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(
-            f"{path} cannot be read as an exported program by torch {torch.__version__}: {reason}; "
-            "torch.export.save(program, file) writes one"
-        ) from error
-    args, kwargs = program.example_inputs or (None, {})
-    return Loaded(program, f"from {path.name}", None if kwargs else args)

@@ -395,14 +395,14 @@ COMMANDS = {
     ),
     ("fuse", f"{HERE}:text"): (f"{HERE}:text gave a str, not a torch.nn.Module; it has to return the model"),
     ("fuse", "damaged.pt2"): (
-        "damaged.pt2 is no exported program, or a damaged one (2 bytes, not a zip archive); "
-        "torch.export.save(program, file) writes one"
+        "damaged.pt2 is damaged, or not a zip archive (File is not a zip file), and what it holds cannot be "
+        "trusted; copy or download it again"
     ),
     ("fuse", f"{HERE}:factory", "-o", "x.onnx"): (
         "cannot write x.onnx: an exported program is a .pt2 file; call it that"
     ),
     ("fuse", "damaged.pt2", "-o", "damaged.pt2"): (
-        "cannot write damaged.pt2: it is the model itself, which would be lost; use another name"
+        "cannot write damaged.pt2: it is the same file as damaged.pt2, which would be lost; use another name"
     ),
     ("fuse", f"{HERE}:factory", "-o", "x.pt2"): (
         f"to write x.pt2, torch.export has to run {HERE}:factory, of which no input is known; "

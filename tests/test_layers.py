@@ -8,8 +8,8 @@ PACKAGE = Path(__file__).parents[1] / "fxfuse"
 # Each module may import from those on the lines above it only.
 LAYERS = [
     ["_version", "errors", "refusals", "tree", "replica", "calls", "functions", "places"],
-    ["channels"],
-    ["objects", "explanations", "arguments", "affine", "distances", "verdict"],
+    ["channels", "files", "visible", "vetting", "container"],
+    ["objects", "explanations", "arguments", "affine", "distances", "verdict", "archive", "checkpoint"],
     ["guards", "options", "methods"],
     ["proxies", "reparametrized", "exposure", "fold", "records", "layers", "constants"],
     ["runs"],

@@ -14,7 +14,7 @@ from torch import nn
 import fxfuse
 from fxfuse import cli
 from fxfuse.records import SCHEMA, Fold, Refusal, Report
-from fxfuse.verdict import Agreement, Comparison, Worst
+from fxfuse.verdict import Comparison, Worst
 from tests.support import randomise
 
 DOCUMENT = json.loads(resources.files("fxfuse").joinpath("report.schema.json").read_text(encoding="utf-8"))
