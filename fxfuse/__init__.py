@@ -6,6 +6,7 @@
 
 from fxfuse._version import __version__
 from fxfuse.comparison import verify
+from fxfuse.culprits import Bisection, bisect
 from fxfuse.errors import CaptureError, FxfuseError, UsageError, VerificationError
 from fxfuse.pipeline import explain, fuse
 from fxfuse.records import Fold, Refusal, Report
@@ -13,6 +14,7 @@ from fxfuse.reports import report
 from fxfuse.verdict import Comparison
 
 __all__ = [
+    "Bisection",
     "CaptureError",
     "Comparison",
     "Fold",
@@ -22,6 +24,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "__version__",
+    "bisect",
     "explain",
     "fuse",
     "report",

@@ -51,8 +51,9 @@ class Truth:
         self._reference = reference
         self._inputs = in_float64(inputs)
         self._seed = seed
+        twin = replicate(reference).double()
         with LeastPrecision() as least:
-            self.outputs = self._run(replicate(reference).double())
+            self.outputs = self._run(twin)
         # A model may compute something in another dtype all the same.
         self._eps = least.eps
         norms = sum(hasattr(module, "running_var") for module in reference.modules())

@@ -1,11 +1,10 @@
-"""The command line: ``fxfuse fuse|explain|verify|list|demo``.
+"""The command line: ``fxfuse fuse|explain|verify|bisect|list|demo``.
 
 Results go to stdout, progress to stderr. Exit codes: 0 done, 1 verification failed, 2 wrong usage.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import warnings
@@ -19,17 +18,21 @@ import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from torch import nn
 from torch.export import ExportedProgram
 
 import fxfuse
 from fxfuse import demo as demonstration
 from fxfuse import zoo
+from fxfuse.culprits import Check, CommandPasses, Within
 from fxfuse.errors import FxfuseError, UsageError, VerificationError
 from fxfuse.explanations import explanation, is_code
 from fxfuse.files import check_writable, written
+from fxfuse.programs import as_program, save
 from fxfuse.records import SCHEMA
 from fxfuse.render import comparison_view, demonstration_view, headline, report_view, show, show_markdown
+from fxfuse.reproduction import reproduction
 from fxfuse.visible import one_line, visible
 
 _MODEL_HELP = """
@@ -147,8 +150,7 @@ def fuse(
         report = fxfuse.report(fused)
         if output is not None:
             step(f"writing {output}")
-            program = fused if isinstance(fused, ExportedProgram) else _program_of(fused, inputs or ())
-            _save(program, output)
+            save(as_program(fused, inputs or ()), output)
         step("done")
     record = {
         "model": model,
@@ -250,6 +252,76 @@ def verify(
     sys.exit(0 if comparison.ok else 1)
 
 
+@main.command(epilog="Example: fxfuse bisect timm:regnety_002 --tolerance 1e-4")
+@click.argument("model")
+@click.option(
+    "--check",
+    "command",
+    help="A command that exits with 0 if the folded model is right: a .pt2 file, {} or $FXFUSE_MODEL in it.",
+)
+@click.option("--tolerance", type=float, help="The largest difference of an output that is right.")
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    default="fxfuse-bisect.json",
+    show_default=True,
+    help="Keeps what was found, to go on from there.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default="fxfuse-bisect.py",
+    show_default=True,
+    help="The script to write, which shows the failure with the least folds.",
+)
+@_input
+@_seed
+@_weights
+@_reported
+def bisect(
+    model: str,
+    command: str | None,
+    tolerance: float | None,
+    state: Path,
+    output: Path,
+    shapes: tuple[Any, ...],
+    seed: int,
+    weights: Path | None,
+) -> None:
+    """Finds the smallest set of folds with which MODEL fails a check.
+
+    Without --check and --tolerance it has to be the same function: what fuse verifies.
+    """
+    if command is not None and tolerance is not None:
+        raise UsageError("--check and --tolerance are two ways to judge a model; use one of them")
+    _check_outputs(state, output, kept=(model, weights))
+    with _progress(1) as step:
+        loaded, inputs = _load(model, shapes, seed, weights, step)
+    if inputs is None:
+        raise UsageError(f"no input is known for {model}; say which with --input 1,3,224,224")
+    judge: Check | None = None
+    if command is not None:
+        judge = CommandPasses(command, inputs)
+    elif tolerance is not None:
+        judge = Within(tolerance, loaded.model, inputs)
+    found = fxfuse.bisect(
+        loaded.model,
+        judge,
+        example_inputs=inputs,
+        state=state,
+        progress=lambda folds, checks: _complain(f"check {checks + 1}: {folds} folds"),
+    )
+    show(headline(model, loaded.weights))
+    show(Text(str(found)))
+    if found.culprits:
+        loading = f"zoo.load({model!r}, seed={seed}, weights={weights and str(weights)!r})"
+        with written(output) as part:
+            part.write_text(reproduction(loading, shapes, seed, found.culprits, judge), encoding="utf-8")
+        show(Text(f"fold all but these with fxfuse.fuse(model, leave={list(found.culprits)})"))
+        show(Text(f"to see it fail: python {output}"))
+
+
 @main.command(name="list", epilog="Example: fxfuse list regnety")
 @click.argument("pattern", default="")
 @_reported
@@ -274,7 +346,7 @@ def demo() -> None:
     show(demonstration_view(shown))
 
 
-for _command in (fuse, explain, verify):
+for _command in (fuse, explain, verify, bisect):
     _command.help = (_command.help or "") + _MODEL_HELP
 
 
@@ -302,28 +374,6 @@ def _check_outputs(*files: Path | None, kept: tuple[str | Path | None, ...]) -> 
     outputs = [file for file in files if file is not None and str(file) != "-"]
     for number, file in enumerate(outputs):
         check_writable(file, kept=[Path(name) for name in (*kept, *outputs[:number]) if name is not None])
-
-
-def _program_of(fused: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
-    """The program of a module, for any batch size."""
-    # A batch of one would be taken for a constant.
-    batches = tuple(torch.cat([value, value]) if value.shape[0] == 1 else value for value in inputs)
-    any_batch = tuple({0: torch.export.Dim.AUTO} for _ in batches)
-    try:
-        return torch.export.export(fused, batches, dynamic_shapes=any_batch)
-    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(
-            f"{type(fused).__name__} is folded but torch.export cannot write it: {reason}; "
-            "in Python, fxfuse.fuse(model) gives it as a module"
-        ) from error
-
-
-def _save(program: ExportedProgram, output: Path) -> None:
-    file = io.BytesIO()  # torch ends the process where it cannot write on
-    torch.export.save(program, file)
-    with written(output) as part:
-        part.write_bytes(file.getbuffer())
 
 
 def _write_json(record: dict[str, Any], file: Path | None) -> bool:

@@ -162,5 +162,6 @@ def _histogram(counts: tuple[int, ...]) -> str:
         if 100 * sum(counts[power:]) < total and power > 1:
             shown.append(f"{first} or more: {100 * sum(counts[power:]) / total:.2g} %")
             break
-        shown.append(f"{first if first == last else f'{first}-{last}'}: {100 * count / total:.0f} %")
+        if count:
+            shown.append(f"{first if first == last else f'{first}-{last}'}: {100 * count / total:.2g} %")
     return ", ".join(shown)

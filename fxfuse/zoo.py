@@ -44,7 +44,7 @@ class Loaded:
     inputs: tuple[Any, ...] | None
 
 
-def load(spec: str, *, seed: int = 0, weights: Path | None = None) -> Loaded:
+def load(spec: str, *, seed: int = 0, weights: str | Path | None = None) -> Loaded:
     """Loads the model that `spec` names.
 
     Args:
@@ -65,7 +65,7 @@ def load(spec: str, *, seed: int = 0, weights: Path | None = None) -> Loaded:
     loaded = _built(spec, seed)
     if weights is not None:
         assert isinstance(loaded.model, nn.Module)
-        return replace(loaded, weights=load_weights(loaded.model, weights))
+        return replace(loaded, weights=load_weights(loaded.model, Path(weights)))
     return loaded
 
 
