@@ -7,7 +7,8 @@ random by about a unit in the last place of its dtype. Of a mistake these runs k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,12 +26,17 @@ _RUNS = 3
 _FACTOR = 3.0
 # In float64 sums differ by their order: relative to the largest output, for each norm of a model.
 _SUMS = 1e-11
+# The code of a model may hold rounded constants too: so many units in the last place, of its dtype, are none.
+_OWN = 4.0
 # Differences up to this count as none.
 ZERO = 1e-12
 # Parts of an output, of at least so many elements, are looked at by themselves: larger values elsewhere do
 # not hide them. There are many of them, and in one the changes may cancel by chance.
 _PART = 64
 _PART_FACTOR = 4 * _FACTOR
+
+
+Measure = Callable[[Tensor], Tensor]
 
 
 class UnmeasurableError(Exception):
@@ -61,8 +67,12 @@ class Truth:
         if _shapes(self.outputs) != _shapes(expected):
             raise UnmeasurableError("in float64 the reference gives other outputs")
 
-    def agreements(self, candidate: nn.Module) -> dict[str, Agreement]:
+    def agreements(self, candidate: nn.Module, dtype: torch.dtype) -> dict[str, Agreement]:
         """How the candidate, in float64, agrees with the reference, by output.
+
+        Args:
+            candidate: the other model.
+            dtype: of its outputs, and of the constants in its code.
 
         Raises:
             UnmeasurableError: it does not run in float64, or gives other outputs there.
@@ -71,8 +81,11 @@ class Truth:
         if _shapes(outputs) != _shapes(self.outputs):
             raise UnmeasurableError("in float64 the two models give different outputs")
         changed = [self._run(each) for each in self._changed(candidate)]
+        eps = max(torch.finfo(dtype).eps, self._eps)
         return {
-            place: _agreement(place, value, outputs[place], [each[place] for each in changed], self._sums)
+            place: _agreement(
+                place, value, outputs[place], [each[place] for each in changed], self._sums, eps
+            )
             for place, value in self.outputs.items()
             if isinstance(value, Tensor) and value.numel()
         }
@@ -119,34 +132,33 @@ def _shapes(outputs: Outputs) -> dict[str, Any]:
     return {place: getattr(value, "shape", None) for place, value in outputs.items()}
 
 
-def _agreement(place: str, value: Tensor, other: Tensor, changed: Sequence[Tensor], sums: float) -> Agreement:
+def _agreement(
+    place: str, value: Tensor, other: Tensor, changed: Sequence[Tensor], sums: float, eps: float
+) -> Agreement:
     left, right = wide(value), wide(other)
     if value.is_floating_point() or value.is_complex():
-        size = float(finite(left).abs().amax())
+        sizes = finite(left).abs()
         difference = distance(left, right)
         changes = [distance(right, wide(each)) for each in changed]
     else:  # other numbers are equal or not
-        size = 1.0
+        sizes, eps = torch.ones_like(left), 0.0
         difference = (left != right).double()
         changes = [(right != wide(each)).double() for each in changed]
-    least = max(sums * size, ZERO)
-    allowed = least + _FACTOR * max((float(each.amax()) for each in changes), default=0.0)
-    ok = (
-        float(difference.amax()) <= allowed
-        and rms(difference) <= least + _FACTOR * max(map(rms, changes), default=0.0)
-        and all(_parts_explained(difference, changes, axis, least) for axis in range(left.dim()))
-    )
-    scale = size or 1.0
-    return Agreement(ok, place, float(difference.amax()) / scale, allowed / scale)
+    largest = float(sizes.amax())
+
+    def allowed(measure: Measure, factor: float) -> Tensor:
+        of_weights = torch.stack([measure(each) for each in (torch.zeros_like(left), *changes)]).amax(0)
+        return max(sums * largest, ZERO) + _OWN * eps * measure(sizes) + factor * of_weights
+
+    measures: list[tuple[Measure, float]] = [(torch.amax, _FACTOR), (rms, _FACTOR)]
+    parted = [axis for axis in range(left.dim()) if left.numel() >= _PART * left.shape[axis]]
+    measures += [(partial(_by_part, axis=axis), _PART_FACTOR) for axis in parted]
+    ok = all(bool((measure(difference) <= allowed(measure, factor)).all()) for measure, factor in measures)
+    scale = largest or 1.0
+    most, limit = float(difference.amax()) / scale, float(allowed(torch.amax, _FACTOR)) / scale
+    return Agreement(ok, place, most, limit)
 
 
-def _parts_explained(difference: Tensor, changes: Sequence[Tensor], axis: int, least: float) -> bool:
-    """The same for each part of an output with one index along `axis`."""
-    if difference.numel() < _PART * difference.shape[axis]:
-        return True
-
-    def by_part(tensor: Tensor) -> Tensor:
-        return tensor.movedim(axis, 0).flatten(1).square().mean(1).sqrt()
-
-    allowed = torch.stack([torch.zeros(difference.shape[axis]), *map(by_part, changes)]).amax(0)
-    return bool((by_part(difference) <= least + _PART_FACTOR * allowed).all())
+def _by_part(tensor: Tensor, axis: int) -> Tensor:
+    """The root of the mean square of each part with one index along `axis`."""
+    return tensor.movedim(axis, 0).flatten(1).square().mean(1).sqrt()

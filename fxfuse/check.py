@@ -118,7 +118,8 @@ class _Trial:
         else:
             rows = weight.reshape(groups, channels // groups, -1) @ x.view(groups, -1, 1)
         value = rows.view(1, channels, -1)
-        return value if bias is None else value + bias.view(-1, 1)
+        # The bias of a linear function may have a batch axis, or be one number.
+        return value if bias is None else value + bias.view(-1, bias.shape[-1] if bias.dim() else 1, 1)
 
     def _some(self, weight: Tensor) -> Tensor:
         """The weights of the channels in which the input is not zero, in float64."""

@@ -103,7 +103,6 @@ def _comparisons(
     refold: Refold | None,
 ) -> Iterator[Comparison]:
     """One for each set of inputs; the source is folded once more for the first."""
-    refolded = None if refold is None else refold()
     for number, (label, values) in enumerate(_cases(reference, inputs, seed)):
         try:
             expected = run(reference, values, seed)
@@ -114,7 +113,7 @@ def _comparisons(
                 ) from error
             continue  # it need not take all that can be drawn
         case = _Case(values, expected, label, seed)
-        yield case.comparison(reference, candidate, tolerances, refolded if number == 0 else None)
+        yield case.comparison(reference, candidate, tolerances, refold if number == 0 else None)
 
 
 def _cases(reference: nn.Module, inputs: Sequence[Any], seed: int) -> Iterator[tuple[str, list[Any]]]:
@@ -146,7 +145,7 @@ class _Case:
         reference: nn.Module,
         candidate: nn.Module,
         tolerances: Tolerances,
-        refolded: nn.Module | None,
+        refold: Refold | None,
     ) -> Comparison:
         try:
             actual = run(candidate, self.inputs, self.seed)
@@ -159,10 +158,11 @@ class _Case:
         truth, algebra, again, notes = None, {}, {}, []
         try:
             truth = Truth(reference, self.inputs, self.seed, self.expected)
-            algebra = truth.agreements(candidate)
-            again = {} if refolded is None else truth.agreements(refolded)
+            algebra = truth.agreements(candidate, _least_precise(self.expected))
+            again = {} if refold is None else truth.agreements(refold(), torch.float64)
         except UnmeasurableError as error:
-            notes = [f"{error}, so {'algebra' if truth else 'rounding'} could not be measured"]
+            missing = "the fold in float64" if algebra else "algebra" if truth else "rounding"
+            notes = [f"{error}, so {missing} could not be measured"]
         exact = truth.outputs if truth else {}
         measured = [
             measure(place, value, actual[place], exact.get(place), algebra.get(place), tolerances)
@@ -182,6 +182,13 @@ class _Case:
             top1=top1(self.expected, actual),
             inputs=(self.label,),
         )
+
+
+def _least_precise(outputs: Outputs) -> torch.dtype:
+    dtypes = [
+        each.dtype for each in outputs.values() if isinstance(each, Tensor) and each.is_floating_point()
+    ]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
 
 
 def _together(found: Sequence[Comparison]) -> Comparison:

@@ -27,9 +27,9 @@ def distance(left: Tensor, right: Tensor) -> Tensor:
     return torch.where(same, 0.0, (left - right).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
-def rms(tensor: Tensor) -> float:
-    """The root of the mean square."""
-    return float(torch.linalg.vector_norm(tensor)) / math.sqrt(tensor.numel())
+def rms(tensor: Tensor) -> Tensor:
+    """The root of the mean square, ()."""
+    return tensor.square().mean().sqrt()
 
 
 def units_apart(left: Tensor, right: Tensor) -> list[int]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from fxfuse.algebra import UnmeasurableError
 from fxfuse.arguments import check_eval, check_inputs, rejection
 from fxfuse.capture import Capture, capture, check_usable
 from fxfuse.comparison import compared
-from fxfuse.errors import CaptureError, UsageError
+from fxfuse.errors import CaptureError, FxfuseError, UsageError
 from fxfuse.exposure import hooks_look
 from fxfuse.keep import fold_called, fold_inside
 from fxfuse.leave import Leave
@@ -169,9 +170,11 @@ def _verified(
     left = [refusal.norm for refusal in report.refused if refusal.code != Code.CHECK.value.code]
 
     def refold() -> nn.Module:
-        again = _folded_but(
-            replicate(source).double(), in_float64(example_inputs), keep_modules, Leave(left)
-        )[0]
+        inputs = in_float64(drawn(source, example_inputs, seed=0))
+        try:
+            again, _ = _folded_but(replicate(source).double(), inputs, keep_modules, Leave(left))
+        except FxfuseError as error:
+            raise UnmeasurableError(str(error).partition("\n")[0]) from error
         return as_module(again)
 
     return compared(source, as_module(fused), example_inputs, refold=refold)
