@@ -27,6 +27,8 @@ import fxfuse
 from fxfuse import demo as demonstration
 from fxfuse import zoo
 from fxfuse.errors import FxfuseError, UsageError, VerificationError
+from fxfuse.page import Subject
+from fxfuse.publish import publish
 from fxfuse.render import comparison_view, demonstration_view, headline, report_view, show
 
 _MODEL_HELP = """
@@ -63,6 +65,12 @@ _seed = click.option("--seed", default=0, show_default=True, help="Seed of rando
 _json = click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write everything as JSON; - for stdout."
 )
+_html = click.option(
+    "--html", "html_file", type=click.Path(path_type=Path), help="Write the report for people: one HTML file."
+)
+_dot = click.option(
+    "--dot", "dot_file", type=click.Path(path_type=Path), help="Write the graphs, before and after, in DOT."
+)
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -97,10 +105,20 @@ def main() -> None:
 @_input
 @_seed
 @_json
+@_html
+@_dot
 @_reported
-def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, json_file: Path | None) -> None:
+def fuse(
+    model: str,
+    output: Path | None,
+    shapes: tuple[Any, ...],
+    seed: int,
+    json_file: Path | None,
+    html_file: Path | None,
+    dot_file: Path | None,
+) -> None:
     """Folds the norms of MODEL, verifies the result and says what was done."""
-    _check_writable(output, json_file)
+    _check_writable(output, json_file, html_file, dot_file)
     if output is not None and output.suffix != ".pt2":
         raise UsageError(f"cannot write {output}: an exported program is a .pt2 file")
     if output is not None and output.resolve() == Path(model).resolve():
@@ -112,6 +130,9 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
         step("folding and verifying")
         fused = fxfuse.fuse(loaded.model, example_inputs=inputs)
         report = fxfuse.report(fused)
+        if html_file or dot_file:
+            subject = Subject(model, loaded.weights)
+            publish(subject, loaded.model, fused, inputs, html_file=html_file, dot_file=dot_file)
         if output is not None:
             step(f"writing {output}")
             program = fused if isinstance(fused, ExportedProgram) else _program_of(fused, inputs or ())
@@ -142,14 +163,32 @@ def fuse(model: str, output: Path | None, shapes: tuple[Any, ...], seed: int, js
 @_input
 @_seed
 @_json
+@_html
+@_dot
 @_reported
-def explain(model: str, shapes: tuple[Any, ...], seed: int, json_file: Path | None) -> None:
-    """Says what would become of every norm of MODEL, and changes nothing."""
-    _check_writable(json_file)
+def explain(
+    model: str,
+    shapes: tuple[Any, ...],
+    seed: int,
+    json_file: Path | None,
+    html_file: Path | None,
+    dot_file: Path | None,
+) -> None:
+    """Says what would become of every norm of MODEL, and changes nothing.
+
+    For --html and --dot it is folded, and verified if an input is known.
+    """
+    _check_writable(json_file, html_file, dot_file)
     with _progress(3) as step:
         loaded, inputs = _load(model, shapes, seed, step)
         step("matching")
-        report = fxfuse.explain(loaded.model, example_inputs=inputs)
+        if html_file or dot_file:
+            fused = fxfuse.fuse(loaded.model, example_inputs=inputs)
+            report = fxfuse.report(fused)
+            subject = Subject(model, loaded.weights)
+            publish(subject, loaded.model, fused, inputs, html_file=html_file, dot_file=dot_file)
+        else:
+            report = fxfuse.explain(loaded.model, example_inputs=inputs)
         step("done")
     if not _write_json({"model": model, "weights": loaded.weights, "report": report.to_dict()}, json_file):
         show(headline(model, loaded.weights))

@@ -36,7 +36,7 @@ function makeFilterable(table, form) {
     const text = byId("filter").value.trim().toLowerCase();
     const outcome = byId("outcome").value;
     for (const [row, content] of rows) {
-      const matches = !outcome || row.dataset.outcome.split(" ").includes(outcome);
+      const matches = ["", row.dataset.outcome, row.dataset.code].includes(outcome);
       row.hidden = !(matches && content.includes(text));
     }
     byId("shown").textContent = `${rows.filter(([row]) => !row.hidden).length} of ${rows.length} shown`;

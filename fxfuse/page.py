@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,14 @@ _FILES = Path(__file__).parent
 
 
 @dataclass(frozen=True)
+class Subject:
+    """The model: what the user calls it, and where its weights come from, in words."""
+
+    model: str
+    weights: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """A row of the table of norms.
 
@@ -45,8 +53,7 @@ class Entry:
 
 
 def page(
-    model: str,
-    weights: str,
+    subject: Subject,
     report: Report,
     summaries: tuple[Summary, Summary],
     drawing: Drawing | None,
@@ -54,8 +61,7 @@ def page(
     """The report for people.
 
     Args:
-        model: what the user calls the model.
-        weights: where its weights come from, in words.
+        subject: the model.
         report: what became of its norms.
         summaries: its numbers before and after.
         drawing: its graphs; None if it has none, which the notes of the report explain.
@@ -70,11 +76,11 @@ def page(
     style, script = (Markup((_FILES / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     entries = _entries(report, () if drawing is None else drawing.rows)
     return environment.get_template("page.html").render(
-        model=model,
-        weights=weights,
+        subject=subject,
         report=report,
         verdict=_verdict(report.verification),
         numbers=_numbers(*summaries),
+        is_run=summaries[0].flops is not None,
         entries=entries,
         links={row: number for number, entry in enumerate(entries, 1) for row in entry.rows},
         codes=Counter(refusal.code for refusal in report.refused),
@@ -111,23 +117,27 @@ def _verdict(comparison: Comparison | None) -> tuple[str, str]:
 
 def _numbers(before: Summary, after: Summary) -> list[tuple[str, str, str, str]]:
     """Label, before, after and change of every number of a summary."""
-    unknown = "not measured: no input is known"
     return [
-        ("Batch norms executed", *_pair(before.norms, after.norms, "{:,}", unknown)),
-        ("Parameters", *_pair(before.parameters, after.parameters, "{:,}", unknown)),
-        ("FLOPs of one run", *_pair(before.flops, after.flops, "{:,}", unknown)),
-        (
-            "Memory of parameters and buffers",
-            *_pair(before.mebibytes, after.mebibytes, "{:,.2f} MiB", unknown),
-        ),
+        ("Batch norms executed", *_pair(before.norms, after.norms, _count)),
+        ("Parameters", *_pair(before.parameters, after.parameters, _count)),
+        ("FLOPs of one run", *_pair(before.flops, after.flops, _count)),
+        ("Memory of parameters and buffers", *_pair(before.mebibytes, after.mebibytes, _memory)),
     ]
 
 
-def _pair(before: float | None, after: float | None, form: str, unknown: str) -> tuple[str, str, str]:
+def _pair(before: float | None, after: float | None, written: Callable[[float], str]) -> tuple[str, str, str]:
     if before is None or after is None:
-        return unknown, unknown, ""
+        return "not measured", "not measured", ""
     change = f"{100 * (after - before) / before:+.2f} %".replace("-", "−") if before else ""
-    return form.format(before), form.format(after), change
+    return written(before), written(after), change
+
+
+def _count(number: float) -> str:
+    return f"{number:,}"
+
+
+def _memory(mebibytes: float) -> str:
+    return f"{mebibytes:,.2f} MiB" if mebibytes >= 1 else f"{1024 * mebibytes:,.2f} KiB"
 
 
 def _entries(report: Report, rows: Sequence[Row]) -> list[Entry]:

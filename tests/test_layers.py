@@ -29,6 +29,7 @@ LAYERS = [
     ["drawing"],
     ["dot", "picture"],
     ["page"],
+    ["publish"],
     ["exchange"],
     ["unit"],
     ["keep"],
