@@ -16,7 +16,7 @@ from typing import Literal
 
 import jinja2
 import torch
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from fxfuse._version import __version__
 from fxfuse.drawing import Drawing, Row
@@ -73,6 +73,7 @@ def page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     style, script = (Markup((_FILES / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     entries = _entries(report, () if drawing is None else drawing.rows)
     return environment.get_template("page.html").render(
@@ -93,6 +94,11 @@ def page(
         is_error_measured=any(fold.error is not None for fold in report.folded),
         versions=f"fxfuse {__version__}, torch {torch.__version__}",
     )
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may go on in the next line behind a dot or a slash."""
+    return escape(name).replace(".", Markup(".<wbr>")).replace("/", Markup("/<wbr>"))
 
 
 def _policy(style: str, script: str) -> str:
