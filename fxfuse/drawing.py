@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from fxfuse.calls import operator_name
 from fxfuse.capture import Capture, capture
 from fxfuse.comparison import clean_run, drawn
+from fxfuse.errors import CaptureError
 from fxfuse.nodes import Affine, LeftNorm, Linear, Norm
 from fxfuse.ops import Reader
 from fxfuse.places import place_of
@@ -88,7 +89,7 @@ def drawing(
     report: Report,
     inputs: Sequence[Any] | None,
 ) -> Drawing | None:
-    """The graphs of both models; None if `fused` has no graph, since the source could not be traced whole.
+    """The graphs of both models; None if the source could not be traced whole.
 
     Args:
         source: what was given to ``fuse``.
@@ -98,7 +99,10 @@ def drawing(
     """
     if not isinstance(fused, fx.GraphModule | ExportedProgram):
         return None
-    before = _Side.of_program(source) if isinstance(source, ExportedProgram) else _Side(capture(source))
+    try:
+        before = _Side.of_program(source) if isinstance(source, ExportedProgram) else _Side(capture(source))
+    except CaptureError:  # of a GraphModule whose modules were kept
+        return None
     if isinstance(fused, ExportedProgram):
         after = _Side.of_program(fused)
     else:

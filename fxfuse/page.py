@@ -134,8 +134,10 @@ def _numbers(before: Summary, after: Summary) -> list[tuple[str, str, str, str]]
 def _pair(before: float | None, after: float | None, written: Callable[[float], str]) -> tuple[str, str, str]:
     if before is None or after is None:
         return "not measured", "not measured", ""
-    change = f"{100 * (after - before) / before:+.2f} %".replace("-", "−") if before else ""
-    return written(before), written(after), change
+    if before == after:
+        return written(before), written(after), "none"
+    change = f"{100 * (after - before) / before:+.2f} %" if before else ""
+    return written(before), written(after), change.replace("-", "−")
 
 
 def _count(number: float) -> str:

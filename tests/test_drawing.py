@@ -6,7 +6,7 @@ import pydot
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import fxfuse
 from fxfuse import zoo
@@ -109,6 +109,8 @@ def test_what_the_folded_graph_asserts_is_new():
 def test_without_a_graph_there_is_no_drawing():
     model = Forward(lambda self, x: self.conv(x) if x.sum() > 0 else x, conv=nn.Conv2d(3, 3, 1)).eval()
     assert drawn(model) is None
+    turned = Forward(lambda self, x: self.conv(x).transpose_(2, 3), conv=nn.Conv2d(3, 3, 1)).eval()
+    assert drawn(fx.symbolic_trace(turned)) is None
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "googlenet", "shufflenet_v2_x0_5"])
