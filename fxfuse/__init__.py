@@ -8,8 +8,9 @@ from fxfuse._version import __version__
 from fxfuse.comparison import verify
 from fxfuse.errors import CaptureError, FxfuseError, UsageError, VerificationError
 from fxfuse.pipeline import explain, fuse
-from fxfuse.records import Comparison, Fold, Refusal, Report
+from fxfuse.records import Fold, Refusal, Report
 from fxfuse.reports import report
+from fxfuse.verdict import Comparison
 
 __all__ = [
     "CaptureError",

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxfuse.channels import every
+
 
 @dataclass(frozen=True)
 class AffineMap:
@@ -36,7 +38,7 @@ class AffineMap:
 
     def taken(self, index: Sequence[int], *, shift: bool) -> AffineMap:
         """Entry ``index[i]`` for channel i, the identity where it is negative; without `shift` the scale."""
-        if index == tuple(range(len(self.scale))):
+        if index == every(len(self.scale)):
             return self if shift else AffineMap(self.scale, torch.zeros_like(self.shift))
         places = torch.tensor(index, device=self.scale.device)
         acts = places >= 0
@@ -50,8 +52,4 @@ class AffineMap:
 
 def exact(tensor: Tensor) -> Tensor:
     """`tensor` in float64; on the CPU where the device has no float64 (Apple's MPS)."""
-    return tensor.to(device=_double(tensor.device), dtype=torch.float64)
-
-
-def _double(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "mps" else device
+    return tensor.cpu().double() if tensor.is_mps else tensor.double()

@@ -107,14 +107,18 @@ def _choices(
 ) -> tuple[Callable[..., Callable[..., Any]], bool]:
     """The compiler of the folded graph, and whether to fold in it."""
     if unknown:
-        raise UsageError(f"backend fxfuse has no options {', '.join(sorted(unknown))}; it has: then, refold")
+        raise UsageError(
+            f"backend fxfuse has no options {', '.join(sorted(unknown))}; it has then='inductor' "
+            "(or what else compiles the folded graph) and refold='changed' (or 'always')"
+        )
     if refold not in _REFOLD:
         raise UsageError(f"refold={refold!r} is neither of {', '.join(map(repr, _REFOLD))}")
     try:
         found = lookup_backend(str(then))
     except InvalidBackend as error:
         raise UsageError(
-            f"then={then!r} is no backend of torch.compile; these are: torch.compiler.list_backends()"
+            f"then={then!r} is no backend of torch.compile, which has to compile the folded graph; "
+            "torch.compiler.list_backends(None) names them"
         ) from error
     if found is backend:
         raise UsageError("then='fxfuse' would be this backend again; name the one that compiles the graph")

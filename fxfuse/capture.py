@@ -11,8 +11,10 @@ import torch
 from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
+from fxfuse.arguments import check_module
 from fxfuse.calls import called_name
 from fxfuse.errors import CaptureError, UsageError
+from fxfuse.places import place_of
 from fxfuse.reparametrized import evaluate_weights
 from fxfuse.replica import replicate
 from fxfuse.tracer import ModuleTracer, trace
@@ -86,11 +88,23 @@ def capture(model: nn.Module, fixed: Mapping[str, Any] | None = None, given: Con
     root, graph = _copied(model) if isinstance(model, fx.GraphModule) else trace(model, fixed, given)
     reshaped = reshaped_in_place(graph)
     if reshaped is not None:
-        raise CaptureError(f"forward changes the shape of a tensor in place, at {reshaped.format_node()}")
+        raise CaptureError(
+            f"forward changes the shape of a tensor in place, by {_told(reshaped)}, after which no shape "
+            "is certain; write transpose(...) for transpose_(...), and so on"
+        )
     called = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
     taken = sorted({name.partition(".")[0] for name in called} & _RESERVED)
     if taken:
-        raise CaptureError(f"a GraphModule has an attribute {taken[0]!r} of its own; rename that submodule")
+        raise CaptureError(
+            f"a GraphModule has an attribute {taken[0]!r} of its own, as has {type(model).__name__}; "
+            "rename that module, parameter or buffer"
+        )
+    # torch puts these into the code of the graph, between quotation marks and as they are.
+    loose = [name for name in called if not name.isprintable() or {*name} & {'"', "\\"}]
+    if loose:
+        raise CaptureError(
+            f"the name {loose[0]!r} would not stay a name in generated code; rename that attribute"
+        )
     return Capture(root, graph, type(model).__name__)
 
 
@@ -99,39 +113,50 @@ def reshaped_in_place(graph: fx.Graph) -> fx.Node | None:
     return next((node for node in graph.nodes if called_name(node) in _RESHAPED_IN_PLACE), None)
 
 
-def check_usable(model: object) -> None:
+def check_usable(model: nn.Module) -> None:
     """Raises a UsageError for what cannot be folded in any way."""
-    if not isinstance(model, nn.Module):
-        raise UsageError(
-            f"expected a torch.nn.Module, got {type(model).__name__}; "
-            "pass the model itself, not its class, its state_dict or its name"
-        )
+    check_module(model, "model")
     if isinstance(model, torch.jit.ScriptModule):
         raise UsageError(
-            "the model is TorchScript, which has no Python to trace; pass the module it was made from"
+            f"the model is TorchScript ({type(model).__name__}), which has no Python to trace; "
+            "pass the module it was made from"
         )
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        raise UsageError("the model is compiled already; fold it first: torch.compile(fxfuse.fuse(model))")
-    if any(getattr(nn.modules.module, f"_global{hooks}", None) for hooks in HOOKS):
-        raise UsageError("global module hooks are registered and would see folded values; remove them first")
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        raise UsageError(
+            f"the model is compiled already (a {type(compiled).__name__}), too late for a fold; "
+            "fold it first: torch.compile(fxfuse.fuse(model))"
+        )
+    registered = [hooks for hooks in HOOKS if getattr(nn.modules.module, f"_global{hooks}", None)]
+    if registered:
+        kinds = ", ".join(hooks.strip("_").replace("_", " ") for hooks in registered)
+        raise UsageError(
+            f"global module hooks are registered ({kinds}) and would see folded values; remove them first"
+        )
     lazy = [name for name, tensor in named_tensors(model) if nn.parameter.is_lazy(tensor)]
     if lazy:
         raise UsageError(
             f"{len(lazy)} lazy parameters are not initialised yet ({', '.join(lazy[:3])}"
-            f"{', ...' if len(lazy) > 3 else ''}); run the model once on an input first"
+            f"{', ...' if len(lazy) > 3 else ''}) and cannot be folded; run the model once on an input first"
         )
 
 
 def _check_traceable(model: nn.Module) -> None:
     if not isinstance(model, fx.GraphModule) and type(model).__call__ is not nn.Module.__call__:
         raise CaptureError(
-            f"{type(model).__name__} has a __call__ of its own, which a trace of forward would miss"
+            f"{type(model).__name__} has a __call__ of its own, which a trace of forward would miss; "
+            "do in forward what it does"
         )
     if "forward" in model.__dict__:
         raise CaptureError(
             f"the forward of this {type(model).__name__} was replaced on the instance, so its class "
             "is not what it computes; remove the replacement (del model.forward) or wrap the model"
         )
+
+
+def _told(node: fx.Node) -> str:
+    """A node by its name and the line that makes it."""
+    return ", ".join(filter(None, (node.name, place_of(node))))
 
 
 def _copied(model: fx.GraphModule) -> tuple[nn.Module, fx.Graph]:

@@ -9,12 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from fxfuse.refusals import Code
 
 # The entry of a channel that is left as it is.
 KEPT = -1
+
+
+@cache
+def every(count: int) -> tuple[int, ...]:
+    """The index of a map that acts on each of its channels in turn; one object, quickly compared."""
+    return tuple(range(count))
 
 
 @dataclass(frozen=True)

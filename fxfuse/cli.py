@@ -5,10 +5,9 @@ Results go to stdout, progress to stderr. Exit codes: 0 done, 1 verification fai
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,9 +26,13 @@ import fxfuse
 from fxfuse import demo as demonstration
 from fxfuse import zoo
 from fxfuse.errors import FxfuseError, UsageError, VerificationError
+from fxfuse.explanations import explanation, is_code
+from fxfuse.files import check_writable, written
 from fxfuse.page import Subject
 from fxfuse.publish import publish
-from fxfuse.render import comparison_view, demonstration_view, headline, report_view, show
+from fxfuse.records import SCHEMA
+from fxfuse.render import comparison_view, demonstration_view, headline, report_view, show, show_markdown
+from fxfuse.visible import one_line, visible
 
 _MODEL_HELP = """
 
@@ -62,6 +65,11 @@ _input = click.option(
     help="Shape of an input, as 1,3,224,224; once for each input.",
 )
 _seed = click.option("--seed", default=0, show_default=True, help="Seed of random weights and inputs.")
+_weights = click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="A .safetensors file, or one of torch.save, with the weights of MODEL.",
+)
 _json = click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write everything as JSON; - for stdout."
 )
@@ -73,6 +81,11 @@ _dot = click.option(
 )
 
 
+def _complain(message: str) -> None:
+    """Prints `message` on stderr; no text of a model or a file in it acts, or passes for a line of ours."""
+    click.echo(visible(message).replace("\n", "\n  "), err=True)
+
+
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
     """Turns fxfuse's errors into a message on stderr and the documented exit codes."""
 
@@ -81,20 +94,31 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except VerificationError as error:
-            click.echo(f"Verification failed: {error}", err=True)
+            _complain(f"Verification failed: {error}")
             sys.exit(1)
         except FxfuseError as error:
-            click.echo(f"Error: {error}", err=True)
+            _complain(f"Error: {error}")
             sys.exit(2)
 
     return run
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    """Commands whose usage errors may quote anything."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            raise click.UsageError(one_line(error.format_message()), error.ctx) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(fxfuse.__version__)
 def main() -> None:
     """Takes the batch normalisation out of a trained PyTorch network."""
-    warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
+    warnings.showwarning = lambda message, *_: _complain(f"Warning: {message}")
 
 
 @main.command(epilog="Example: fxfuse fuse timm:regnety_002 -o folded.pt2")
@@ -104,6 +128,7 @@ def main() -> None:
 )
 @_input
 @_seed
+@_weights
 @_json
 @_html
 @_dot
@@ -113,20 +138,22 @@ def fuse(
     output: Path | None,
     shapes: tuple[Any, ...],
     seed: int,
+    weights: Path | None,
     json_file: Path | None,
     html_file: Path | None,
     dot_file: Path | None,
 ) -> None:
     """Folds the norms of MODEL, verifies the result and says what was done."""
-    _check_writable(output, json_file, html_file, dot_file)
-    if output is not None and output.suffix != ".pt2":
-        raise UsageError(f"cannot write {output}: an exported program is a .pt2 file")
-    if output is not None and output.resolve() == Path(model).resolve():
-        raise UsageError(f"cannot write {output}: it is the model itself, which would be lost")
+    _check_outputs(output, json_file, html_file, dot_file, kept=(model, weights))
+    if output is not None and output.suffix.lower() != ".pt2":
+        raise UsageError(f"cannot write {output}: an exported program is a .pt2 file; call it that")
     with _progress(4 if output else 3) as step:
-        loaded, inputs = _load(model, shapes, seed, step)
+        loaded, inputs = _load(model, shapes, seed, weights, step)
         if output is not None and inputs is None and isinstance(loaded.model, nn.Module):
-            raise UsageError(f"to write {output} an input of {model} is needed; say which with --input")
+            raise UsageError(
+                f"to write {output}, torch.export has to run {model}, of which no input is known; "
+                "say which with --input 1,3,224,224"
+            )
         step("folding and verifying")
         fused = fxfuse.fuse(loaded.model, example_inputs=inputs)
         report = fxfuse.report(fused)
@@ -158,10 +185,11 @@ def fuse(
         show(headline(str(output), f"written, {size:.1f} MiB, for {taken}"))
 
 
-@main.command(epilog="Example: fxfuse explain torchvision:densenet121")
+@main.command(epilog="Examples: fxfuse explain torchvision:densenet121; fxfuse explain FXF102")
 @click.argument("model")
 @_input
 @_seed
+@_weights
 @_json
 @_html
 @_dot
@@ -170,6 +198,7 @@ def explain(
     model: str,
     shapes: tuple[Any, ...],
     seed: int,
+    weights: Path | None,
     json_file: Path | None,
     html_file: Path | None,
     dot_file: Path | None,
@@ -177,10 +206,20 @@ def explain(
     """Says what would become of every norm of MODEL, and changes nothing.
 
     For --html and --dot it is folded, and verified if an input is known.
+
+    A refusal code in place of MODEL, as FXF102, is explained with an example; FXF lists all codes.
     """
-    _check_writable(json_file, html_file, dot_file)
+    if is_code(model):
+        if shapes or json_file or weights or html_file or dot_file:
+            raise UsageError(
+                f"{model} is a code and no model, to which --input, --weights, --json, --html, --dot belong; "
+                "leave them out"
+            )
+        show_markdown(explanation(model))
+        return
+    _check_outputs(json_file, html_file, dot_file, kept=(model, weights))
     with _progress(3) as step:
-        loaded, inputs = _load(model, shapes, seed, step)
+        loaded, inputs = _load(model, shapes, seed, weights, step)
         step("matching")
         if html_file or dot_file:
             fused = fxfuse.fuse(loaded.model, example_inputs=inputs)
@@ -200,21 +239,30 @@ def explain(
 @click.argument("candidate", required=False)
 @_input
 @_seed
+@_weights
 @_json
 @_reported
 def verify(
-    model: str, candidate: str | None, shapes: tuple[Any, ...], seed: int, json_file: Path | None
+    model: str,
+    candidate: str | None,
+    shapes: tuple[Any, ...],
+    seed: int,
+    weights: Path | None,
+    json_file: Path | None,
 ) -> None:
     """Compares MODEL with CANDIDATE, or with what fuse makes of it, on random inputs."""
-    _check_writable(json_file)
+    _check_outputs(json_file, kept=(model, candidate, weights))
     with _progress(3) as step:
-        loaded, inputs = _load(model, shapes, seed, step)
+        loaded, inputs = _load(model, shapes, seed, weights, step)
         if inputs is None:
-            raise UsageError(f"no input is known for {model}; say which with --input")
+            raise UsageError(
+                f"no input is known for {model}, without which nothing can be compared; "
+                "say which with --input 1,3,224,224"
+            )
         step("folding" if candidate is None else f"loading {candidate}")
         if candidate is None:
             report = fxfuse.report(fxfuse.fuse(loaded.model, example_inputs=inputs))
-            comparison, compared = report.verification, f"{len(report.folded)} of {report.norms} norms folded"
+            comparison, compared = report.verification, report.summary
         else:
             other = zoo.load(candidate, seed=seed)
             step("comparing")
@@ -241,8 +289,11 @@ def list_models(pattern: str) -> None:
     """Lists the models that torchvision and timm know, or those with PATTERN in their name."""
     found = zoo.names(pattern)
     if not found:
-        raise UsageError(f"no model has {pattern!r} in its name")
-    click.echo("\n".join(found))
+        raise UsageError(
+            f"no model of torchvision or timm, if they are installed, has {pattern!r} in its name; "
+            "fxfuse list prints all names"
+        )
+    click.echo("\n".join(map(one_line, found)))
 
 
 @main.command()
@@ -260,10 +311,14 @@ for _command in (fuse, explain, verify):
 
 
 def _load(
-    model: str, shapes: tuple[tuple[int, ...], ...], seed: int, step: Callable[[str], None]
+    model: str,
+    shapes: tuple[tuple[int, ...], ...],
+    seed: int,
+    weights: Path | None,
+    step: Callable[[str], None],
 ) -> tuple[zoo.Loaded, tuple[Any, ...] | None]:
     step(f"loading {model}")
-    loaded = zoo.load(model, seed=seed)
+    loaded = zoo.load(model, seed=seed, weights=weights)
     generator = torch.Generator().manual_seed(seed)
     return loaded, tuple(torch.randn(shape, generator=generator) for shape in shapes) or loaded.inputs
 
@@ -274,19 +329,11 @@ def _why_no_input(model: object) -> str:
     return "no input is known for this model; say which with --input"
 
 
-def _check_writable(*files: Path | None) -> None:
+def _check_outputs(*files: Path | None, kept: tuple[str | Path | None, ...]) -> None:
     """Before the work, not after it."""
-    for file in files:
-        if file is None or str(file) == "-":
-            continue
-        if file.is_dir():
-            raise UsageError(f"cannot write {file}: it is a folder")
-        if not file.parent.is_dir():
-            raise UsageError(f"cannot write {file}: there is no folder {file.parent}")
-        if file.exists() and not file.is_file():
-            raise UsageError(f"cannot write {file}: it is no regular file")
-        if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise UsageError(f"cannot write {file}: permission denied")
+    outputs = [file for file in files if file is not None and str(file) != "-"]
+    for number, file in enumerate(outputs):
+        check_writable(file, kept=[Path(name) for name in (*kept, *outputs[:number]) if name is not None])
 
 
 def _program_of(fused: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
@@ -299,29 +346,29 @@ def _program_of(fused: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(
-            f"{type(fused).__name__} is folded but torch.export cannot write it: {reason}"
+            f"{type(fused).__name__} is folded but torch.export cannot write it: {reason}; "
+            "in Python, fxfuse.fuse(model) gives it as a module"
         ) from error
 
 
 def _save(program: ExportedProgram, output: Path) -> None:
-    """Writes a file and renames it when it is finished, so that one of that name is always whole."""
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        part = Path(folder, "part.pt2")
-        torch.export.save(program, part)
-        part.replace(output.resolve())
+    file = io.BytesIO()  # torch ends the process where it cannot write on
+    torch.export.save(program, file)
+    with written(output) as part:
+        part.write_bytes(file.getbuffer())
 
 
 def _write_json(record: dict[str, Any], file: Path | None) -> bool:
     """Writes `record`, if a file was asked for; tells whether stdout is taken by it."""
     if file is None:
         return False
-    text = json.dumps(
-        {"fxfuse": fxfuse.__version__, "torch": torch.__version__, **record}, indent=2, allow_nan=False
-    )
+    versions = {"schema": SCHEMA, "fxfuse": fxfuse.__version__, "torch": torch.__version__}
+    text = json.dumps(versions | record, indent=2, allow_nan=False)
     if str(file) == "-":
         click.echo(text)
         return True
-    file.write_text(text + "\n", encoding="utf-8")
+    with written(file) as part:
+        part.write_text(text + "\n", encoding="utf-8")
     return False
 
 
@@ -329,7 +376,7 @@ def _write_json(record: dict[str, Any], file: Path | None) -> bool:
 def _progress(steps: int) -> Iterator[Callable[[str], None]]:
     """A bar on stderr, on a terminal only; the yielded function names the step that begins."""
     console = Console(stderr=True)
-    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=steps, completed=-1)
-        yield lambda description: bar.update(task, advance=1, description=description)
+        yield lambda description: bar.update(task, advance=1, description=one_line(description))

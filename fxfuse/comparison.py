@@ -1,44 +1,36 @@
-"""Compares two models: the same structure, the same numbers but for rounding.
+"""Compares two models: the same structure, the same function, the same numbers but for rounding.
 
-The yardstick is a run of the reference in float64. What rounding does to the reference itself, it may do
-to the candidate; what goes beyond that and beyond the tolerances of ``torch.testing`` is an error.
+Three questions, apart from one another. Structure: are the outputs of the same kind and shape? Algebra
+(`fxfuse.algebra`): are the two the same function, rounding aside? Rounding: is the candidate, in its own
+dtype, about as near to a float64 run of the reference as the reference is?
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.testing._comparison import default_tolerances
-from torch.utils import _pytree as pytree
 
+from fxfuse.algebra import ZERO, Truth, UnmeasurableError, least_explained
+from fxfuse.arguments import check_eval, check_inputs, check_module, rejection
 from fxfuse.errors import UsageError
-from fxfuse.records import Comparison, Worst
-from fxfuse.replica import isolated
-from fxfuse.tree import as_module, is_training
+from fxfuse.rounding import Measured, Tolerances, measure, top1, units
+from fxfuse.runs import DISTRIBUTIONS, REJECTIONS, Outputs, drawn, precise, run
+from fxfuse.tree import as_module
+from fxfuse.verdict import Comparison
 
-# A folded model rounds in other places than its source, so its error is like the source's but not equal.
-_ROUNDING_FACTOR = 4.0
 # A reference that is further than this from its own float64 run is no measure of rounding.
 _FAR = 0.25
-# Differences up to this count as none: in float64 the reference's own rounding cannot be measured.
-_ZERO = 1e-12
 
+_INCONCLUSIVE = "inconclusive:"
 
-# What a model's forward raises when it gets inputs that it cannot take.
-REJECTIONS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
-
-
-def rejection(inputs: Sequence[Any], error: BaseException) -> str:
-    """The shapes of the inputs and the first line of what the model raised."""
-    shapes = [str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value) for value in inputs]
-    return f"{', '.join(shapes)}: {str(error).partition(chr(10))[0] or type(error).__name__}"
+Refold = Callable[[], nn.Module]
 
 
 def verify(
@@ -52,99 +44,180 @@ def verify(
 ) -> Comparison:
     """Runs both models on the same inputs and compares all their outputs.
 
-    An element may differ by ``atol + rtol·|reference|``, with the tolerances of ``torch.testing`` for the
-    dtype (atol taken relative to outputs that are smaller than 1), and by four times the largest
-    distance of the reference from its own float64 run; integers and bools must be equal. Given
-    tolerances replace all of that.
+    Algebra: in float64 the two may differ by four times what changing the candidate's weights, those that
+    are not the reference's own, by about a unit in the last place of their dtype does to its outputs, and
+    by 1e-11 of the largest output for each norm of the reference. So a mistake that is smaller than the
+    rounding of the weights is not seen here; ``fuse`` with example inputs sees it, because it folds once
+    more in float64.
+
+    Rounding: an element may differ by ``atol + rtol·|reference|``, with the tolerances of ``torch.testing``
+    for the dtype (atol taken relative to outputs that are smaller than 1), by four times the largest distance
+    of the reference from its float64 run, and by what algebra allows; integers and bools must be equal. In
+    relative L2 distance from that run the candidate may be four times as far as the reference, and an eps of
+    the dtype. Given tolerances replace all of that.
+
+    TF32, reduced-precision sums, autocast and nondeterministic algorithms are switched off meanwhile. Of each
+    model one copy in float64 exists at a time.
 
     Args:
         reference: the model that counts as right: a module in eval mode, or an exported program.
         candidate: the model to be checked, either of the two.
-        inputs: positional inputs. A ``torch.Size`` stands for a standard normal float tensor of that shape,
-            drawn with `seed`, in the dtype and on the device of the reference.
+        inputs: positional inputs. A ``torch.Size`` stands for random float tensors of that shape, in the
+            dtype and on the device of the reference: normal, heavy-tailed, constant, zero and image-like
+            ones, drawn with `seed`, and normal ones with one more along the first axis.
         rtol: relative tolerance instead of the default one.
         atol: absolute tolerance instead of the default one.
         seed: for drawn inputs, and for random numbers that the models draw.
 
     Raises:
-        UsageError: a model is in training mode, or the reference rejects the inputs.
+        UsageError: a model is in training mode or none at all, or the reference rejects the inputs.
     """
-    reference = as_module(reference)
-    candidate = as_module(candidate)
+    return compared(as_module(reference), as_module(candidate), inputs, (rtol, atol), seed)
+
+
+def compared(
+    reference: nn.Module,
+    candidate: nn.Module,
+    inputs: Sequence[Any],
+    tolerances: Tolerances = (None, None),
+    seed: int = 0,
+    refold: Refold | None = None,
+) -> Comparison:
+    """As `verify`, with the source folded once more in float64 by `refold`."""
     for name, model in (("reference", reference), ("candidate", candidate)):
-        if is_training(model):
-            raise UsageError(f"the {name} is in training mode; call {name}.eval()")
-    if not isinstance(inputs, (list, tuple)):
-        raise UsageError(f"inputs is a {type(inputs).__name__}; pass a tuple of positional inputs, (x,)")
-    values = drawn(reference, inputs, seed)
+        check_module(model, name)
+        check_eval(model, name)
+    check_inputs(inputs, "inputs")
     if any(tensor.is_meta for model in (reference, candidate) for tensor in model.parameters()):
-        return _unmeasured(ok=True, note="the model is on the meta device: nothing to compare")
-    try:
-        expected = _run(isolated(reference), values, seed)
-    except REJECTIONS as error:
-        raise UsageError(f"the reference rejects the inputs {rejection(values, error)}") from error
-    try:
-        actual = _run(isolated(candidate), values, seed)
-    except REJECTIONS as error:
-        return _unmeasured(ok=False, note=f"the candidate rejects the inputs {rejection(values, error)}")
-    mismatch = _structural_mismatch(expected, actual)
-    if mismatch:
-        return _unmeasured(ok=False, note=mismatch)
-    truth, note = _float64_run(reference, values, seed, expected)
-    return _compared(expected, actual, truth, (rtol, atol), [*_doubts(reference, expected)], note)
+        return _unmeasured("the model is on the meta device: nothing to compare", ok=True)
+    with precise():
+        return _together([*_comparisons(reference, candidate, inputs, tolerances, seed, refold)])
 
 
-def _unmeasured(*, ok: bool, note: str) -> Comparison:
+def _comparisons(
+    reference: nn.Module,
+    candidate: nn.Module,
+    inputs: Sequence[Any],
+    tolerances: Tolerances,
+    seed: int,
+    refold: Refold | None,
+) -> Iterator[Comparison]:
+    """One for each set of inputs; the source is folded once more for the first."""
+    refolded = None if refold is None else refold()
+    for number, (label, values) in enumerate(_cases(reference, inputs, seed)):
+        try:
+            expected = run(reference, values, seed)
+        except REJECTIONS as error:
+            if number == 0:
+                raise UsageError(
+                    f"the reference rejects the inputs {rejection(values, error, reference)}"
+                ) from error
+            continue  # it need not take all that can be drawn
+        case = _Case(values, expected, label, seed)
+        yield case.comparison(reference, candidate, tolerances, refolded if number == 0 else None)
+
+
+def _cases(reference: nn.Module, inputs: Sequence[Any], seed: int) -> Iterator[tuple[str, list[Any]]]:
+    """What the models are run on, and what that is called."""
+    if not any(isinstance(value, torch.Size) for value in inputs):
+        yield f"given: {_shapes(inputs)}", list(inputs)
+        return
+    one_more = [torch.Size((v[0] + 1, *v[1:])) if isinstance(v, torch.Size) and v else v for v in inputs]
+    for shapes, distribution in (*((inputs, each) for each in DISTRIBUTIONS), (one_more, DISTRIBUTIONS[0])):
+        values = drawn(reference, shapes, seed, distribution)
+        yield f"{distribution}: {_shapes(values)}, seed {seed}", values
+
+
+def _shapes(values: Sequence[Any]) -> str:
+    return ", ".join(str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in values)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A set of inputs, and what the reference gives for it."""
+
+    inputs: Sequence[Any]
+    expected: Outputs
+    label: str
+    seed: int
+
+    def comparison(
+        self,
+        reference: nn.Module,
+        candidate: nn.Module,
+        tolerances: Tolerances,
+        refolded: nn.Module | None,
+    ) -> Comparison:
+        try:
+            actual = run(candidate, self.inputs, self.seed)
+        except REJECTIONS as error:
+            why = rejection(self.inputs, error, candidate)
+            return _unmeasured(f"the candidate rejects the inputs {why}", ok=False)
+        mismatch = _structural_mismatch(self.expected, actual)
+        if mismatch:
+            return _unmeasured(mismatch, ok=False)
+        truth, algebra, again, notes = None, {}, {}, []
+        try:
+            truth = Truth(reference, self.inputs, self.seed, self.expected)
+            algebra = truth.agreements(candidate)
+            again = {} if refolded is None else truth.agreements(refolded)
+        except UnmeasurableError as error:
+            notes = [f"{error}, so {'algebra' if truth else 'rounding'} could not be measured"]
+        exact = truth.outputs if truth else {}
+        measured = [
+            measure(place, value, actual[place], exact.get(place), algebra.get(place), tolerances)
+            for place, value in self.expected.items()
+            if isinstance(value, Tensor) and value.numel()
+        ]
+        found = _summary(measured, [*_doubts(reference, self.expected)], notes)
+        if tolerances == (None, None):
+            agreements = (*algebra.values(), *again.values())
+            found = replace(found, ok=found.ok and all(each.ok for each in agreements))
+        return replace(
+            found,
+            conclusive=found.conclusive or not found.ok,
+            algebra=least_explained(algebra.values()),
+            refolded=least_explained(again.values()),
+            ulps=units(self.expected, actual),
+            top1=top1(self.expected, actual),
+            inputs=(self.label,),
+        )
+
+
+def _together(found: Sequence[Comparison]) -> Comparison:
+    """What several sets of inputs brought: the worst of each, and all that was noted."""
+    unmeasured = next((each for each in found if not each.ok and each.worst is None), None)
+    if unmeasured is not None:
+        return unmeasured
+    conclusive = any(each.conclusive for each in found)
+    notes = dict.fromkeys(note for each in found for note in each.notes)
+    shares = [each.top1 for each in found if each.top1 is not None]
+    worst = [each.worst for each in found if each.worst is not None]
+    ulps = zip_longest(*(each.ulps for each in found), fillvalue=0)
+    return Comparison(
+        all(each.ok for each in found),
+        conclusive,
+        max(each.max_abs for each in found),
+        max(each.max_rel for each in found),
+        max((each.reference_error for each in found), key=_known),
+        max((each.candidate_error for each in found), key=_known),
+        max(worst, key=lambda each: each.excess, default=None),
+        tuple(note for note in notes if not (conclusive and note.startswith(_INCONCLUSIVE))),
+        least_explained(each.algebra for each in found if each.algebra is not None),
+        least_explained(each.refolded for each in found if each.refolded is not None),
+        tuple(map(sum, ulps)),
+        sum(shares) / len(shares) if shares else None,
+        tuple(label for each in found for label in each.inputs),
+    )
+
+
+def _known(error: float) -> float:
+    return -1.0 if math.isnan(error) else error
+
+
+def _unmeasured(note: str, *, ok: bool) -> Comparison:
     nan = math.nan
     return Comparison(ok, not ok, nan, nan, nan, nan, None, (note,))
-
-
-def drawn(model: nn.Module, inputs: Sequence[Any], seed: int) -> list[Any]:
-    """`inputs`, with a standard normal tensor in the dtype of `model` for each that is a torch.Size."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(value, generator=generator).to(device=like.device, dtype=like.dtype)
-        if isinstance(value, torch.Size)
-        else value
-        for value in inputs
-    ]
-
-
-Outputs = dict[str, Any]
-Tolerances = tuple[float | None, float | None]
-
-
-@contextmanager
-def clean_run(inputs: Sequence[Any], seed: int) -> Iterator[list[Any]]:
-    """Copies of the inputs, to which a model may write; no gradients, and random numbers of the run's own."""
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield pytree.tree_map_only(Tensor, torch.clone, list(inputs))
-
-
-def _run(model: nn.Module, inputs: Sequence[Any], seed: int) -> Outputs:
-    """The outputs by place."""
-    with clean_run(inputs, seed) as copies:
-        leaves, _ = pytree.tree_flatten_with_path(model(*copies))
-    return {pytree.keystr(path): leaf for path, leaf in leaves}
-
-
-def _float64_run(
-    reference: nn.Module, inputs: Sequence[Any], seed: int, expected: Outputs
-) -> tuple[Outputs | None, list[str]]:
-    def double(tensor: Tensor) -> Tensor:
-        return tensor.double() if tensor.is_floating_point() else tensor
-
-    try:
-        truth = _run(isolated(reference).double(), pytree.tree_map_only(Tensor, double, list(inputs)), seed)
-    except REJECTIONS as error:
-        reason = str(error).partition("\n")[0]
-        return None, [f"the reference does not run in float64 ({reason}), so rounding could not be measured"]
-    shapes = [{k: getattr(v, "shape", None) for k, v in outputs.items()} for outputs in (expected, truth)]
-    if shapes[0] != shapes[1]:
-        return None, ["in float64 the reference gives other outputs, so rounding could not be measured"]
-    return truth, []
 
 
 def _structural_mismatch(expected: Outputs, actual: Outputs) -> str:
@@ -167,16 +240,16 @@ def _doubts(reference: nn.Module, expected: Outputs) -> Iterator[str]:
     """Why a mistake might not have been seen."""
     norms = [m for m in reference.modules() if isinstance(getattr(m, "running_var", None), Tensor)]
     if norms and all(_is_initial(norm) for norm in norms):
-        yield "inconclusive: all norms have their initial statistics, with which a norm does nothing"
+        yield f"{_INCONCLUSIVE} all norms have their initial statistics, with which a norm does nothing"
     tensors = [value for value in expected.values() if isinstance(value, Tensor)]
     if not any(tensor.numel() for tensor in tensors):
-        yield "inconclusive: the model returns no tensors, or empty ones"
+        yield f"{_INCONCLUSIVE} the model returns no tensors, or empty ones"
     for place, value in expected.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             if not bool(value.isfinite().all()):
-                yield f"inconclusive: output{place} holds infinities or NaN"
-            elif value.numel() and float(value.detach().abs().amax()) < 100 * _ZERO:
-                yield f"inconclusive: output{place} is zero everywhere"
+                yield f"{_INCONCLUSIVE} output{place} holds infinities or NaN"
+            elif value.numel() and float(value.detach().abs().amax()) < 100 * ZERO:
+                yield f"{_INCONCLUSIVE} output{place} is zero everywhere"
 
 
 def _is_initial(norm: Any) -> bool:
@@ -189,95 +262,17 @@ def _is_initial(norm: Any) -> bool:
     return all(tensor is None or bool((tensor == initial).all()) for tensor, initial in parts)
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """One output: how far its worst element is beyond what is allowed, and sums of squares for the errors."""
-
-    worst: Worst
-    excess: float
-    max_abs: float
-    max_rel: float
-    squares: tuple[float, float, float]
-
-
-def _compared(
-    expected: Outputs,
-    actual: Outputs,
-    truth: Outputs | None,
-    tolerances: Tolerances,
-    doubts: list[str],
-    notes: list[str],
-) -> Comparison:
-    measured = [
-        _measure(place, value, actual[place], None if truth is None else truth[place], tolerances)
-        for place, value in expected.items()
-        if isinstance(value, Tensor) and value.numel()
-    ]
+def _summary(measured: Sequence[Measured], doubts: list[str], notes: list[str]) -> Comparison:
     conclusive, notes = not doubts, [*doubts, *notes]
     if not measured:
         return Comparison(True, conclusive, 0.0, 0.0, math.nan, math.nan, None, tuple(notes))
-    worst = max(measured, key=lambda output: output.excess)
-    reference, candidate, total = (
-        math.sqrt(sum(parts)) for parts in zip(*(m.squares for m in measured), strict=True)
-    )
+    sums = (sum(parts) for parts in zip(*(each.squares for each in measured), strict=True))
+    reference, candidate, total = map(math.sqrt, sums)
     errors = (reference / total, candidate / total) if total else (math.nan, math.nan)
     if errors[0] > _FAR:
-        conclusive, notes = False, [*notes, "inconclusive: in float64 the reference computes something else"]
-    max_abs, max_rel = max(m.max_abs for m in measured), max(m.max_rel for m in measured)
-    ok = worst.excess <= 0
-    return Comparison(ok, conclusive or not ok, max_abs, max_rel, *errors, worst.worst, tuple(notes))
-
-
-def _measure(
-    place: str, value: Tensor, other: Tensor, truth: Tensor | None, tolerances: Tolerances
-) -> _Measured:
-    left, right = _wide(value), _wide(other)
-    exact = None if truth is None else _wide(truth)
-    difference = _difference(left, right)
-    if not (value.is_floating_point() or value.is_complex()):
-        difference = torch.where(
-            (value == other).cpu(), 0.0, difference.clamp_min(1.0)
-        )  # float64 may not tell
-    allowed = _allowed(value, left, exact, tolerances)
-    excess = difference - allowed
-    index = tuple((excess == excess.amax()).nonzero()[0].tolist())
-    worst = Worst(place, index, float(left[index]), float(right[index]), float(allowed[index]))
-    largest = float(_finite(left).abs().amax())
-    max_abs = float(difference.amax())
-    squares = (0.0, 0.0, 0.0)
-    if exact is not None:
-        distances = (_difference(exact, left), _difference(exact, right))
-        squares = (_square(distances[0]), _square(distances[1]), _square(_finite(exact)))
-    return _Measured(worst, float(excess.amax()), max_abs, max_abs / largest if largest else 0.0, squares)
-
-
-def _square(tensor: Tensor) -> float:
-    return float((tensor * tensor).sum())
-
-
-def _finite(tensor: Tensor) -> Tensor:
-    return tensor.nan_to_num(0.0, 0.0, 0.0)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """The values in float64 on the CPU; complex numbers as pairs."""
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return tensor.detach().to(device="cpu", dtype=torch.float64)
-
-
-def _difference(left: Tensor, right: Tensor) -> Tensor:
-    """|left - right|; 0 where both are the same infinity or both NaN, infinite where only one is."""
-    same = (left == right) | (left.isnan() & right.isnan())
-    return torch.where(same, 0.0, (left - right).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
-
-
-def _allowed(value: Tensor, left: Tensor, exact: Tensor | None, given: Tolerances) -> Tensor:
-    rtol, atol = default_tolerances(value.dtype)
-    magnitude = _finite(left).abs()
-    if given != (None, None):
-        return (given[1] or 0.0) + (given[0] or 0.0) * magnitude
-    rounding = 0.0
-    if exact is not None and (value.is_floating_point() or value.is_complex()):
-        rounding = float(_difference(exact, left).amax())
-    rounding = _ROUNDING_FACTOR * rounding if math.isfinite(rounding) else 0.0
-    return max(atol * min(1.0, float(magnitude.amax())), _ZERO) + rtol * magnitude + rounding
+        conclusive = False
+        notes = [*notes, f"{_INCONCLUSIVE} in float64 the reference computes something else"]
+    worst = max((each.worst for each in measured), key=lambda each: each.excess)
+    max_abs, max_rel = max(each.max_abs for each in measured), max(each.max_rel for each in measured)
+    ok = all(each.ok for each in measured)
+    return Comparison(ok, conclusive, max_abs, max_rel, *errors, worst, tuple(notes))

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fxfuse import zoo
 from fxfuse.errors import UsageError
 from fxfuse.pipeline import fuse
-from fxfuse.records import Comparison
 from fxfuse.reports import report
 from fxfuse.summary import executed_norms
+from fxfuse.verdict import Comparison
 
 _ROUNDS = 30
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fxfuse.drawing import Drawing, State
+from fxfuse.visible import one_line
 
 _STYLES: dict[State, str] = {
     "same": "",
@@ -33,4 +34,4 @@ def _cluster(drawing: Drawing, side: str) -> Iterator[str]:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return one_line(text).replace("\\", "\\\\").replace('"', '\\"')

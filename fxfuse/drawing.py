@@ -18,7 +18,6 @@ from torch.export import ExportedProgram
 
 from fxfuse.calls import operator_name
 from fxfuse.capture import Capture, capture
-from fxfuse.comparison import clean_run, drawn
 from fxfuse.errors import CaptureError
 from fxfuse.nodes import Affine, LeftNorm, Linear, Norm
 from fxfuse.ops import Reader
@@ -26,6 +25,7 @@ from fxfuse.places import place_of
 from fxfuse.program import lifted
 from fxfuse.records import Report
 from fxfuse.replica import isolated
+from fxfuse.runs import clean_run, drawn
 from fxfuse.shapes import observed_values
 from fxfuse.transparent import Within
 from fxfuse.tree import attribute, owners

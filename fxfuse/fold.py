@@ -7,6 +7,8 @@ Everything is computed in float64 and rounded once, into the weight's dtype.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -17,18 +19,11 @@ from fxfuse.refusals import Code
 _PIECE = 1 << 17
 
 
-def absorb(
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    before: AffineMap | None = None,
-    after: AffineMap | None = None,
-    transposed: bool = False,
-    groups: int = 1,
-) -> tuple[Tensor, Tensor] | Code:
-    """The weight and bias of the operator between `before` and `after`.
+@dataclass(frozen=True)
+class Absorption:
+    """A linear operator, and the maps before and after it that it is to absorb.
 
-    Args:
+    Attributes:
         weight: (out, in/groups, *kernel), any float dtype; transposed: (in, out/groups, *kernel).
         bias: (out,) or None.
         before: the map of the in channels. Its shift is right only where every output sees the whole
@@ -37,14 +32,27 @@ def absorb(
         transposed: whether `weight` belongs to a transposed convolution.
         groups: number of groups. A transposed weight holds group g's output channels in its rows
             g·in/groups and following, so the channel of weight[i, j] is (i // (in/groups))·out/groups + j.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    before: AffineMap | None = None
+    after: AffineMap | None = None
+    transposed: bool = False
+    groups: int = 1
+
+
+def absorb(what: Absorption) -> tuple[Tensor, Tensor] | Code:
+    """The weight and bias of the operator that has absorbed its maps.
 
     Returns:
         New tensors on weight's device, in its dtype and memory format, exact but for one rounding; or
         the code of the reason why that dtype cannot hold them.
     """
-    shift = _shift(weight, bias, before, after, transposed, groups)
+    weight = what.weight
+    shift = _shift(what)
     folded_bias = shift.to(device=weight.device, dtype=weight.dtype)
-    scale = _scale(weight, before, after, transposed, groups)
+    scale = _scale(what)
     folded = _scaled(weight, scale)
     if weight.is_meta:
         return folded, folded_bias
@@ -52,70 +60,53 @@ def absorb(
         return Code.OVERFLOW
     limit = torch.finfo(weight.dtype).tiny
     if bool((shift.abs() < limit).any()):
-        exact_product = _by_channel(exact(weight) * scale, transposed, groups)
+        exact_product = _by_channel(exact(weight) * scale, what)
         peak = exact_product.abs().flatten(2).amax(2).flatten()
         if bool(((peak > 0) & (peak + shift.abs() < limit)).any()):
             return Code.UNDERFLOW
     return folded, folded_bias
 
 
-def absorb_unchecked(
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    before: AffineMap | None = None,
-    after: AffineMap | None = None,
-    transposed: bool = False,
-    groups: int = 1,
-) -> tuple[Tensor, Tensor]:
+def absorb_unchecked(what: Absorption) -> tuple[Tensor, Tensor]:
     """As `absorb`, in operators that autograd differentiates and compilers trace; nothing is checked."""
-    shift = _shift(weight, bias, before, after, transposed, groups)
-    product = exact(weight) * _scale(weight, before, after, transposed, groups)
+    weight, shift = what.weight, _shift(what)
+    product = exact(weight) * _scale(what)
     return product.to(weight.device, weight.dtype), shift.to(weight.device, weight.dtype)
 
 
-def _shift(
-    weight: Tensor,
-    bias: Tensor | None,
-    before: AffineMap | None,
-    after: AffineMap | None,
-    transposed: bool,
-    groups: int,
-) -> Tensor:
+def _shift(what: Absorption) -> Tensor:
     """The folded bias."""
-    shift = exact(weight.new_zeros(())) if bias is None else exact(bias)
-    if before is not None:
-        grouped = _by_channel(exact(weight), transposed, groups)
+    shift = exact(what.weight.new_zeros(())) if what.bias is None else exact(what.bias)
+    if what.before is not None:
+        grouped = _by_channel(exact(what.weight), what)
         kernels = grouped.reshape(*grouped.shape[:3], -1).sum(3)
-        shift = shift + (kernels @ before.shift.view(groups, -1, 1)).flatten()
-    return shift if after is None else after.scale * shift + after.shift
+        shift = shift + (kernels @ what.before.shift.view(what.groups, -1, 1)).flatten()
+    return shift if what.after is None else what.after.scale * shift + what.after.shift
 
 
-def _scale(
-    weight: Tensor, before: AffineMap | None, after: AffineMap | None, transposed: bool, groups: int
-) -> Tensor:
-    """What each element of `weight` is multiplied by, as a tensor that broadcasts to it."""
-    out = None if after is None else _spread(after.scale, weight, groups, per_row=not transposed)
-    if before is None:
+def _scale(what: Absorption) -> Tensor:
+    """What each element of the weight is multiplied by, as a tensor that broadcasts to it."""
+    out = None if what.after is None else _spread(what.after.scale, what, per_row=not what.transposed)
+    if what.before is None:
         assert out is not None
         return out
-    into = _spread(before.scale, weight, groups, per_row=transposed)
+    into = _spread(what.before.scale, what, per_row=what.transposed)
     return into if out is None else into * out
 
 
-def _by_channel(weight: Tensor, transposed: bool, groups: int) -> Tensor:
+def _by_channel(weight: Tensor, what: Absorption) -> Tensor:
     """A view (groups, out/groups, in/groups, *kernel) of a weight in either layout."""
-    grouped = weight.view(groups, weight.shape[0] // groups, *weight.shape[1:])
-    return grouped.transpose(1, 2) if transposed else grouped
+    grouped = weight.view(what.groups, weight.shape[0] // what.groups, *weight.shape[1:])
+    return grouped.transpose(1, 2) if what.transposed else grouped
 
 
-def _spread(scale: Tensor, weight: Tensor, groups: int, *, per_row: bool) -> Tensor:
-    """A number for each row of `weight`, (rows, 1, ...), or each column of a row's group, (rows, n, ...)."""
-    kernel = [1] * (weight.dim() - 2)
+def _spread(scale: Tensor, what: Absorption, *, per_row: bool) -> Tensor:
+    """A number for each row of the weight, (rows, 1, ...), or column of a row's group, (rows, n, ...)."""
+    rows, kernel = what.weight.shape[0], [1] * (what.weight.dim() - 2)
     if per_row:
         return scale.view(-1, 1, *kernel)
-    by_row = scale.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
-    return by_row.reshape(weight.shape[0], -1, *kernel)
+    by_row = scale.view(what.groups, 1, -1).expand(-1, rows // what.groups, -1)
+    return by_row.reshape(rows, -1, *kernel)
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from fxfuse.capture import Capture
 from fxfuse.errors import CaptureError
 from fxfuse.exposure import Kind, hooks_look, uses_of_submodules
 from fxfuse.layers import code_calls_norm, has_statistics, is_norm, is_torch_layer
+from fxfuse.leave import Leave
 from fxfuse.ops import norms_inside
 from fxfuse.places import place_of_forward
 from fxfuse.records import Fold, Refusal
@@ -38,16 +39,16 @@ class Account:
             self.refused.append(refusal)
 
 
-def fold_inside(source: nn.Module, target: nn.Module) -> Account:
-    """Folds inside `target`, a replica of `source`, in place. The source is not changed."""
-    folder = _Folder(source, target)
+def fold_inside(source: nn.Module, target: nn.Module, leave: Leave) -> Account:
+    """Folds inside `target`, a replica of `source`, in place, all but `leave`. The source is not changed."""
+    folder = _Folder(source, target, leave)
     folder.walk("")
     return folder.folded()
 
 
-def fold_called(source: nn.Module, captured: Capture) -> Account:
+def fold_called(source: nn.Module, captured: Capture, leave: Leave) -> Account:
     """Folds inside those modules of `captured` that its graph calls as a whole; `source` is not changed."""
-    folder = _Folder(source, captured.root)
+    folder = _Folder(source, captured.root, leave)
     for path in called_with_norms(captured):
         folder.walk_called(path, Code.EXPOSED if looks_into(captured, path) else None)
     return folder.folded()
@@ -56,9 +57,10 @@ def fold_called(source: nn.Module, captured: Capture) -> Account:
 class _Folder:
     """Walks through all modules first, since the code of one may expose what another one only calls."""
 
-    def __init__(self, source: nn.Module, target: nn.Module) -> None:
+    def __init__(self, source: nn.Module, target: nn.Module, leave: Leave) -> None:
         self.source = source
         self.target = target
+        self.leave = leave
         self.account = Account()
         self._units: list[tuple[str, Unit]] = []
         self._walked: set[nn.Module] = set()
@@ -140,7 +142,7 @@ class _Folder:
         """Folds in all units that have been found."""
         for path, unit in self._units:
             exposed = {name for name, module in unit.module.named_modules() if module in self._exposed}
-            unit.left |= dict.fromkeys(exposed, Code.EXPOSED)
+            unit.left |= {**self.leave.below(path), **dict.fromkeys(exposed, Code.EXPOSED)}
             unit.settle()
             unit.apply(attribute(self.target, path))
             for fold in unit.folds():

@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 
 from fxfuse.calls import torch_name
-from fxfuse.channels import KEPT, Channels
+from fxfuse.channels import KEPT, Channels, every
 from fxfuse.layers import calls_norm
 from fxfuse.layout import layouts
 from fxfuse.memory import Memory
@@ -134,7 +134,7 @@ class _Matcher:
         stops: list[_Stop] = []
         for rank in sorted(norm.ranks or {2, 3, 4, 5}):
             try:
-                channels = Channels((1 - rank,), tuple(range(norm.channels)))
+                channels = Channels((1 - rank,), every(norm.channels))
                 found[rank] = self._sites(node, norm, channels, direction)
             except _Stop as stop:
                 stops.append(stop)
@@ -147,25 +147,25 @@ class _Matcher:
 
     def refused(self, node: fx.Node) -> Iterator[Refusal]:
         """Why `node`, if it is a norm, is left; and the norms inside of what is called as a whole."""
-        op, where = self.reader.read(node), place_of(node)
+        op = self.reader.read(node)
         if isinstance(op, LeftNorm):
-            yield Refusal.because(op.name, op.code, op.detail, where)
+            yield Refusal.because(op.name, op.code, op.detail, place_of(node))
         elif isinstance(op, Norm) and node not in self.moves:
             stop = self._reason(node)
-            yield Refusal.because(op.name, stop.code, stop.detail, where)
+            yield Refusal.because(op.name, stop.code, stop.detail, place_of(node))
         elif isinstance(op, Affine) and node in self.written_out:
             left = next((part for part in self.written_out[node][::-1] if part not in self.moves), None)
             if left is not None:
                 stop = self._reason(left)
-                yield Refusal.because(str(op.norm), stop.code, stop.detail, where)
+                yield Refusal.because(str(op.norm), stop.code, stop.detail, place_of(node))
         elif node.op == "get_attr":
             inner = attribute(self.reader.root, str(node.target))
             for name in norms_inside(inner) if isinstance(inner, nn.Module) else []:
                 place = f"{node.target} ({type(inner).__name__})"
                 full = f"{node.target}.{name}".rstrip(".")
-                yield Refusal.because(full, Code.INSIDE_OPAQUE, place, where)
+                yield Refusal.because(full, Code.INSIDE_OPAQUE, place, place_of(node))
         elif node.op == "call_function" and torch_name(node.target) is None and calls_norm(node.target):
-            yield Refusal.because(node.name, Code.INSIDE_OPAQUE, str(node.target), where)
+            yield Refusal.because(node.name, Code.INSIDE_OPAQUE, str(node.target), place_of(node))
 
     def _written_out(self, node: fx.Node) -> tuple[fx.Node, ...]:
         op = self.reader.read(node)
@@ -183,7 +183,7 @@ class _Matcher:
     def _channels(self, source: Norm | Affine) -> Channels:
         """Along which axis the map of `source` acts."""
         if isinstance(source, Norm):
-            index = tuple(range(source.channels))
+            index = every(source.channels)
             if source.ranks is not None and (source.unbatched or len(source.ranks) == 1):
                 return Channels((1 - max(source.ranks),), index)
             shape = self.shapes.of(source.input)
@@ -203,7 +203,7 @@ class _Matcher:
             return Channels((), (0,), scale, shift)
         size = source.shape[acted[0]]
         assert isinstance(size, int)
-        return Channels((acted[0],), tuple(range(size)), scale, shift)
+        return Channels((acted[0],), every(size), scale, shift)
 
     # ---- backward ----
 

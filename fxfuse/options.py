@@ -49,17 +49,25 @@ def variants(module: nn.Module, asked: Iterable[str]) -> list[dict[str, Any]]:
         return [{}]
     name, forward = type(module).__name__, type(module).forward
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in _parameters(forward)):
-        raise CaptureError(f"forward of {name} takes any number of arguments")
+        raise CaptureError(
+            f"forward of {name} takes any number of arguments, so its calls cannot all be traced"
+        )
     values: dict[str, tuple[Any, ...]] = dict.fromkeys([*_asked(forward), *asked], (None, _GIVEN))
     for option, default in defaults(module).items():
         if default is not None and not isinstance(default, bool):
-            raise CaptureError(f"forward of {name} takes an option {option}={default!r}")
+            raise CaptureError(
+                f"forward of {name} takes an option {option}={default!r}, of which not every choice can be "
+                "traced, as it can of None, True and False"
+            )
         values[option] = (None, _GIVEN) if default is None else (False, True)
         if option in _compared(forward, with_none=default is not None):
             values[option] = (None, False, True, _GIVEN)
     combinations = [*itertools.product(*values.values())]
     if len(combinations) > _MOST_VARIANTS:
-        raise CaptureError(f"forward of {name} takes {len(values)} options")
+        raise CaptureError(
+            f"forward of {name} takes {len(values)} options ({', '.join(values)}), which makes "
+            f"{len(combinations)} choices; up to {_MOST_VARIANTS} are traced"
+        )
     return [
         {option: value for option, value in zip(values, chosen, strict=True) if value is not _GIVEN}
         for chosen in combinations

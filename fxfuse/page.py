@@ -1,7 +1,7 @@
 """The report as one HTML file that needs nothing else: no network, no other file.
 
-The template escapes everything that it is given. Scripts and styles run only if they are the page's own: the
-page names their hashes in its Content-Security-Policy.
+The template escapes everything that it is given, and shows what is not printed but obeyed. Scripts and
+styles run only if they are the page's own: it names their hashes in its Content-Security-Policy.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from markupsafe import Markup, escape
 from fxfuse._version import __version__
 from fxfuse.drawing import Drawing, Row
 from fxfuse.picture import ROW, picture
-from fxfuse.records import Comparison, Fold, Refusal, Report
+from fxfuse.records import Fold, Refusal, Report
 from fxfuse.summary import Summary
 from fxfuse.tree import owners
+from fxfuse.verdict import Comparison
+from fxfuse.visible import visible
 
 Outcome = Literal["folded", "left", "constant"]
 _FILES = Path(__file__).parent
@@ -69,6 +71,7 @@ def page(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FILES),
         autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -98,7 +101,7 @@ def page(
 
 def _breakable(name: str) -> Markup:
     """A name that may go on in the next line behind a dot or a slash."""
-    return escape(name).replace(".", Markup(".<wbr>")).replace("/", Markup("/<wbr>"))
+    return escape(visible(name)).replace(".", Markup(".<wbr>")).replace("/", Markup("/<wbr>"))
 
 
 def _policy(style: str, script: str) -> str:

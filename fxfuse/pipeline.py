@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
 
@@ -10,32 +10,45 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from fxfuse.arguments import check_eval, check_inputs, rejection
 from fxfuse.capture import Capture, capture, check_usable
-from fxfuse.comparison import REJECTIONS, clean_run, drawn, rejection, verify
+from fxfuse.comparison import compared
 from fxfuse.errors import CaptureError, UsageError
 from fxfuse.exposure import hooks_look
 from fxfuse.keep import fold_called, fold_inside
+from fxfuse.leave import Leave
 from fxfuse.ops import Reader
 from fxfuse.options import choices
 from fxfuse.planner import planned
 from fxfuse.program import fold_program
 from fxfuse.records import Report
+from fxfuse.refusals import Code
 from fxfuse.replica import isolated, replicate
 from fxfuse.reports import attach
 from fxfuse.rewrite import rewrite
+from fxfuse.runs import REJECTIONS, clean_run, drawn, in_float64
 from fxfuse.shapes import GraphShapes, observed_values
-from fxfuse.tree import is_training
+from fxfuse.tree import as_module
+from fxfuse.verdict import Comparison
 
 
 @overload
 def fuse(
-    model: ExportedProgram, *, example_inputs: Sequence[Any] | None = ..., keep_modules: bool = ...
+    model: ExportedProgram,
+    *,
+    example_inputs: Sequence[Any] | None = ...,
+    keep_modules: bool = ...,
+    leave: Collection[str] = ...,
 ) -> ExportedProgram: ...
 
 
 @overload
 def fuse(
-    model: nn.Module, *, example_inputs: Sequence[Any] | None = ..., keep_modules: bool = ...
+    model: nn.Module,
+    *,
+    example_inputs: Sequence[Any] | None = ...,
+    keep_modules: bool = ...,
+    leave: Collection[str] = ...,
 ) -> nn.Module: ...
 
 
@@ -44,6 +57,7 @@ def fuse(
     *,
     example_inputs: Sequence[Any] | None = None,
     keep_modules: bool = False,
+    leave: Collection[str] = (),
 ) -> nn.Module | ExportedProgram:
     """A new module that computes the same function as `model`, with the norms folded away.
 
@@ -66,15 +80,17 @@ def fuse(
             and the result is verified before it is returned.
         keep_modules: give a module of the same class, with the same attributes and forward, in any case:
             norms become ``nn.Identity``, or what else their forward does, operators get the folded weights.
+        leave: names, as the report gives them, of norms that are to stay.
 
     Raises:
         UsageError: the model is in training mode, is no module, has lazy parameters that are not
-            initialised, or rejects the example inputs; or modules of an exported program are to be kept.
+            initialised, or rejects the example inputs; or modules of an exported program are to be kept;
+            or `leave` names a norm that the model does not execute.
         VerificationError: the result differs from `model` on the example inputs.
     """
-    fused, report = _folded(model, example_inputs, keep_modules)
+    fused, report = _folded(model, example_inputs, keep_modules, leave)
     if example_inputs is not None:
-        comparison = verify(model, fused, example_inputs)
+        comparison = _verified(model, fused, report, example_inputs, keep_modules)
         comparison.raise_if_failed()
         report = replace(report, verification=comparison)
     attach(fused, report)
@@ -86,45 +102,79 @@ def explain(
     *,
     example_inputs: Sequence[Any] | None = None,
     keep_modules: bool = False,
+    leave: Collection[str] = (),
 ) -> Report:
     """The report that ``fuse`` would give, less the verification; nothing is changed.
 
     Arguments and errors as there, but no VerificationError.
     """
-    return _folded(model, example_inputs, keep_modules)[1]
+    return _folded(model, example_inputs, keep_modules, leave)[1]
 
 
 def _folded(
-    model: nn.Module | ExportedProgram, example_inputs: Sequence[Any] | None, keep_modules: bool
+    model: nn.Module | ExportedProgram,
+    example_inputs: Sequence[Any] | None,
+    keep_modules: bool,
+    names: Collection[str],
 ) -> tuple[nn.Module | ExportedProgram, Report]:
-    if example_inputs is not None and not isinstance(example_inputs, (list, tuple)):
-        found = type(example_inputs).__name__
-        raise UsageError(f"example_inputs is a {found}; pass a tuple of positional inputs, (x,)")
+    leave = Leave(names)
+    fused, report = _folded_but(model, example_inputs, keep_modules, leave)
+    leave.check(report)
+    return fused, report
+
+
+def _folded_but(
+    model: nn.Module | ExportedProgram, example_inputs: Sequence[Any] | None, keep_modules: bool, leave: Leave
+) -> tuple[nn.Module | ExportedProgram, Report]:
+    if example_inputs is not None:
+        check_inputs(example_inputs, "example_inputs")
     if isinstance(model, ExportedProgram):
         if keep_modules:
-            raise UsageError("an exported program has no modules to keep; fold it without keep_modules=True")
+            raise UsageError(
+                "an exported program is one graph and has no modules to keep; leave out keep_modules=True"
+            )
         with torch.inference_mode(False), torch.no_grad():
-            return fold_program(model)
+            return fold_program(model, leave)
     check_usable(model)
-    if is_training(model):
-        raise UsageError(
-            f"{type(model).__name__} is in training mode, where norms use the batch; call model.eval()"
-        )
+    check_eval(model, "model")
     # Tensors that are made in inference mode could not become parameters of a module for all modes.
     with torch.inference_mode(False), torch.no_grad():
         if keep_modules:
-            fused, report = _kept(model)
+            fused, report = _kept(model, leave)
         elif hooks_look(model):
-            fused, report = _kept(model, f"a hook looks at this {type(model).__name__}, so it was not folded")
+            fused, report = _kept(
+                model, leave, f"a hook looks at this {type(model).__name__}, so it was not folded"
+            )
         elif not isinstance(model, fx.GraphModule) and (options := _choices(model)):
             note = f"forward takes options ({', '.join(options)}), so the modules were kept"
-            fused, report = _kept(model, note)
+            fused, report = _kept(model, leave, note)
         else:
-            fused, report = _graph(model, example_inputs)
+            fused, report = _graph(model, example_inputs, leave)
     if any(parameter.is_meta for parameter in fused.parameters()):
         note = "the model is on the meta device: the graph was folded, numbers were not checked"
         report = replace(report, notes=(*report.notes, note))
     return fused, report
+
+
+def _verified(
+    model: nn.Module | ExportedProgram,
+    fused: nn.Module | ExportedProgram,
+    report: Report,
+    example_inputs: Sequence[Any],
+    keep_modules: bool,
+) -> Comparison:
+    """Compares `fused` with its source, which is folded once more in float64: there no weight is rounded."""
+    source = as_module(model)
+    # What the dtype of the source does not allow is not to be made here either.
+    left = [refusal.norm for refusal in report.refused if refusal.code != Code.CHECK.value.code]
+
+    def refold() -> nn.Module:
+        again = _folded_but(
+            replicate(source).double(), in_float64(example_inputs), keep_modules, Leave(left)
+        )[0]
+        return as_module(again)
+
+    return compared(source, as_module(fused), example_inputs, refold=refold)
 
 
 def _choices(model: nn.Module) -> list[str]:
@@ -134,17 +184,17 @@ def _choices(model: nn.Module) -> list[str]:
         return []
 
 
-def _graph(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[nn.Module, Report]:
+def _graph(model: nn.Module, example_inputs: Sequence[Any] | None, leave: Leave) -> tuple[nn.Module, Report]:
     try:
         captured = capture(model)
     except CaptureError as error:
-        return _kept(model, f"the modules were kept, because {error}")
+        return _kept(model, leave, f"the modules were kept, because {error}")
     reader = Reader(captured.root, captured.graph)
     observed = {} if example_inputs is None else _observed(captured, example_inputs)
     shapes = GraphShapes(captured.graph, reader, observed)
-    plan, solution = planned(captured.graph, reader, shapes)
+    plan, solution = planned(captured.graph, reader, shapes, leave)
     folds, constants = rewrite(captured, plan, solution, reader)
-    inside = fold_called(model, captured)
+    inside = fold_called(model, captured, leave)
     known = {refusal.norm for refusal in plan.refusals}
     refused = (*plan.refusals, *(refusal for refusal in inside.refused if refusal.norm not in known))
     folded = (*folds, *inside.folded)
@@ -152,9 +202,9 @@ def _graph(model: nn.Module, example_inputs: Sequence[Any] | None) -> tuple[nn.M
     return captured.module(), Report(name, folded, refused, tuple(constants))
 
 
-def _kept(model: nn.Module, *notes: str) -> tuple[nn.Module, Report]:
+def _kept(model: nn.Module, leave: Leave, *notes: str) -> tuple[nn.Module, Report]:
     fused = replicate(model)
-    account = fold_inside(model, fused)
+    account = fold_inside(model, fused, leave)
     folded, refused = tuple(account.folded), tuple(account.refused)
     return fused, Report(type(model).__name__, folded, refused, notes=notes)
 
@@ -164,4 +214,6 @@ def _observed(captured: Capture, inputs: Sequence[Any]) -> Mapping[fx.Node, Tens
         with clean_run(drawn(captured.root, inputs, seed=0), seed=0) as values:
             return observed_values(isolated(captured.root), captured.graph, values)
     except REJECTIONS as error:
-        raise UsageError(f"the model rejects the example inputs {rejection(inputs, error)}") from error
+        raise UsageError(
+            f"the model rejects the example inputs {rejection(inputs, error, captured.root)}"
+        ) from error

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -53,9 +55,35 @@ def place_of_forward(modules: Iterable[nn.Module]) -> str:
     return ""
 
 
+def place_of_error(error: BaseException) -> str:
+    """The innermost module that was running, and the innermost line of the model's own code."""
+    running: list[nn.Module] = []
+    line = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
+        node = frame.f_locals.get("n") if isinstance(owner, fx.Interpreter) else None
+        owner = owner.module if isinstance(owner, fx.Interpreter) else owner
+        if isinstance(owner, nn.Module):
+            running.append(owner)
+            if isinstance(node, fx.Node):
+                line = place_of(node)
+            elif is_own_code(frame) and not frame.f_code.co_filename.startswith("<"):
+                line = _written(frame.f_code.co_filename, number, frame.f_code.co_qualname)
+    if not running:
+        return ""
+    names = (name for root in running for name, module in root.named_modules() if module is running[-1])
+    name = next(names)
+    kind = type(running[-1]).__name__
+    return ", ".join(filter(None, (f"{name} ({kind})" if name else kind, line)))
+
+
 def _written(file: str, line: int, function: str) -> str:
-    """With the path as seen from the nearest folder from which Python imports."""
-    folders = [Path(folder) for folder in (str(Path.cwd()), *sys.path) if Path(file).is_relative_to(folder)]
+    return f"{_seen_from(str(Path.cwd()), file)}:{line} in {function}"
+
+
+@cache
+def _seen_from(here: str, file: str) -> str:
+    """The path as seen from the nearest folder from which Python imports, `here` among them."""
+    folders = [Path(folder) for folder in (here, *sys.path) if Path(file).is_relative_to(folder)]
     nearest = max(folders, key=lambda folder: len(folder.parts), default=None)
-    path = Path(file) if nearest is None else Path(file).relative_to(nearest)
-    return f"{path.as_posix()}:{line} in {function}"
+    return (Path(file) if nearest is None else Path(file).relative_to(nearest)).as_posix()

@@ -51,6 +51,12 @@ class Move:
     sites: tuple[Site, ...]
     assumed: frozenset[tuple[fx.Node, int]]
 
+    @property
+    def name(self) -> str:
+        """Of the norm that it takes away, or a part of; of any other constant that of the node."""
+        norm = self.source.name if isinstance(self.source, Norm) else self.source.norm
+        return norm or self.node.name
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -6,12 +6,14 @@ anew without the moves that fail, until none does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
 
 from fxfuse.capture import Capture, reshaped_in_place
+from fxfuse.check import errors
 from fxfuse.match import match
 from fxfuse.ops import Reader
 from fxfuse.plan import Direction, Move, Plan
@@ -25,7 +27,7 @@ Forbid = Callable[[Plan, Move], Code | None]
 def planned(
     graph: fx.Graph, reader: Reader, shapes: GraphShapes, forbid: Forbid = lambda *_: None
 ) -> tuple[Plan, Solution]:
-    """A plan of which every move can be made; moves whose numbers do not allow it are planned around.
+    """A plan of which every move can be made, and has been tried out; the others are planned around.
 
     Args:
         graph: the graph; it is not changed.
@@ -42,6 +44,9 @@ def planned(
         if not failed:
             solution = solve(plan, reader, solved)
             failed = solution.failed
+            if not failed:
+                solution.errors = errors(plan, solution, reader)
+                failed = {move: Code.CHECK for move, error in solution.errors.items() if not error < math.inf}
             if not failed:
                 return plan, solution
         barred |= {(move.node, move.direction): code for move, code in failed.items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -25,6 +24,7 @@ from torch.export.graph_signature import (
 )
 from torch.nn import Parameter
 
+from fxfuse.leave import Leave
 from fxfuse.lifting import Lifted, lift, lower
 from fxfuse.ops import Reader
 from fxfuse.plan import Move, Plan
@@ -40,18 +40,23 @@ _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _ORDER = [InputKind.TOKEN, *_WEIGHTS, InputKind.CUSTOM_OBJ, InputKind.USER_INPUT]
 
 
-def fold_program(program: ExportedProgram) -> tuple[ExportedProgram, Report]:
+def fold_program(program: ExportedProgram, leave: Leave) -> tuple[ExportedProgram, Report]:
     """The folded program, and what became of every norm of it.
 
     Args:
         program: in the ATen dialect, before or after ``run_decompositions``; it is not changed.
+        leave: the norms that are to stay.
     """
     tensors = replicated({**program.state_dict, **program.constants})
     copied = lifted(program, tensors)
     captured = copied.capture
     reader = Reader(captured.root, captured.graph)
     regions = _regions(program, captured.graph)
-    plan, solution = planned_guarded(captured, reader, {}, forbid=partial(_crossing, regions))
+
+    def forbid(plan: Plan, move: Move) -> Code | None:
+        return leave(plan, move) or _crossing(regions, move)
+
+    plan, solution = planned_guarded(captured, reader, {}, forbid=forbid)
     replaced = {old.name: node for old, node in gone(plan).items()}
     norms, constants = rewrite(captured, plan, solution, reader)
     inputs = _Inputs(program, captured.graph)
@@ -79,7 +84,7 @@ def _regions(program: ExportedProgram, graph: fx.Graph) -> dict[fx.Node, frozens
     return {node: frozenset(name for name, _ in stack) & preserved for node, stack in stacks.items()}
 
 
-def _crossing(regions: Mapping[fx.Node, frozenset[str]], _: Plan, move: Move) -> Code | None:
+def _crossing(regions: Mapping[fx.Node, frozenset[str]], move: Move) -> Code | None:
     """A map that leaves a module which may be exchanged would be lost with it, or come on top of another."""
     crosses = any(regions.get(site.node) != regions.get(move.node) for site in move.sites)
     return Code.PRESERVED if crosses else None

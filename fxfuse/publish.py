@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch.export import ExportedProgram
 from fxfuse.dot import dot
 from fxfuse.drawing import drawing
 from fxfuse.errors import UsageError
+from fxfuse.files import written
 from fxfuse.page import Subject, page
 from fxfuse.reports import report
 from fxfuse.summary import summarised
@@ -52,9 +52,5 @@ def publish(
 
 
 def _write(text: str, file: Path) -> None:
-    """Writes a file and renames it when it is finished, so that one of that name is always whole."""
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        part = Path(folder, "part")
-        # A path may hold bytes that are no characters; they are written as \udc80.
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
-        part.replace(file.resolve())
+    with written(file) as part:
+        part.write_text(text, encoding="utf-8")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from fxfuse.errors import VerificationError
 from fxfuse.refusals import Code
+from fxfuse.verdict import Comparison
 
 SCHEMA = 2
 
@@ -64,93 +63,6 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Worst:
-    """The element that is furthest from what it should be.
-
-    Attributes:
-        output: which output, as an index into the model's result: "" for a lone tensor, "['logits']".
-        index: position in that output.
-        reference, candidate: the two values.
-        allowed: the difference up to which the two count as equal.
-    """
-
-    output: str
-    index: tuple[int, ...]
-    reference: float
-    candidate: float
-    allowed: float
-
-    def __str__(self) -> str:
-        place = f"output{self.output}[{', '.join(map(str, self.index))}]"
-        return (
-            f"{place}: {self.reference:.9g} and {self.candidate:.9g}, allowed difference {self.allowed:.2g}"
-        )
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What comparing two models brought.
-
-    Attributes:
-        ok: whether they agree, rounding aside.
-        conclusive: whether a mistake could have been seen at all; `notes` says why not.
-        max_abs: largest absolute difference of an element.
-        max_rel: largest difference, relative to the largest magnitude in its output.
-        reference_error, candidate_error: relative L2 distance of each model from a float64 run of the
-            reference; nan where that run was not possible.
-        worst: the element that is furthest beyond, or nearest to, what is allowed; None without numbers.
-        notes: reasons and remarks, one sentence each.
-    """
-
-    ok: bool
-    conclusive: bool
-    max_abs: float
-    max_rel: float
-    reference_error: float
-    candidate_error: float
-    worst: Worst | None
-    notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The comparison as JSON values; numbers that could not be measured are None."""
-        record = asdict(self)
-        for values in (record, record["worst"] or {}):
-            for name, value in values.items():
-                values[name] = None if isinstance(value, float) and not math.isfinite(value) else value
-        return record
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Comparison:
-        """The comparison that `to_dict` wrote."""
-        worst = record["worst"]
-        values = _numbers(record) | {"notes": tuple(record["notes"]), "worst": None}
-        if worst is not None:
-            values["worst"] = Worst(**{**_numbers(worst), "index": tuple(worst["index"])})
-        return cls(**values)
-
-    def raise_if_failed(self) -> None:
-        """Raises a VerificationError if the models do not agree."""
-        if not self.ok:
-            raise VerificationError(str(self))
-
-    def __str__(self) -> str:
-        verdict = "equal but for rounding" if self.ok else "NOT equal"
-        errors = f"reference {self.reference_error:.3g}, candidate {self.candidate_error:.3g}"
-        lines = [
-            f"{verdict}{'' if self.conclusive else ', but not conclusive'}",
-            f"  largest difference {self.max_abs:.3g} absolute, {self.max_rel:.3g} relative",
-            f"  error against float64: {errors}",
-        ]
-        if self.worst is not None:
-            lines.append(f"  worst element {self.worst}")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
-
-
-def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: math.nan if value is None else value for key, value in record.items()}
-
-
-@dataclass(frozen=True)
 class Report:
     """What became of every norm that a model executes.
 
@@ -176,6 +88,13 @@ class Report:
         """How many norms the source executes."""
         return len(self.folded) + len(self.refused)
 
+    @property
+    def summary(self) -> str:
+        """How many norms are gone, in words."""
+        return (
+            f"{len(self.folded)} of {self.norms} norms folded" if self.norms else "there are no norms to fold"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON values; key ``schema`` is the version of their arrangement."""
         verification = None if self.verification is None else self.verification.to_dict()
@@ -199,11 +118,11 @@ class Report:
         )
 
     def to_json(self) -> str:
-        """`to_dict` as text."""
+        """`to_dict` as text; ``report.schema.json``, in this package, describes every field."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {len(self.folded)} of {self.norms} norms folded"]
+        lines = [f"{self.model}: {self.summary}"]
         lines += [f"  folded  {fold}" for fold in self.folded]
         lines += [f"  also    {fold}" for fold in self.constants]
         lines += [f"  left    {left.norm}  {left.code}: {left.reason} ({left.hint})" for left in self.refused]

@@ -1,6 +1,6 @@
 """Why a norm can be left: one code for each reason, with what it means and what can be done.
 
-``docs/refusals.md`` explains each at length; a test holds the two together.
+``refusals.md``, beside this file, explains each at length; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ class Explanation:
 
 
 class Code(Enum):
-    """The refusal codes. 1xx: place; 2xx: the norm; 3xx: the operator; 4xx: numbers; 5xx: kept modules."""
+    """The refusal codes.
+
+    1xx: place; 2xx: the norm; 3xx: the operator; 4xx: numbers; 5xx: kept modules; 6xx: wishes.
+    """
 
     OTHER_USERS = Explanation(
         "FXF101",
@@ -164,22 +167,27 @@ class Code(Enum):
     OVERFLOW = Explanation(
         "FXF401",
         "the folded weight or bias would be infinite or NaN in its dtype",
-        "fold before the model is cast to a smaller dtype, or mend the statistics",
+        "mend the statistics, or keep the model in float32 or bfloat16, which have a wider range",
     )
     UNDERFLOW = Explanation(
         "FXF402",
         "the folded weight of a channel would be too small for its dtype and lose its digits",
-        "fold before the model is cast to a smaller dtype",
+        "keep the model in float32 or bfloat16, which hold smaller numbers",
+    )
+    CHECK = Explanation(
+        "FXF403",
+        "the folded operator did not give what the operators of the source gave, so the fold was undone",
+        "this is a mistake of fxfuse, or of the machine: please report it, with the model",
     )
     SHARED = Explanation(
         "FXF501",
         "modules are kept, and it or the operator is called more than once, or read elsewhere",
-        "fold without keep_modules=True, which gives every call its own weights",
+        "leave out keep_modules=True if it was given, or give each call a module of its own",
     )
     NO_MODULE = Explanation(
         "FXF502",
         "modules are kept, and it or the operator is no module of its own that could be exchanged",
-        "fold without keep_modules=True, or call the norm and the convolution as modules",
+        "leave out keep_modules=True if it was given, or call the norm and the operator as modules",
     )
     OPTIONS = Explanation(
         "FXF503",
@@ -189,7 +197,12 @@ class Code(Enum):
     METHODS = Explanation(
         "FXF504",
         "modules are kept, and a method other than forward gives the value between it and the operator",
-        "fold without keep_modules=True, or call the norm and the operator in the same method",
+        "leave out keep_modules=True if it was given, or call the norm and the operator in one method",
+    )
+    ASKED = Explanation(
+        "FXF601",
+        "it was asked to be left",
+        "take it out of leave=... to have it folded",
     )
 
 

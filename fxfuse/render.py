@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import groupby
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.markdown import Markdown
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from fxfuse.demo import Demonstration
-from fxfuse.records import Comparison, Refusal, Report
+from fxfuse.records import Refusal, Report
+from fxfuse.verdict import Comparison
+from fxfuse.visible import one_line, visible
 
 
 def headline(model: str, weights: str) -> RenderableType:
     """Which model it is, and what its weights are."""
-    return Text.assemble((model, "bold"), f": {weights}")
+    return Text.assemble((one_line(model), "bold"), f": {one_line(weights)}")
 
 
 def report_view(report: Report) -> RenderableType:
@@ -23,28 +28,35 @@ def report_view(report: Report) -> RenderableType:
     parts: list[RenderableType] = []
     if report.norms:
         table = Table(
-            "norm", "outcome", "where, or why not", title=escape(report.model), title_justify="left"
+            "norm", "outcome", "where, or why not", title=_plain(report.model), title_justify="left"
         )
         for code, group in groupby(sorted(report.refused, key=_code), key=_code):
             table.add_section()
             for number, left in enumerate(group):
                 why = (
-                    escape(left.reason)
+                    _plain(left.reason)
                     if number
-                    else f"{escape(left.reason)}\n[dim]{escape(left.hint)}[/dim]"
+                    else f"{_plain(left.reason)}\n[dim]{_plain(left.hint)}[/dim]"
                 )
-                table.add_row(escape(left.norm), f"[yellow]left {code}[/yellow]", why)
+                table.add_row(_plain(left.norm), f"[yellow]left {code}[/yellow]", why)
         table.add_section()
         for fold in report.folded:
             after = " [dim](after it)[/dim]" if fold.direction == "forward" else ""
-            into = f"into {escape(', '.join(fold.into))}{after}"
-            table.add_row(escape(fold.norm), "[green]folded[/green]", into)
+            into = f"into {_plain(', '.join(fold.into))}{after}"
+            table.add_row(_plain(fold.norm), "[green]folded[/green]", into)
         parts.append(table)
-    parts.append(Text(f"{len(report.folded)} of {report.norms} norms folded", style="bold"))
+    parts.append(Text(report.summary, style="bold"))
     if report.constants:
         parts.append(Text(f"{len(report.constants)} multiplications and additions of constants folded too"))
-    parts += [Text(f"note: {note}") for note in report.notes]
+    parts += [Text(f"note: {one_line(note)}") for note in report.notes]
+    if report.refused:
+        parts.append(Text(f"fxfuse explain {min(map(_code, report.refused))} says more", style="dim"))
     return Group(*parts)
+
+
+def _plain(text: str) -> str:
+    """Somebody's text as one line of rich markup that has no effect."""
+    return escape(one_line(text))
 
 
 def _code(refusal: Refusal) -> str:
@@ -78,7 +90,28 @@ def demonstration_view(shown: Demonstration) -> RenderableType:
     return Group(table, comparison_view(shown.comparison))
 
 
+class _Terminal(Console):
+    """A console that obeys rich, and no character of a text; it makes no pictures of :names:."""
+
+    def __init__(self, width: int | None = None) -> None:
+        super().__init__(width=width, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """The segments of `renderable`, their texts made visible."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
 def show(view: RenderableType) -> None:
     """Prints `view` on stdout; as wide as it needs to be where that is no terminal."""
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(view)
+    console = _Terminal()
+    (console if console.is_terminal else _Terminal(width=160)).print(view)
+
+
+def show_markdown(text: str) -> None:
+    """Prints `text` on stdout: set on a terminal, as it is anywhere else."""
+    console = _Terminal()
+    if console.is_terminal:
+        console.print(Markdown(text, code_theme="ansi_dark"))
+    else:
+        print(text.rstrip())

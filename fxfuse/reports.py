@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fxfuse.arguments import check_module
 from fxfuse.errors import UsageError
 from fxfuse.records import Report
 from fxfuse.tree import named_tensors
@@ -93,10 +94,16 @@ def report(fused: nn.Module | ExportedProgram) -> Report:
     compiled = {id(each): each for tensor in tensors for each in _compiled.get(tensor, {}).values()}
     if compiled:
         return _joined(type(getattr(fused, "_orig_mod", fused)).__name__, [*compiled.values()])
-    found = type(fused).__name__
+    if not isinstance(fused, ExportedProgram):
+        check_module(fused, "model")
+    if hasattr(fused, "_orig_mod") or getattr(fused, "_compiled_call_impl", None) is not None:
+        raise UsageError(
+            f"this {type(fused).__name__} was not called yet, or is not compiled with backend='fxfuse', "
+            "or Dynamo compiled nothing of it; call it on an input, then ask for the report"
+        )
     raise UsageError(
-        f"this {found} was not made by fxfuse, or comes out of a file of torch.export; or it is compiled and "
-        "was not called yet, or Dynamo compiled nothing of it; fxfuse.explain(model) tells what can be folded"
+        f"this {type(fused).__name__} was not made by fxfuse, or comes out of a file of torch.export, "
+        "which keeps no report; fxfuse.explain(model) tells what can be folded"
     )
 
 

@@ -55,12 +55,11 @@ def rewrite(
     constants: list[Fold] = []
     for move in plan.moves:
         names = tuple(dict.fromkeys(into[site.node] for site in move.sites))
-        if isinstance(move.source, Norm):
-            norms.append(Fold(move.source.name, names, move.direction, place_of(move.node)))
-        elif move.node in whole:
-            norms.append(Fold(str(move.source.norm), names, move.direction, place_of(move.node)))
+        error = solution.errors.get(move)
+        if isinstance(move.source, Norm) or move.node in whole:
+            norms.append(Fold(move.name, names, move.direction, place_of(move.node), error))
         elif move.node not in rest:
-            constants.append(Fold(move.node.name, names, move.direction, place_of(move.node)))
+            constants.append(Fold(move.node.name, names, move.direction, place_of(move.node), error))
     return norms, constants
 
 

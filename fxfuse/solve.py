@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxfuse.affine import AffineMap, exact
-from fxfuse.fold import absorb, absorb_unchecked
+from fxfuse.fold import Absorption, absorb, absorb_unchecked
 from fxfuse.nodes import Affine, Linear, Norm, TensorName
 from fxfuse.ops import Reader
 from fxfuse.plan import Move, Plan, Site
@@ -35,11 +35,15 @@ class Solution:
 
     Attributes:
         tensors: the folded weight and bias of every operator that changes.
+        absorptions: what they are computed from.
         failed: the moves that cannot be made, with the reason.
+        errors: how far the folds of a move are from the source, as `fxfuse.check` measures it.
     """
 
     tensors: dict[fx.Node, Folded] = field(default_factory=dict)
+    absorptions: dict[fx.Node, Absorption] = field(default_factory=dict)
     failed: dict[Move, Code] = field(default_factory=dict)
+    errors: dict[Move, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -70,8 +74,9 @@ def solve(plan: Plan, reader: Reader, solved: dict[tuple[Any, ...], Folded | Cod
         return solution
     for operator, parts in _composed(pieces).items():
         key = (operator, *((move.node, move.direction) for move in parts.moves))
+        solution.absorptions[operator] = what = _absorption(parts, reader)
         if key not in solved:
-            solved[key] = _folded(operator, parts, reader)
+            solved[key] = _folded(operator, parts, what, reader)
         tensors = solved[key]
         if isinstance(tensors, Code):
             solution.failed.setdefault(parts.moves[-1], tensors)
@@ -86,7 +91,7 @@ def solve_unchecked(plan: Plan, reader: Reader) -> dict[fx.Node, tuple[Tensor, T
     Nothing is checked: `plan` has been solved before, and has no move that depends on a map's numbers.
     """
     composed = _composed(_pieces(plan, reader))
-    return {node: absorb_unchecked(**_arguments(parts, reader)) for node, parts in composed.items()}
+    return {node: absorb_unchecked(_absorption(parts, reader)) for node, parts in composed.items()}
 
 
 def sources(plan: Plan, reader: Reader) -> set[str]:
@@ -134,48 +139,42 @@ def affine_of(source: Norm | Affine, reader: Reader, device: torch.device) -> Af
         return AffineMap.from_norm(
             reader.tensor(source.mean), reader.tensor(source.var), weight, bias, source.eps
         )
-    constant = source.constant
-    tensor = (
-        reader.tensor(constant)
-        if isinstance(constant, fx.Node)
-        else torch.tensor(constant, dtype=torch.float64)
-    )
-    value = exact(tensor.to(device)).flatten()
+    value = exact(number(source, reader).to(device)).flatten()
     if source.role == "plus":
         return AffineMap(torch.full_like(value, -1.0 if source.negative else 1.0), source.factor * value)
     return AffineMap(value if source.role == "times" else 1 / value, torch.zeros_like(value))
+
+
+def number(source: Affine, reader: Reader) -> Tensor:
+    """The constant that it multiplies or adds."""
+    if isinstance(source.constant, fx.Node):
+        return reader.tensor(source.constant)
+    return torch.tensor(source.constant, dtype=torch.float64)
 
 
 def _holds(code: Code, piece: AffineMap) -> bool:
     return not piece.scale.is_meta and bool(_HOLDS[code](piece))
 
 
-def _folded(operator: fx.Node, taken: _Taken, reader: Reader) -> Folded | Code:
-    folded = absorb(**_arguments(taken, reader))
+def _folded(operator: fx.Node, taken: _Taken, what: Absorption, reader: Reader) -> Folded | Code:
+    folded = absorb(what)
     if isinstance(folded, Code):
         return folded
+    weight = taken.operator.weight
+    if isinstance(weight, str):
+        new = alias(what.weight, folded[0])
+    else:
+        new = nn.Parameter(folded[0], _trains(weight, reader))
+    if what.bias is None and not any(_shifts(move, operator) for move in taken.moves):
+        return new, None
+    return new, nn.Parameter(folded[1], _needs_gradient(new, what.bias, taken.moves, reader))
+
+
+def _absorption(taken: _Taken, reader: Reader) -> Absorption:
     linear = taken.operator
     bias = None if linear.bias is None else reader.tensor(linear.bias)
-    if isinstance(linear.weight, str):
-        new = alias(reader.tensor(linear.weight), folded[0])
-    else:
-        new = nn.Parameter(folded[0], _trains(linear.weight, reader))
-    if bias is None and not any(_shifts(move, operator) for move in taken.moves):
-        return new, None
-    return new, nn.Parameter(folded[1], _needs_gradient(new, bias, taken.moves, reader))
-
-
-def _arguments(taken: _Taken, reader: Reader) -> dict[str, Any]:
-    """Those of `absorb`."""
-    linear = taken.operator
-    return {
-        "weight": reader.tensor(linear.weight),
-        "bias": None if linear.bias is None else reader.tensor(linear.bias),
-        "before": taken.before,
-        "after": taken.after,
-        "transposed": linear.transposed,
-        "groups": linear.groups,
-    }
+    weight = reader.tensor(linear.weight)
+    return Absorption(weight, bias, taken.before, taken.after, linear.transposed, linear.groups)
 
 
 def _shifts(move: Move, operator: fx.Node) -> bool:

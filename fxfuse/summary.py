@@ -12,8 +12,8 @@ from torch.export import ExportedProgram
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxfuse.comparison import clean_run, drawn
 from fxfuse.replica import isolated
+from fxfuse.runs import clean_run, drawn
 from fxfuse.tree import as_module
 
 # What the dispatcher sees of a batch norm, by device and dialect.

@@ -45,7 +45,7 @@ from fxfuse.guards import (
     traceable_checks,
 )
 from fxfuse.options import defaults
-from fxfuse.places import is_own_code, stack_trace
+from fxfuse.places import is_own_code, place_of, stack_trace
 from fxfuse.proxies import ParameterProxy, TensorProxy, TypedProxy, gives_tensor
 from fxfuse.reparametrized import evaluate_weights
 from fxfuse.replica import replicate
@@ -274,7 +274,10 @@ def _no_writes_to_constants(graph: fx.Graph, traced: nn.Module, model: nn.Module
     found = roots(graph, traced, written_inputs, {}) if made else {}
     for node in graph.nodes if made else ():
         if any(found[each] & made for each in written_inputs(node)):
-            raise CaptureError(f"forward writes to a tensor that it has made itself, at {node.format_node()}")
+            raise CaptureError(
+                f"forward writes to a tensor that it has made itself, by {node.name}, {place_of(node)}; "
+                "in a graph it would be one tensor for all calls"
+            )
 
 
 @dataclass(frozen=True)

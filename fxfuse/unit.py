@@ -183,7 +183,8 @@ class Unit:
             for move in each.plan.moves:
                 norm = each.reader.norm(move.node)
                 into = tuple(dict.fromkeys(each.reader.operator(site.node) for site in move.sites))
-                found.setdefault(norm, Fold(norm, into, move.direction, place_of(move.node)))
+                error = each.solution.errors.get(move)
+                found.setdefault(norm, Fold(norm, into, move.direction, place_of(move.node), error))
         return [*found.values()]
 
     def refusals(self) -> list[Refusal]:

@@ -13,8 +13,7 @@ import importlib.util
 import inspect
 import sys
 import warnings
-import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from fxfuse.archive import read_program
+from fxfuse.checkpoint import load_weights
 from fxfuse.errors import UsageError
 
 RANDOM = "random weights and random statistics"
@@ -43,15 +44,32 @@ class Loaded:
     inputs: tuple[Any, ...] | None
 
 
-def load(spec: str, *, seed: int = 0) -> Loaded:
-    """Loads the model that `spec` names. `seed` draws random weights and inputs.
+def load(spec: str, *, seed: int = 0, weights: Path | None = None) -> Loaded:
+    """Loads the model that `spec` names.
+
+    Args:
+        spec: its name.
+        seed: draws random weights and inputs.
+        weights: a .safetensors file, or one of torch.save, whose tensors replace all weights of the model.
 
     Raises:
         UsageError: there is no such model (the nearest names are given), its library is not installed,
-            the factory does not give a module, or the file cannot be read.
+            the factory does not give a module, or a file cannot be read or does not fit.
     """
-    if spec.endswith(".pt2"):
-        return _exported(Path(spec))
+    if spec.lower().endswith(".pt2"):
+        if weights is not None:
+            raise UsageError(f"{spec} has its own weights, which {weights} cannot replace; leave it out")
+        program = read_program(Path(spec))
+        args, kwargs = program.example_inputs or (None, {})
+        return Loaded(program, f"from {Path(spec).name}", None if kwargs else args)
+    loaded = _built(spec, seed)
+    if weights is not None:
+        assert isinstance(loaded.model, nn.Module)
+        return replace(loaded, weights=load_weights(loaded.model, weights))
+    return loaded
+
+
+def _built(spec: str, seed: int) -> Loaded:
     source, colon, name = spec.partition(":")
     if not colon or not source:
         raise UsageError(
@@ -84,7 +102,7 @@ def torchvision() -> ModuleType:
     """
     found = importlib.util.find_spec("torchvision")
     if found is None or found.origin is None:
-        raise UsageError("torchvision is not installed; pip install 'fxfuse[zoo]'")
+        raise UsageError("torchvision, which has that model, is not installed; pip install 'fxfuse[zoo]'")
     extensions = [*Path(found.origin).parent.glob("_C*.so"), *Path(found.origin).parent.glob("_C*.pyd")]
     try:
         for extension in extensions:
@@ -107,7 +125,7 @@ def torchvision() -> ModuleType:
 def timm() -> ModuleType:
     """The timm package, which needs torchvision to be importable."""
     if importlib.util.find_spec("timm") is None:
-        raise UsageError("timm is not installed; pip install 'fxfuse[zoo]'")
+        raise UsageError("timm, which has that model, is not installed; pip install 'fxfuse[zoo]'")
     torchvision()
     return importlib.import_module("timm")
 
@@ -145,7 +163,7 @@ def _torchvision(name: str) -> Loaded:
     model = models.get_model(name, weights=None, **options)
     file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     if file.exists():
-        model.load_state_dict(torch.load(file, weights_only=True))
+        load_weights(model, file)
         return Loaded(model.eval(), f"pretrained ({weights})", _image(weights.transforms()))
     return Loaded(randomise(model).eval(), RANDOM, _image(weights.transforms()))
 
@@ -167,7 +185,7 @@ def _timm(name: str) -> Loaded:
     shape = model.pretrained_cfg.get("input_size", (3, 224, 224))
     file = _cached_file(model.pretrained_cfg.get("hf_hub_id"))
     if file is not None:
-        model.load_state_dict(importlib.import_module("safetensors.torch").load_file(file))
+        load_weights(model, Path(file))
         return Loaded(model.eval(), f"pretrained ({file})", (torch.randn(1, *shape),))
     return Loaded(randomise(model).eval(), RANDOM, (torch.randn(1, *shape),))
 
@@ -183,7 +201,7 @@ def _cached_file(repository: str | None) -> str | None:
 def _check_name(name: str, known: list[str], source: str) -> None:
     if name not in known:
         near = ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.4)) or "none is near"
-        raise UsageError(f"{source} has no model {name!r}; nearest: {near}")
+        raise UsageError(f"{source} has no model {name!r}; nearest: {near}; fxfuse list prints all names")
 
 
 def _factory(module_name: str, factory_name: str) -> Loaded:
@@ -194,21 +212,12 @@ def _factory(module_name: str, factory_name: str) -> Loaded:
         model = getattr(importlib.import_module(module_name), factory_name)()
     except Exception as error:  # nothing but the user's own code runs here, and it may raise anything
         raise UsageError(
-            f"cannot load {module_name}:{factory_name}: {type(error).__name__}: {error}"
+            f"cannot load {module_name}:{factory_name}: {type(error).__name__}: {error}; the module is "
+            "imported from here or from what is installed, and the factory called without arguments"
         ) from error
     if not isinstance(model, nn.Module):
-        raise UsageError(f"{module_name}:{factory_name} gave a {type(model).__name__}, not a torch.nn.Module")
+        raise UsageError(
+            f"{module_name}:{factory_name} gave a {type(model).__name__}, not a torch.nn.Module; "
+            "it has to return the model"
+        )
     return Loaded(model.eval(), "weights as the factory makes them", None)
-
-
-def _exported(path: Path) -> Loaded:
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
-    if not zipfile.is_zipfile(path):
-        raise UsageError(f"{path} is no exported program, or a damaged one (not a zip archive)")
-    try:
-        program = torch.export.load(path)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{path} cannot be read as an exported program: {error}") from error
-    args, kwargs = program.example_inputs or (None, {})
-    return Loaded(program, f"from {path.name}", None if kwargs else args)

@@ -39,6 +39,7 @@ from fxfuse import fold as folding
 from fxfuse.affine import AffineMap, exact
 from fxfuse.channels import KEPT
 from fxfuse.exposure import Kind
+from fxfuse.fold import Absorption
 from fxfuse.layout import Layouts
 from fxfuse.nodes import Affine, Linear, Norm, Opaque
 from fxfuse.plan import Plan
@@ -114,9 +115,9 @@ def norm_map(change: Callable[..., tuple[Any, ...]]) -> None:
 def folded_tensors(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
     """Passes what is folded through `change`, with the source's weight as its first argument."""
 
-    def changed(original: Callable[..., Any], weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-        folded = original(weight, *args, **kwargs)
-        return change(weight, *folded) if isinstance(folded, tuple) else folded
+    def changed(original: Callable[..., Any], what: Absorption) -> Any:
+        folded = original(what)
+        return change(what.weight, *folded) if isinstance(folded, tuple) else folded
 
     wrap(solve, "absorb", changed)
 
@@ -186,22 +187,27 @@ def compose_chains_in_the_wrong_order() -> None:
 
 @bug(*PROGRAMS)
 def fold_only_the_first_norm_of_a_chain() -> None:
-    def add(original: Any, taken: Any, move: Any, site: Any, piece: AffineMap) -> None:
-        first = taken.after if site.side == "output" else None
-        original(taken, move, site, piece)
-        taken.after = first or taken.after
+    def composed(original: Any, pieces: Any) -> Any:
+        seen = set()
+        first = []
+        for move, site, piece in pieces:
+            if site.side == "input" or site.node not in seen:
+                first.append((move, site, piece))
+                seen.add(site.node)
+        return original(first)
 
-    wrap(solve, "_add", add)
+    wrap(solve, "_composed", composed)
 
 
 @bug(*PATHS, *CHAINS)
 def compose_what_goes_forward_in_the_wrong_order() -> None:
-    def add(original: Any, taken: Any, move: Any, site: Any, piece: AffineMap) -> None:
-        inner = taken.before if site.side == "input" else None
-        original(taken, move, site, piece)
-        taken.before = taken.before if inner is None else inner.then(piece)
+    def composed(original: Any, pieces: Any) -> Any:
+        pieces = [*pieces]
+        inputs = iter([each for each in pieces if each[1].side == "input"][::-1])
+        found = original([next(inputs) if each[1].side == "input" else each for each in pieces])
+        return {each[1].node: found[each[1].node] for each in pieces}
 
-    wrap(solve, "_add", add)
+    wrap(solve, "_composed", composed)
 
 
 @bug(*PATHS, *CHAINS)
@@ -234,21 +240,20 @@ def take_c_over_x_for_x_over_c() -> None:
 
 @bug(*NUMBERS)
 def do_not_scale_the_bias() -> None:
-    def absorbed(original: Any, weight: Tensor, bias: Tensor | None, *, after: Any, **rest: Any) -> Any:
-        if after is not None and bias is not None:
-            after, bias = AffineMap(after.scale, after.shift + exact(bias)), None
-        return original(weight, bias, after=after, **rest)
+    def absorbed(original: Any, what: Absorption) -> Any:
+        if what.after is not None and what.bias is not None:
+            after = AffineMap(what.after.scale, what.after.shift + exact(what.bias))
+            what = replace(what, after=after, bias=None)
+        return original(what)
 
     wrap(solve, "absorb", absorbed)
 
 
 @bug(*NUMBERS)
 def swap_the_axes_of_a_transposed_conv() -> None:
-    def scale(
-        original: Any, weight: Tensor, before: Any, after: Any, transposed: bool, groups: int
-    ) -> Tensor:
-        found = original(weight, before, after, transposed, groups)
-        square = transposed and found.shape[0] == found.shape[1]
+    def scale(original: Any, what: Absorption) -> Tensor:
+        found = original(what)
+        square = what.transposed and found.shape[0] == found.shape[1]
         return found.transpose(0, 1).contiguous() if square else found
 
     wrap(folding, "_scale", scale)
@@ -256,36 +261,34 @@ def swap_the_axes_of_a_transposed_conv() -> None:
 
 @bug(*NUMBERS)
 def ignore_the_groups_of_a_transposed_conv() -> None:
-    def scale(
-        original: Any, weight: Tensor, before: Any, after: Any, transposed: bool, groups: int
-    ) -> Tensor:
-        if transposed and after is not None:
-            after = replace(after, scale=_of_the_first_group(after.scale, groups))
-        return original(weight, before, after, transposed, groups)
+    def scale(original: Any, what: Absorption) -> Tensor:
+        if what.transposed and what.after is not None:
+            after = replace(what.after, scale=_of_the_first_group(what.after.scale, what.groups))
+            what = replace(what, after=after)
+        return original(what)
 
     wrap(folding, "_scale", scale)
 
 
 @bug(*PATHS, *CHAINS)
 def ignore_the_groups_on_the_input_side() -> None:
-    def scale(
-        original: Any, weight: Tensor, before: Any, after: Any, transposed: bool, groups: int
-    ) -> Tensor:
-        if before is not None:
-            before = replace(before, scale=_of_the_first_group(before.scale, groups))
-        return original(weight, before, after, transposed, groups)
+    def scale(original: Any, what: Absorption) -> Tensor:
+        if what.before is not None:
+            before = replace(what.before, scale=_of_the_first_group(what.before.scale, what.groups))
+            what = replace(what, before=before)
+        return original(what)
 
     wrap(folding, "_scale", scale)
 
 
 @bug(*PATHS, *CHAINS)
 def ignore_the_groups_of_what_the_bias_takes_up() -> None:
-    def absorbed(original: Any, *args: Any, before: Any, groups: int = 1, **rest: Any) -> Any:
-        folded = original(*args, before=before, groups=groups, **rest)
-        if before is None or not isinstance(folded, tuple):
+    def absorbed(original: Any, what: Absorption) -> Any:
+        folded = original(what)
+        if what.before is None or not isinstance(folded, tuple):
             return folded
-        wrong = AffineMap(before.scale, _of_the_first_group(before.shift, groups))
-        return folded[0], original(*args, before=wrong, groups=groups, **rest)[1]
+        wrong = AffineMap(what.before.scale, _of_the_first_group(what.before.shift, what.groups))
+        return folded[0], original(replace(what, before=wrong))[1]
 
     wrap(solve, "absorb", absorbed)
 
@@ -296,9 +299,9 @@ def _of_the_first_group(values: Tensor, groups: int) -> Tensor:
 
 @bug(*PATHS, *CHAINS)
 def forget_the_shift_of_what_goes_forward() -> None:
-    def absorbed(original: Any, *args: Any, before: Any, **rest: Any) -> Any:
-        scale = None if before is None else AffineMap(before.scale, torch.zeros_like(before.shift))
-        return original(*args, before=scale, **rest)
+    def absorbed(original: Any, what: Absorption) -> Any:
+        before = what.before and AffineMap(what.before.scale, torch.zeros_like(what.before.shift))
+        return original(replace(what, before=before))
 
     wrap(solve, "absorb", absorbed)
 
@@ -315,9 +318,10 @@ def lose_the_dtype() -> None:
 
 @bug(*ROUNDING)
 def compute_in_the_dtype_of_the_weight() -> None:
-    def absorbed(original: Any, weight: Tensor, *args: Any, after: AffineMap, **rest: Any) -> Any:
-        scale, shift = (part.to(weight.dtype).double() for part in (after.scale, after.shift))
-        return original(weight, *args, after=AffineMap(scale, shift), **rest)
+    def absorbed(original: Any, what: Absorption) -> Any:
+        dtype = what.weight.dtype
+        scale, shift = (part.to(dtype).double() for part in (what.after.scale, what.after.shift))
+        return original(replace(what, after=AffineMap(scale, shift)))
 
     wrap(solve, "absorb", absorbed)
 

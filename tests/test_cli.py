@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from click.testing import CliRunner
 from torch import nn
@@ -108,7 +109,7 @@ def test_an_exported_program_is_folded_into_an_exported_program(run, decomposed)
     assert result.exit_code == 0 and "equal but for rounding" in result.stdout, result.output
     assert "the shapes of the source" in run("fuse", "model.pt2", "-o", "again.pt2").stdout
     result = run("fuse", "model.pt2", "-o", "model.pt2")
-    assert result.exit_code == 2 and "it is the model itself" in result.output
+    assert result.exit_code == 2 and "it is the same file as model.pt2, which would be lost" in result.output
     result = run("fuse", "absent.pt2", "-o", "folded.pt2")
     assert result.exit_code == 2 and "there is no file absent.pt2" in result.output
 
@@ -150,7 +151,7 @@ def test_fuse_of_a_model_that_cannot_be_traced_says_why_and_verifies(run):
         (("fuse", "made_here:network", "-o", "nowhere/folded.pt2"), "cannot write nowhere/folded.pt2"),
         (("explain", "made_here:network", "--json", "nowhere/r.json"), "cannot write nowhere/r.json"),
         (("verify", "made_here:network"), "no input is known"),
-        (("list", "no such name"), "no model has 'no such name'"),
+        (("list", "no such name"), "has 'no such name' in its name"),
     ],
 )
 def test_wrong_use_ends_with_2_and_a_message(run, arguments, said):
@@ -211,10 +212,159 @@ def test_nothing_of_the_progress_bar_reaches_a_pipe():
     assert "loading" not in shown.stderr and "━" not in shown.stderr
 
 
-def test_markup_in_names_is_printed_and_not_interpreted(run, monkeypatch):
-    model = nn.ModuleDict({"[bold]a": nn.BatchNorm2d(3)})
-    monkeypatch.setattr(type(model), "forward", lambda self, x: self["[bold]a"](x), raising=False)
-    loaded = zoo.Loaded(model.eval(), "its own", None)
+HOSTILE = "[red]a[/]\x1b[31m\r\n9 of 9 norms folded\u202e:cat:"
+SHOWN = r"[red]a[/]\x1b[31m\r\n9 of 9 norms folded\u202e:cat:"
+
+
+def obeyed(text):
+    """The lines of `text` that a name forges, and the characters in it that a terminal obeys."""
+    forged = [line for line in text.splitlines() if line.startswith("9 of 9")]
+    return forged + [c for c in text if not c.isprintable() and c != "\n"]
+
+
+def test_markup_and_control_characters_in_names_are_printed_and_not_obeyed(run, monkeypatch):
+    model = type(HOSTILE, (nn.ModuleDict,), {"forward": lambda self, x: self[HOSTILE](x)})
+    model = model({HOSTILE: nn.BatchNorm2d(3)}).eval()
+    loaded = zoo.Loaded(model, HOSTILE, (torch.randn(1, 3, 4, 4),))
     monkeypatch.setattr(zoo, "load", lambda *_, **__: loaded)
-    result = run("explain", "made_here:network")
-    assert "[bold]a" in result.stdout
+    for command in ("explain", "fuse", "verify"):
+        result = run(command, HOSTILE)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith(f"{SHOWN}: {SHOWN}\n")
+        assert command == "verify" or result.stdout.count(SHOWN) > 3
+        assert obeyed(result.output) == []
+
+
+@pytest.mark.usefixtures("run")
+def test_layer_names_cannot_become_code():
+    """torch.fx puts names between quotation marks as they are."""
+    name = '" + str(exec("open(chr(112), chr(119))")) + "'
+    model = type("Named", (nn.ModuleDict,), {"forward": lambda self, x: self[name](x)})
+    model, x = model({name: nn.BatchNorm2d(3)}).eval(), torch.randn(1, 3, 4, 4)
+    fused = fxfuse.fuse(model)
+    assert "would not stay a name in generated code" in fxfuse.report(fused).notes[0]
+    assert torch.equal(fused(x), model(x)) and not Path("p").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("explain", HOSTILE),
+        ("explain", f"{HOSTILE}.pt2"),
+        ("explain", "made_here:network", HOSTILE),
+        ("explain", "made_here:network", "--weights", f"{HOSTILE}.pt"),
+        ("explain", "made_here:network", "--json", f"{HOSTILE}/r.json"),
+        ("explain", "made_here:hostile"),
+        ("list", HOSTILE),
+    ],
+)
+def test_errors_print_names_and_do_not_obey_them(run, arguments):
+    made = f"\ndef hostile():\n    raise ValueError({HOSTILE!r})\n"
+    Path("made_here.py").write_text(FACTORY + made)
+    result = run(*arguments)
+    assert result.exit_code == 2 and r"\x1b[31m" in result.stderr
+    assert obeyed(result.output) == []
+
+
+@pytest.fixture
+def program(run):
+    """The bytes of a program that was folded."""
+    assert run("fuse", "made_here:network", "--input", "2,3,8,8", "-o", "folded.pt2").exit_code == 0
+    return Path("folded.pt2").read_bytes()
+
+
+def test_a_damaged_program_ends_with_2_and_leaves_no_output(run, program):
+    for content in (program[: len(program) // 2], program.replace(b"aten.conv2d", b"aten.conv3d"), b""):
+        Path("damaged.pt2").write_bytes(content)
+        for arguments in (
+            ("fuse", "damaged.pt2", "-o", "new.pt2", "--json", "new.json"),
+            ("explain", "damaged.pt2"),
+            ("verify", "made_here:network", "damaged.pt2", "--input", "2,3,8,8"),
+        ):
+            result = run(*arguments)
+            assert result.exit_code == 2, result.output
+            assert "damaged.pt2 is damaged" in result.stderr and "Traceback" not in result.output
+    assert sorted(path.suffix for path in Path.cwd().iterdir() if path.is_file()) == [".pt2", ".pt2", ".py"]
+
+
+def test_weights_come_from_a_file(run):
+    made = zoo.load("made_here:network").model
+    tensors = {name: value * 2 for name, value in made.state_dict().items()}
+    safetensors.torch.save_file(tensors, "w.safetensors")
+    torch.save({"state_dict": tensors}, "w.pth")
+    arguments = ("fuse", "made_here:network", "--input", "2,3,8,8", "--weights", "w.safetensors")
+    result = run(*arguments, "-o", "folded.pt2")
+    assert result.exit_code == 0 and "made_here:network: from w.safetensors" in result.stdout, result.output
+    arguments = ("verify", "made_here:network", "folded.pt2", "--input", "2,3,8,8")
+    assert run(*arguments, "--weights", "w.pth").exit_code == 0
+    assert run(*arguments).exit_code == 1
+    assert "from w.pth" in run("explain", "made_here:network", "--weights", "w.pth").stdout
+
+
+@pytest.mark.usefixtures("run")
+def test_weights_of_a_name_replace_random_ones():
+    tensors = zoo.load("torchvision:resnet18", seed=3).model.state_dict()
+    safetensors.torch.save_file(tensors, "w.safetensors")
+    loaded = zoo.load("torchvision:resnet18", weights=Path("w.safetensors"))
+    assert loaded.weights == "from w.safetensors"
+    assert all(torch.equal(value, tensors[name]) for name, value in loaded.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("explain", "folded.pt2", "--weights", "w.pt"), "folded.pt2 has its own weights"),
+        (("explain", "made_here:network", "--weights", "absent.pt"), "there is no file absent.pt"),
+        (
+            ("fuse", "made_here:network", "--weights", "w.pt"),
+            "w.pt does not fit Sequential: 10 missing: 0.weight",
+        ),
+        (("fuse", "folded.pt2", "-o", "link.pt2"), "it is the same file as folded.pt2"),
+        (("fuse", "folded.pt2", "--json", "folded.pt2"), "it is the same file as folded.pt2"),
+        (
+            ("explain", "made_here:network", "--weights", "w.pt", "--json", "w.pt"),
+            "it is the same file as w.pt",
+        ),
+        (
+            ("verify", "made_here:network", "folded.pt2", "--json", "folded.pt2"),
+            "the same file as folded.pt2",
+        ),
+        (("fuse", "absent.pt2", "-o", "absent.pt2"), "there is no file absent.pt2"),
+        (("fuse", "folded.pt2", "-o", "/proc/new.pt2"), "cannot write /proc/new.pt2"),
+    ],
+)
+def test_files_that_do_not_fit_end_with_2_and_are_what_they_were(run, program, arguments, said):
+    torch.save({}, "w.pt")
+    Path("link.pt2").symlink_to("folded.pt2")
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+    assert Path("folded.pt2").read_bytes() == program
+
+
+def test_suffixes_may_be_capitals(run, program):
+    Path("M.PT2").write_bytes(program)
+    assert run("fuse", "M.PT2", "-o", "N.PT2").exit_code == 0
+    assert "0 of 1 norms folded" in run("explain", "N.PT2").stdout
+
+
+def test_a_model_without_norms_is_said_to_have_none(run):
+    for command in ("explain", "fuse", "verify"):
+        result = run(command, "torchvision:alexnet")
+        assert "there are no norms to fold" in result.stdout and "0 of 0" not in result.stdout
+
+
+@pytest.mark.usefixtures("run")
+def test_a_disk_that_is_full_ends_with_2_and_leaves_nothing():
+    """Each file may have four kilobytes, which torch alone answers by ending the process."""
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
+    command = "from fxfuse.cli import main; main()"
+    arguments = ["fuse", "made_here:network", "--input", "2,3,8,8", "-o", "new.pt2"]
+    ended = subprocess.run(
+        [sys.executable, "-B", "-W", "ignore", "-c", limited + command, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2 and ended.stderr.startswith("Error: cannot write new.pt2: File too large")
+    assert [path.name for path in Path.cwd().iterdir()] == ["made_here.py"]

@@ -207,7 +207,7 @@ def test_inputs_that_a_model_writes_to_are_copied():
 
 
 def test_wrong_use_is_told():
-    with pytest.raises(fxfuse.UsageError, match=r"candidate is in training mode; call candidate.eval\(\)"):
+    with pytest.raises(fxfuse.UsageError, match=r"candidate .* in training mode.* call candidate.eval\(\)"):
         fxfuse.verify(network(), network().train(), (IMAGE,))
     with pytest.raises(fxfuse.UsageError, match=r"rejects the inputs \(2, 7\)"):
         fxfuse.verify(network(), network(), (torch.ones(2, 7),))

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_refusal_code_is_documented_once_and_no_other():
-    documented = re.findall(r"^### (FXF\d{3})$", (ROOT / "docs" / "refusals.md").read_text(), re.MULTILINE)
+    documented = re.findall(r"^### (FXF\d{3})$", (ROOT / "fxfuse" / "refusals.md").read_text(), re.MULTILINE)
     assert documented == sorted(code.value.code for code in Code)
 
 

@@ -7,10 +7,14 @@ PACKAGE = Path(__file__).parents[1] / "fxfuse"
 
 # Each module may import from those on the lines above it only.
 LAYERS = [
-    ["_version", "errors", "refusals", "tree", "replica", "calls", "affine", "functions", "places"],
-    ["objects"],
+    ["_version", "errors", "refusals", "tree", "replica", "calls", "functions", "places"],
+    ["channels", "files", "visible", "vetting", "container"],
+    ["objects", "explanations", "arguments", "affine", "distances", "verdict", "archive", "checkpoint"],
     ["guards", "options", "methods"],
-    ["proxies", "reparametrized", "exposure", "fold", "records", "layers", "channels", "constants"],
+    ["proxies", "reparametrized", "exposure", "fold", "records", "layers", "constants"],
+    ["runs"],
+    ["algebra"],
+    ["rounding"],
     ["transparent", "patterns", "comparison", "reports"],
     ["table", "nodes", "summary"],
     ["aliases"],
@@ -21,8 +25,9 @@ LAYERS = [
     ["ops"],
     ["shapes"],
     ["layout", "memory", "plan"],
-    ["match", "solve"],
-    ["planner", "dynamo", "inline"],
+    ["match", "solve", "leave"],
+    ["check", "inline", "dynamo"],
+    ["planner"],
     ["following"],
     ["rewrite"],
     ["program", "backend"],
@@ -45,7 +50,10 @@ LAYERS = [
 # What a stage of the design knows nothing of.
 IGNORANT = {
     "fold": {"capture", "ops", "match", "rewrite", "nodes", "shapes", "solve", "keep"},
-    "comparison": {"fold", "match", "rewrite", "affine", "solve", "keep"},
+    "comparison": {"fold", "match", "rewrite", "affine", "solve", "keep", "pipeline"},
+    "rounding": {"fold", "match", "rewrite", "affine", "solve", "keep", "pipeline"},
+    "algebra": {"fold", "match", "rewrite", "affine", "solve", "keep", "pipeline"},
+    "check": {"capture", "match", "rewrite", "keep"},
     "records": {"capture", "ops", "match", "rewrite", "fold", "solve", "keep"},
     "ops": {"capture", "match", "rewrite", "fold", "affine", "shapes", "solve", "keep"},
     "table": {"ops", "nodes", "shapes", "match", "fold", "affine", "capture"},

@@ -303,6 +303,13 @@ def test_markup_in_names_reasons_and_paths_is_shown_and_not_interpreted(show, ho
     assert tab.locator("script").count() == 1 and tab.locator("img, b#injected").count() == 0
 
 
+def test_characters_that_reverse_or_hide_text_are_shown_as_their_escapes(show):
+    fold = Fold("conv\u202e1x\x00", ("\u200b\udc80",), "backward", "\x1b[2J")
+    tab = show(page(Subject("m\u202e", "w"), Report("M", (fold,), ()), (NOTHING, NOTHING), None))
+    assert (column(tab, 2), column(tab, 5)) == (["conv\\u202e1x\\x00"], ["\\u200b\\udc80"])
+    assert column(tab, 7) == ["\\x1b[2J"] and tab.locator("h1").inner_text() == "m\\u202e"
+
+
 def test_a_layer_whose_name_is_markup_is_folded_and_shown(show):
     model = nn.Sequential()
     model.add_module("<b>x</b>", nn.Conv2d(3, 4, 3))

@@ -171,7 +171,8 @@ COMPILED = {Code.RESHAPED, Code.GRADIENTS, Code.PRESERVED}
 
 
 def test_every_code_is_provoked():
-    assert {*MODELS, *BEHIND_ANOTHER, *KEPT, *COMPILED} == set(Code)
+    elsewhere = {Code.CHECK, Code.ASKED}  # test_check.py, test_leave.py
+    assert {*MODELS, *BEHIND_ANOTHER, *KEPT, *COMPILED} == set(Code) - elsewhere
 
 
 def refusals_of(make, x, *, keep_modules=False):

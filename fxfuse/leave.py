@@ -1,0 +1,40 @@
+"""What the caller asks to leave as it is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+
+from fxfuse.errors import UsageError
+from fxfuse.plan import Move, Plan
+from fxfuse.records import Report
+from fxfuse.refusals import Code
+
+
+class Leave:
+    """Forbids the moves of norms, and of other constants, by their names."""
+
+    def __init__(self, names: Collection[str] = ()) -> None:
+        if isinstance(names, str):
+            raise UsageError(f"leave is the text {names!r}; pass a collection of names of norms, [{names!r}]")
+        self._names = frozenset(names)
+        self._met: set[str] = set()
+
+    def __call__(self, _: Plan, move: Move) -> Code | None:
+        """Why a move is not to be made."""
+        if move.name not in self._names:
+            return None
+        self._met.add(move.name)
+        return Code.ASKED
+
+    def below(self, path: str) -> Mapping[str, Code]:
+        """The names below the module `path`, relative to it."""
+        prefix = f"{path}." if path else ""
+        return {name.removeprefix(prefix): Code.ASKED for name in self._names if name.startswith(prefix)}
+
+    def check(self, report: Report) -> None:
+        """Raises a UsageError for names that the model does not have."""
+        known = self._met | {fold.norm for fold in report.folded} | {left.norm for left in report.refused}
+        for name in sorted(self._names - known):
+            near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4)) or "none is near"
+            raise UsageError(f"{report.model} executes no norm {name!r}, which leave names; nearest: {near}")
