@@ -29,7 +29,9 @@ from fxfuse.culprits import Check, CommandPasses, Within
 from fxfuse.errors import FxfuseError, UsageError, VerificationError
 from fxfuse.explanations import explanation, is_code
 from fxfuse.files import check_writable, written
+from fxfuse.page import Subject
 from fxfuse.programs import as_program, save
+from fxfuse.publish import publish
 from fxfuse.records import SCHEMA
 from fxfuse.render import comparison_view, demonstration_view, headline, report_view, show, show_markdown
 from fxfuse.reproduction import reproduction
@@ -73,6 +75,12 @@ _weights = click.option(
 )
 _json = click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write everything as JSON; - for stdout."
+)
+_html = click.option(
+    "--html", "html_file", type=click.Path(path_type=Path), help="Write the report for people: one HTML file."
+)
+_dot = click.option(
+    "--dot", "dot_file", type=click.Path(path_type=Path), help="Write the graphs, before and after, in DOT."
 )
 
 
@@ -125,6 +133,8 @@ def main() -> None:
 @_seed
 @_weights
 @_json
+@_html
+@_dot
 @_reported
 def fuse(
     model: str,
@@ -133,9 +143,11 @@ def fuse(
     seed: int,
     weights: Path | None,
     json_file: Path | None,
+    html_file: Path | None,
+    dot_file: Path | None,
 ) -> None:
     """Folds the norms of MODEL, verifies the result and says what was done."""
-    _check_outputs(output, json_file, kept=(model, weights))
+    _check_outputs(output, json_file, html_file, dot_file, kept=(model, weights))
     if output is not None and output.suffix.lower() != ".pt2":
         raise UsageError(f"cannot write {output}: an exported program is a .pt2 file; call it that")
     with _progress(4 if output else 3) as step:
@@ -148,6 +160,9 @@ def fuse(
         step("folding and verifying")
         fused = fxfuse.fuse(loaded.model, example_inputs=inputs)
         report = fxfuse.report(fused)
+        if html_file or dot_file:
+            subject = Subject(model, loaded.weights)
+            publish(subject, loaded.model, fused, inputs, html_file=html_file, dot_file=dot_file)
         if output is not None:
             step(f"writing {output}")
             save(as_program(fused, inputs or ()), output)
@@ -178,26 +193,43 @@ def fuse(
 @_seed
 @_weights
 @_json
+@_html
+@_dot
 @_reported
 def explain(
-    model: str, shapes: tuple[Any, ...], seed: int, weights: Path | None, json_file: Path | None
+    model: str,
+    shapes: tuple[Any, ...],
+    seed: int,
+    weights: Path | None,
+    json_file: Path | None,
+    html_file: Path | None,
+    dot_file: Path | None,
 ) -> None:
     """Says what would become of every norm of MODEL, and changes nothing.
+
+    For --html and --dot it is folded, and verified if an input is known.
 
     A refusal code in place of MODEL, as FXF102, is explained with an example; FXF lists all codes.
     """
     if is_code(model):
-        if shapes or json_file or weights:
+        if shapes or json_file or weights or html_file or dot_file:
             raise UsageError(
-                f"{model} is a code and no model, to which --input, --weights, --json belong; leave them out"
+                f"{model} is a code and no model, to which --input, --weights, --json, --html, --dot belong; "
+                "leave them out"
             )
         show_markdown(explanation(model))
         return
-    _check_outputs(json_file, kept=(model, weights))
+    _check_outputs(json_file, html_file, dot_file, kept=(model, weights))
     with _progress(3) as step:
         loaded, inputs = _load(model, shapes, seed, weights, step)
         step("matching")
-        report = fxfuse.explain(loaded.model, example_inputs=inputs)
+        if html_file or dot_file:
+            fused = fxfuse.fuse(loaded.model, example_inputs=inputs)
+            report = fxfuse.report(fused)
+            subject = Subject(model, loaded.weights)
+            publish(subject, loaded.model, fused, inputs, html_file=html_file, dot_file=dot_file)
+        else:
+            report = fxfuse.explain(loaded.model, example_inputs=inputs)
         step("done")
     if not _write_json({"model": model, "weights": loaded.weights, "report": report.to_dict()}, json_file):
         show(headline(model, loaded.weights))

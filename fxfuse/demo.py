@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse import zoo
 from fxfuse.errors import UsageError
 from fxfuse.pipeline import fuse
 from fxfuse.reports import report
+from fxfuse.summary import executed_norms
 from fxfuse.verdict import Comparison
 
 _ROUNDS = 30
@@ -84,24 +84,6 @@ def photograph() -> Tensor:
     """
     pixels = torch.from_numpy(_demo_module("skimage.data").chelsea()).permute(2, 0, 1)[None].float()
     return (F.interpolate(pixels, (224, 224), mode="bilinear", antialias=True) - 127) / 128
-
-
-def executed_norms(model: nn.Module, image: Tensor) -> int:
-    """How many batch norms run, counted by the dispatcher and not by fxfuse."""
-    counter = _NormCounter()
-    with torch.no_grad(), counter:
-        model(image)
-    return counter.norms
-
-
-class _NormCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.norms = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.norms += "batch_norm" in func.name()
-        return func(*args, **(kwargs or {}))
 
 
 def _top_five(model: nn.Module, image: Tensor) -> tuple[tuple[str, float], ...]:

@@ -25,7 +25,7 @@ from torch.export.graph_signature import (
 from torch.nn import Parameter
 
 from fxfuse.leave import Leave
-from fxfuse.lifting import lift, lower
+from fxfuse.lifting import Lifted, lift, lower
 from fxfuse.ops import Reader
 from fxfuse.plan import Move, Plan
 from fxfuse.planner import planned_guarded
@@ -48,20 +48,31 @@ def fold_program(program: ExportedProgram, leave: Leave) -> tuple[ExportedProgra
         leave: the norms that are to stay.
     """
     tensors = replicated({**program.state_dict, **program.constants})
-    lifted = lift(program.graph_module, _foldable(program.graph_signature, tensors), tensors)
-    reader = Reader(lifted.capture.root, lifted.capture.graph)
-    regions = _regions(program, lifted.capture.graph)
+    copied = lifted(program, tensors)
+    captured = copied.capture
+    reader = Reader(captured.root, captured.graph)
+    regions = _regions(program, captured.graph)
 
     def forbid(plan: Plan, move: Move) -> Code | None:
         return leave(plan, move) or _crossing(regions, move)
 
-    plan, solution = planned_guarded(lifted.capture, reader, {}, forbid=forbid)
+    plan, solution = planned_guarded(captured, reader, {}, forbid=forbid)
     replaced = {old.name: node for old, node in gone(plan).items()}
-    norms, constants = rewrite(lifted.capture, plan, solution, reader)
-    inputs = _Inputs(program, lifted.capture.graph)
-    weights = {name: attribute(lifted.capture.root, name) for name in lower(lifted, inputs.new).values()}
-    folded = _program(program, lifted.capture.graph, inputs.specs, replaced, tensors | weights)
+    norms, constants = rewrite(captured, plan, solution, reader)
+    inputs = _Inputs(program, captured.graph)
+    weights = {name: attribute(captured.root, name) for name in lower(copied, inputs.new).values()}
+    folded = _program(program, captured.graph, inputs.specs, replaced, tensors | weights)
     return folded, Report(type(program).__name__, tuple(norms), plan.refusals, tuple(constants))
+
+
+def lifted(program: ExportedProgram, tensors: Mapping[str, Any]) -> Lifted:
+    """A copy of the graph of `program`, in which the weights that no run changes are attributes.
+
+    Args:
+        program: the program.
+        tensors: its parameters, buffers and constants by their names.
+    """
+    return lift(program.graph_module, _foldable(program.graph_signature, tensors), tensors)
 
 
 def _regions(program: ExportedProgram, graph: fx.Graph) -> dict[fx.Node, frozenset[str]]:

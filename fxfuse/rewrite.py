@@ -25,7 +25,7 @@ from fxfuse.places import place_of
 from fxfuse.plan import Plan
 from fxfuse.records import Fold
 from fxfuse.solve import Solution
-from fxfuse.tree import attribute, put
+from fxfuse.tree import attribute, owners, put
 
 
 def rewrite(
@@ -86,7 +86,7 @@ class _Editor:
             if node.op in ("call_module", "get_attr"):
                 users = {node} if node.op == "call_module" else set(node.users)
                 self._exact[node.target] |= users
-                for name in (node.target, *_owners(node.target)):
+                for name in (node.target, *owners(node.target)):
                     self._below[name] |= users
 
     def set_operator(self, node: fx.Node, linear: Linear, weight: Tensor, bias: Tensor | None) -> str:
@@ -146,7 +146,7 @@ class _Editor:
 
     def _is_only_user(self, node: fx.Node, name: str) -> bool:
         """Whether `node` alone uses the module or tensor of that name, a part of it or what it is part of."""
-        users = self._below[name].union(*(self._exact[owner] for owner in _owners(name)))
+        users = self._below[name].union(*(self._exact[owner] for owner in owners(name)))
         return users <= {node}
 
     def _bias_name(self, weight: str) -> str:
@@ -179,11 +179,6 @@ def drop_unused(graph: fx.Graph, reader: Reader) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and (node.op == "get_attr" or node in reader.constants):
             graph.erase_node(node)
-
-
-def _owners(name: str) -> list[str]:
-    """The names above `name`: a.b.c → a.b, a."""
-    return [name.rsplit(".", number)[0] for number in range(1, name.count(".") + 1)]
 
 
 def _as_reshape(view: fx.Node) -> None:

@@ -29,6 +29,11 @@ def joined(owner: str, name: str) -> str:
     return f"{owner}.{name}".strip(".")
 
 
+def owners(name: str) -> list[str]:
+    """The names above `name`: a.b.c → a.b, a."""
+    return [name.rsplit(".", number)[0] for number in range(1, name.count(".") + 1)]
+
+
 def is_below(name: str, owner: str) -> bool:
     """Whether `name` is `owner`, or something in it."""
     return not owner or name == owner or name.startswith(f"{owner}.")
