@@ -2,11 +2,12 @@
 
 The candidate's weights have been rounded to its dtype, so even in float64 the two differ by what that does to
 the outputs. How much it can be is measured: the candidate runs again with each of these weights changed at
-random by about a unit in the last place of its dtype. Of a mistake these runs know nothing.
+random by about half a unit in the last place of its dtype. Of a mistake these runs know nothing.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -21,13 +22,17 @@ from fxfuse.tree import named_tensors
 from fxfuse.verdict import Agreement
 
 # Runs with changed weights.
-_RUNS = 3
+_RUNS = 4
 # The difference may be so many times as large as what the changes do, since by chance they may cancel.
 _FACTOR = 3.0
 # In float64 sums differ by their order: relative to the largest output, for each norm of a model.
 _SUMS = 1e-11
-# The code of a model may hold rounded constants too: so many units in the last place, of its dtype, are none.
+# The code of a model may hold constants that are rounded, to float32 at worst: so many units in its last
+# place, relative to the outputs, count as none.
 _OWN = 4.0
+_FLOAT32 = torch.finfo(torch.float32).eps
+# A weight that was rounded in several steps may be so many units in the last place off.
+_STEPS = 8.0
 # Differences up to this count as none.
 ZERO = 1e-12
 # Parts of an output, of at least so many elements, are looked at by themselves: larger values elsewhere do
@@ -81,7 +86,7 @@ class Truth:
         if _shapes(outputs) != _shapes(self.outputs):
             raise UnmeasurableError("in float64 the two models give different outputs")
         changed = [self._run(each) for each in self._changed(candidate)]
-        eps = max(torch.finfo(dtype).eps, self._eps)
+        eps = max(min(torch.finfo(dtype).eps, _FLOAT32), self._eps)
         return {
             place: _agreement(
                 place, value, outputs[place], [each[place] for each in changed], self._sums, eps
@@ -99,11 +104,14 @@ class Truth:
 
     def _changed(self, candidate: nn.Module) -> Iterator[nn.Module]:
         """The candidate in float64, its weights changed that are not the reference's own."""
-        own = dict(named_tensors(self._reference))
+        own = defaultdict(list)
+        for _, tensor in named_tensors(self._reference):
+            own[tensor.dtype, tensor.shape].append(tensor)
         rounded = {
             name: torch.finfo(tensor.dtype)
             for name, tensor in named_tensors(candidate)
-            if tensor.is_floating_point() and not _equal(tensor, own.get(name))
+            if tensor.is_floating_point()
+            and not any(_equal(tensor, other) for other in own[tensor.dtype, tensor.shape])
         }
         generator = torch.Generator().manual_seed(self._seed)
         for _ in range(_RUNS if rounded else 0):
@@ -111,12 +119,28 @@ class Truth:
             tensors = {id(tensor): (tensor, rounded.get(name)) for name, tensor in named_tensors(twin)}
             for tensor, limits in tensors.values():
                 if limits is not None:
-                    unit = max(limits.eps, self._eps) * (tensor.abs() + limits.tiny) * (tensor != 0)
-                    # Twice as large as rounding may be, and never zero, which would hide a lone weight.
+                    # As large as rounding is at most, and never zero, which would hide a lone weight.
                     steps = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 0.5
-                    steps = steps + 0.5 * steps.sign()
-                    tensor.data = tensor.detach() + unit.detach() * steps.to(tensor.device)
+                    steps = 0.5 * (steps + 0.5 * steps.sign())
+                    unit = _last_place(tensor.detach(), max(limits.eps, self._eps), limits.tiny)
+                    tensor.data = tensor.detach() + unit * steps.to(tensor.device)
             yield twin
+
+
+def others_than_rounded(candidate: nn.Module, folded: nn.Module) -> list[str]:
+    """The weights of `candidate` that are not those of `folded`, which is in float64, but for rounding.
+
+    What only one of the two has is left out. A model may compute weights in its own dtype, in a few steps.
+    """
+    exact = dict(named_tensors(folded))
+    found = []
+    for name, tensor in named_tensors(candidate):
+        if tensor.is_floating_point() and name in exact and exact[name].shape == tensor.shape:
+            limits = torch.finfo(tensor.dtype)
+            apart = distance(wide(tensor), wide(exact[name]))
+            if bool((apart > _STEPS * limits.eps * (wide(exact[name]).abs() + limits.tiny)).any()):
+                found.append(name)
+    return found
 
 
 def least_explained(agreements: Iterable[Agreement]) -> Agreement | None:
@@ -124,8 +148,14 @@ def least_explained(agreements: Iterable[Agreement]) -> Agreement | None:
     return max(agreements, key=lambda each: (not each.ok, each.difference / each.allowed), default=None)
 
 
-def _equal(tensor: Tensor, other: Tensor | None) -> bool:
-    return other is not None and tensor.dtype == other.dtype and torch.equal(tensor, other.to(tensor.device))
+def _last_place(tensor: Tensor, eps: float, tiny: float) -> Tensor:
+    """The distance of each number to the next in a dtype; 0 for 0, which rounds to itself."""
+    _, exponent = torch.frexp(tensor.abs().clamp_min(tiny))  # |x| = m·2^e with 1/2 ≤ m < 1
+    return eps * torch.ldexp(torch.ones_like(tensor), exponent - 1) * (tensor != 0)
+
+
+def _equal(tensor: Tensor, other: Tensor) -> bool:
+    return tensor is other or torch.equal(tensor, other.to(tensor.device))
 
 
 def _shapes(outputs: Outputs) -> dict[str, Any]:

@@ -7,6 +7,8 @@ output channels are looked at. Two things are asked:
 
 * algebra: folded in float64, does the operator give the same? That does not depend on the model's dtype.
 * rounding: are the folded weight and bias those numbers, each rounded once?
+
+What the graph was read as, and where a map was found to go, is taken as given: ``verify`` looks at that.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def errors(plan: Plan, solution: Solution, reader: Reader) -> dict[Move, float]:
     for move in plan.moves:
         for site in move.sites:
             taken[site.node].append((move, site))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     found: dict[Move, float] = {}
     with torch.no_grad():
         for node, (weight, bias) in solution.tensors.items():
@@ -71,12 +73,12 @@ class _Trial:
         groups, count = what.groups, self.operator.in_channels // what.groups
         # What a shift before the operator adds comes out of all channels.
         size = count if self.before else min(count, _CHANNELS)
-        start = int(torch.randint(count - size + 1, (), generator=generator))
+        start = int(torch.randint(count - size + 1, (), generator=generator, device="cpu"))
         self.channels = slice(start, start + size)
         bias = None if what.bias is None else exact(what.bias)
         self.source = replace(what, weight=self._some(what.weight), bias=bias)
         seen = 1 if what.transposed else math.prod(what.weight.shape[2:])
-        x = torch.randn(1, groups * size, seen, dtype=torch.float64, generator=generator)
+        x = torch.randn((1, groups * size, seen), dtype=torch.float64, generator=generator, device="cpu")
         self.x = x.to(self.source.weight.device)
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fxfuse.algebra import ZERO, Truth, UnmeasurableError, least_explained
+from fxfuse.algebra import ZERO, Truth, UnmeasurableError, least_explained, others_than_rounded
 from fxfuse.arguments import check_eval, check_inputs, check_module, rejection
 from fxfuse.errors import UsageError
 from fxfuse.rounding import Measured, Tolerances, measure, top1, units
@@ -44,11 +44,11 @@ def verify(
 ) -> Comparison:
     """Runs both models on the same inputs and compares all their outputs.
 
-    Algebra: in float64 the two may differ by four times what changing the candidate's weights, those that
-    are not the reference's own, by about a unit in the last place of their dtype does to its outputs, and
-    by 1e-11 of the largest output for each norm of the reference. So a mistake that is smaller than the
-    rounding of the weights is not seen here; ``fuse`` with example inputs sees it, because it folds once
-    more in float64.
+    Algebra: in float64 the two may differ by three times what changing the candidate's weights, those that
+    are not the reference's own, by about half a unit in the last place of their dtype does to its outputs, by
+    four units in the last place of float32 (for constants in code), and by 1e-11 of the largest output for
+    each norm of the reference. A mistake that is smaller than the rounding of the weights is not seen here;
+    ``fuse`` with example inputs sees it, because it folds once more in float64.
 
     Rounding: an element may differ by ``atol + rtol·|reference|``, with the tolerances of ``torch.testing``
     for the dtype (atol taken relative to outputs that are smaller than 1), by four times the largest distance
@@ -70,8 +70,12 @@ def verify(
         seed: for drawn inputs, and for random numbers that the models draw.
 
     Raises:
-        UsageError: a model is in training mode or none at all, or the reference rejects the inputs.
+        UsageError: a model is in training mode or none at all, the reference rejects the inputs, or a
+            tolerance is no number from 0 on.
     """
+    for name, tolerance in (("rtol", rtol), ("atol", atol)):
+        if tolerance is not None and not tolerance >= 0:
+            raise UsageError(f"{name} is {tolerance!r}, no tolerance; pass a number from 0 on")
     return compared(as_module(reference), as_module(candidate), inputs, (rtol, atol), seed)
 
 
@@ -155,11 +159,15 @@ class _Case:
         mismatch = _structural_mismatch(self.expected, actual)
         if mismatch:
             return _unmeasured(mismatch, ok=False)
-        truth, algebra, again, notes = None, {}, {}, []
+        truth, algebra, again, unlike, notes = None, {}, {}, [], []
         try:
             truth = Truth(reference, self.inputs, self.seed, self.expected)
-            algebra = truth.agreements(candidate, _least_precise(self.expected))
-            again = {} if refold is None else truth.agreements(refold(), torch.float64)
+            if tolerances == (None, None):
+                algebra = truth.agreements(candidate, _least_precise(self.expected))
+            if refold is not None:
+                folded = refold()
+                again = truth.agreements(folded, torch.float64)
+                unlike = others_than_rounded(candidate, folded)
         except UnmeasurableError as error:
             missing = "the fold in float64" if algebra else "algebra" if truth else "rounding"
             notes = [f"{error}, so {missing} could not be measured"]
@@ -169,18 +177,21 @@ class _Case:
             for place, value in self.expected.items()
             if isinstance(value, Tensor) and value.numel()
         ]
+        given = {"rtol": tolerances[0], "atol": tolerances[1]}
+        told = ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
         found = _summary(measured, [*_doubts(reference, self.expected)], notes)
-        if tolerances == (None, None):
-            agreements = (*algebra.values(), *again.values())
-            found = replace(found, ok=found.ok and all(each.ok for each in agreements))
+        if unlike:
+            note = f"not the weights of the fold in float64, rounded: {', '.join(unlike)}"
+            found = replace(found, ok=False, notes=(*found.notes, note))
         return replace(
             found,
-            conclusive=found.conclusive or not found.ok,
+            ok=found.ok and all(each.ok for each in (*algebra.values(), *again.values())),
             algebra=least_explained(algebra.values()),
             refolded=least_explained(again.values()),
             ulps=units(self.expected, actual),
             top1=top1(self.expected, actual),
             inputs=(self.label,),
+            tolerances=told,
         )
 
 
@@ -198,23 +209,24 @@ def _together(found: Sequence[Comparison]) -> Comparison:
         return unmeasured
     conclusive = any(each.conclusive for each in found)
     notes = dict.fromkeys(note for each in found for note in each.notes)
-    shares = [each.top1 for each in found if each.top1 is not None]
     worst = [each.worst for each in found if each.worst is not None]
     ulps = zip_longest(*(each.ulps for each in found), fillvalue=0)
+    ok = all(each.ok for each in found)
     return Comparison(
-        all(each.ok for each in found),
-        conclusive,
+        ok,
+        conclusive or not ok,
         max(each.max_abs for each in found),
         max(each.max_rel for each in found),
         max((each.reference_error for each in found), key=_known),
         max((each.candidate_error for each in found), key=_known),
-        max(worst, key=lambda each: each.excess, default=None),
+        max(worst, key=lambda each: each.share, default=None),
         tuple(note for note in notes if not (conclusive and note.startswith(_INCONCLUSIVE))),
         least_explained(each.algebra for each in found if each.algebra is not None),
         least_explained(each.refolded for each in found if each.refolded is not None),
         tuple(map(sum, ulps)),
-        sum(shares) / len(shares) if shares else None,
+        found[0].top1,
         tuple(label for each in found for label in each.inputs),
+        found[0].tolerances,
     )
 
 
@@ -238,9 +250,16 @@ def _structural_mismatch(expected: Outputs, actual: Outputs) -> str:
             if (value.shape, value.dtype, value.device) != (other.shape, other.dtype, other.device):
                 found = [f"{tuple(t.shape)} {t.dtype} {t.device}" for t in (value, other)]
                 return f"output{place} has another shape, dtype or device: {found[0]} and {found[1]}"
-        elif value != other:
+        elif not _same(value, other):
             return f"output{place} differs: {value!r} and {other!r}"
     return ""
+
+
+def _same(value: object, other: object) -> bool:
+    are_nan = (
+        isinstance(value, float) and isinstance(other, float) and math.isnan(value) and math.isnan(other)
+    )
+    return value is other or are_nan or bool(value == other)
 
 
 def _doubts(reference: nn.Module, expected: Outputs) -> Iterator[str]:
@@ -279,7 +298,7 @@ def _summary(measured: Sequence[Measured], doubts: list[str], notes: list[str]) 
     if errors[0] > _FAR:
         conclusive = False
         notes = [*notes, f"{_INCONCLUSIVE} in float64 the reference computes something else"]
-    worst = max((each.worst for each in measured), key=lambda each: each.excess)
+    worst = max((each.worst for each in measured), key=lambda each: each.share)
     max_abs, max_rel = max(each.max_abs for each in measured), max(each.max_rel for each in measured)
     ok = all(each.ok for each in measured)
     return Comparison(ok, conclusive, max_abs, max_rel, *errors, worst, tuple(notes))

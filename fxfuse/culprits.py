@@ -1,4 +1,4 @@
-"""Which folds break a check: the smallest set of them, found by folding ever fewer.
+"""Which folds break a check: a smallest set of them, found by folding ever fewer.
 
 Delta debugging (Zeller and Hildebrandt 2002, algorithm ddmin): of a set of folds with which the check fails,
 a part is kept with which it fails too, in ever smaller parts, until each of those that are left is needed.
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
+from fxfuse._version import __version__
 from fxfuse.comparison import verify
 from fxfuse.errors import UsageError, VerificationError
 from fxfuse.files import written
-from fxfuse.pipeline import explain, fuse
+from fxfuse.pipeline import explain, folded, fuse
 from fxfuse.programs import as_program, save
 from fxfuse.tree import as_module, named_tensors
 
@@ -41,22 +42,25 @@ class Bisection:
     """What a search for the folds that break a check brought.
 
     Attributes:
-        culprits: the names, as a report gives them, of the smallest set of folds with which the check
+        culprits: the names, as a report gives them, of a smallest set of folds with which the check
             fails: without any one of them it passes. Empty if it passes with all folds.
+        alone: whether the check passes if all other folds are made; else others break it too.
         folds: how many folds there are.
         checks: how many times the check was run for it.
     """
 
     culprits: tuple[str, ...]
+    alone: bool
     folds: int
     checks: int
 
     def __str__(self) -> str:
-        count = f"{self.folds} folds, {self.checks} checks"
+        count = f"folds: {self.folds}, checks: {self.checks}"
         if not self.culprits:
             return f"the check passes with all folds ({count})"
         names = "\n".join(f"  {name}" for name in self.culprits)
-        return f"the check fails with these folds alone ({count}):\n{names}"
+        rest = "" if self.alone else "\nit fails without these too: other folds break it as well"
+        return f"the check fails with these folds alone ({count}):\n{names}{rest}"
 
 
 def bisect(
@@ -64,10 +68,10 @@ def bisect(
     check: Check | None = None,
     *,
     example_inputs: Sequence[Any] | None = None,
-    state: Path | None = None,
+    state: str | Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Bisection:
-    """Finds the smallest set of folds that breaks a check.
+    """Finds a smallest set of folds that breaks a check: without any one of them it passes.
 
     Args:
         model: as for ``fuse``.
@@ -75,18 +79,22 @@ def bisect(
             can verify it on the example inputs, also in float64.
         example_inputs: as for ``fuse``.
         state: a file in which the outcome of every check is kept, for a search that was interrupted to go
-            on from there.
+            on from there. It is gone when the search is at its end.
         progress: is told how many folds are suspected, and how many checks were made, before each check.
 
     Raises:
         UsageError: there is neither a check nor example inputs, the check fails with no fold made, or
             `state` belongs to another search.
     """
+    if check is not None and not callable(check):
+        raise UsageError(f"the check is {check!r}; pass a function that takes a folded model")
     if check is None and example_inputs is None:
         raise UsageError("bisect has nothing to judge a fold by; pass check=... or example_inputs=(x,)")
     report = explain(model, example_inputs=example_inputs)
     names = list(dict.fromkeys(fold.norm for fold in (*report.folded, *report.constants)))
-    known = _Known(state, _question(model, check, example_inputs, names))
+    known = _Known()
+    if state is not None:
+        known = _Known(Path(state), _question(model, check, example_inputs, names))
 
     def broken(kept: Collection[str]) -> bool:
         if known.get(kept) is None:
@@ -96,17 +104,25 @@ def bisect(
         return bool(known.get(kept))
 
     if not broken(names):
-        return Bisection((), len(names), known.checks)
+        known.forget()
+        return Bisection((), True, len(names), known.checks)
     if broken([]):
+        known.forget()
         raise UsageError("the check fails with nothing folded, so no fold can be at fault; mend the check")
-    return Bisection(tuple(_minimal(names, broken)), len(names), known.checks)
+    culprits = tuple(_minimal(names, broken))
+    alone = not broken([name for name in names if name not in culprits])
+    known.forget()
+    return Bisection(culprits, alone, len(names), known.checks)
 
 
 def _passes(
     model: Model, check: Check | None, example_inputs: Sequence[Any] | None, leave: Collection[str]
 ) -> bool:
     if check is not None:
-        return check(fuse(model, leave=leave))
+        passes = check(folded(model, example_inputs=example_inputs, leave=leave, verifies=False))
+        if not isinstance(passes, bool):
+            raise UsageError(f"the check gave {passes!r}; it has to return True or False")
+        return passes
     try:
         fuse(model, example_inputs=example_inputs, leave=leave)
     except VerificationError:
@@ -115,7 +131,7 @@ def _passes(
 
 
 def _minimal(names: Sequence[str], broken: Callable[[Collection[str]], bool]) -> list[str]:
-    """A part of `names` that is broken, and of which no smaller part, less one, is."""
+    """A part of `names` that is broken, and is not without any one of its names."""
     suspects, parts = list(names), 2
     while len(suspects) > 1:
         size = -(-len(suspects) // parts)
@@ -135,7 +151,7 @@ def _minimal(names: Sequence[str], broken: Callable[[Collection[str]], bool]) ->
 class _Known:
     """The outcome of each check, in memory and in a file."""
 
-    def __init__(self, file: Path | None, question: list[Any]) -> None:
+    def __init__(self, file: Path | None = None, question: Sequence[Any] = ()) -> None:
         self._file = file
         self._question = question
         self._broken: dict[tuple[str, ...], bool] = {}
@@ -161,6 +177,11 @@ class _Known:
                     json.dumps({"question": self._question, "outcomes": outcomes}, indent=1) + "\n"
                 )
 
+    def forget(self) -> None:
+        """Removes the file: the search is at its end, and the next one may be about mended code."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
     def _load(self, file: Path) -> None:
         try:
             record = json.loads(file.read_text())
@@ -176,14 +197,19 @@ class _Known:
 
 
 def _question(model: Model, check: Check | None, inputs: Sequence[Any] | None, folds: list[str]) -> list[Any]:
-    """What is asked: the folds, the model's weights, the inputs and the check, in short."""
-    digest = zlib.crc32(type(model).__name__.encode())
-    tensors = [tensor for _, tensor in named_tensors(as_module(model))]
-    for tensor in (*tensors, *(each for each in tree_leaves(inputs) if isinstance(each, Tensor))):
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest = zlib.crc32(raw.tobytes(), digest)
+    """What is asked: the folds, the model and its weights, the inputs and the check, in short."""
+    module = as_module(model)
+    digest = zlib.crc32(f"{module}{getattr(module, 'code', '')}{__version__}{torch.__version__}".encode())
+    for each in (*(tensor for _, tensor in named_tensors(module)), *tree_leaves(inputs)):
+        digest = zlib.crc32(repr(getattr(each, "shape", each)).encode(), digest)
+        if isinstance(each, Tensor) and each.layout is torch.strided and not each.is_meta:
+            raw = each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest = zlib.crc32(raw.tobytes(), digest)
     if isinstance(check, FunctionType):  # whose repr is another one in every process
-        return [folds, digest, f"{check.__module__}.{check.__qualname__}"]
+        code, held = check.__code__, [cell.cell_contents for cell in check.__closure__ or ()]
+        plain = [each for each in held if isinstance(each, str | int | float | tuple)]
+        body = zlib.crc32(f"{code.co_code!r}{code.co_names}{plain}".encode())
+        return [folds, digest, f"{check.__module__}.{check.__qualname__} {body}"]
     return [folds, digest, repr(check)]
 
 
@@ -223,7 +249,7 @@ class CommandPasses:
             line = self.command.replace("{}", shlex.quote(str(file)))
             environment = os.environ | {"FXFUSE_MODEL": str(file)}
             code = subprocess.run(line, shell=True, env=environment, check=False).returncode
-        if code in (126, 127) or code < 0:
+        if code < 0 or code >= 126:
             raise UsageError(
                 f"the check {self.command!r} did not run (exit code {code}); try it by itself on a .pt2 file"
             )

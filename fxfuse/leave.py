@@ -17,6 +17,8 @@ class Leave:
     def __init__(self, names: Collection[str] = ()) -> None:
         if isinstance(names, str):
             raise UsageError(f"leave is the text {names!r}; pass a collection of names of norms, [{names!r}]")
+        if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+            raise UsageError("leave is no collection of names; pass those of norms, as the report gives them")
         self._names = frozenset(names)
         self._met: set[str] = set()
 
@@ -37,4 +39,6 @@ class Leave:
         known = self._met | {fold.norm for fold in report.folded} | {left.norm for left in report.refused}
         for name in sorted(self._names - known):
             near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4)) or "none is near"
-            raise UsageError(f"{report.model} executes no norm {name!r}, which leave names; nearest: {near}")
+            raise UsageError(
+                f"leave names {name!r}, which is no norm that {report.model} executes; nearest: {near}"
+            )

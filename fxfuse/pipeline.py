@@ -23,9 +23,8 @@ from fxfuse.options import choices
 from fxfuse.planner import planned
 from fxfuse.program import fold_program
 from fxfuse.records import Report
-from fxfuse.refusals import Code
 from fxfuse.replica import isolated, replicate
-from fxfuse.reports import attach
+from fxfuse.reports import attach, report
 from fxfuse.rewrite import rewrite
 from fxfuse.runs import REJECTIONS, clean_run, drawn, in_float64
 from fxfuse.shapes import GraphShapes, observed_values
@@ -89,12 +88,30 @@ def fuse(
             or `leave` names a norm that the model does not execute.
         VerificationError: the result differs from `model` on the example inputs.
     """
-    fused, report = _folded(model, example_inputs, keep_modules, leave)
-    if example_inputs is not None:
-        comparison = _verified(model, fused, report, example_inputs, keep_modules)
-        comparison.raise_if_failed()
-        report = replace(report, verification=comparison)
-    attach(fused, report)
+    fused = folded(model, example_inputs=example_inputs, keep_modules=keep_modules, leave=leave)
+    verification = report(fused).verification
+    if verification is not None:
+        verification.raise_if_failed()
+    return fused
+
+
+def folded(
+    model: nn.Module | ExportedProgram,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    keep_modules: bool = False,
+    leave: Collection[str] = (),
+    verifies: bool = True,
+) -> nn.Module | ExportedProgram:
+    """What ``fuse`` gives, also where it differs from `model`: then its report says so.
+
+    The arguments are those of ``fuse``; with `verifies` it is compared with `model`, on the example inputs.
+    """
+    fused, account = _folded(model, example_inputs, keep_modules, leave)
+    if verifies and example_inputs is not None:
+        comparison = _verified(model, fused, account, example_inputs, keep_modules, leave)
+        account = replace(account, verification=comparison)
+    attach(fused, account)
     return fused
 
 
@@ -160,14 +177,16 @@ def _folded_but(
 def _verified(
     model: nn.Module | ExportedProgram,
     fused: nn.Module | ExportedProgram,
-    report: Report,
+    account: Report,
     example_inputs: Sequence[Any],
     keep_modules: bool,
+    leave: Collection[str],
 ) -> Comparison:
     """Compares `fused` with its source, which is folded once more in float64: there no weight is rounded."""
     source = as_module(model)
     # What the dtype of the source does not allow is not to be made here either.
-    left = [refusal.norm for refusal in report.refused if refusal.code != Code.CHECK.value.code]
+    gone = {fold.norm for fold in account.folded}  # a norm that is called twice may be both
+    left = [*leave, *(refusal.norm for refusal in account.refused if refusal.norm not in gone)]
 
     def refold() -> nn.Module:
         inputs = in_float64(drawn(source, example_inputs, seed=0))

@@ -48,7 +48,7 @@ def report_view(report: Report) -> RenderableType:
     parts.append(Text(report.summary, style="bold"))
     if report.constants:
         parts.append(Text(f"{len(report.constants)} multiplications and additions of constants folded too"))
-    parts += [Text(f"note: {one_line(note)}") for note in report.notes]
+    parts += [Text(f"note: {one_line(' '.join(note.split()))}") for note in report.notes]
     if report.refused:
         parts.append(Text(f"fxfuse explain {min(map(_code, report.refused))} says more", style="dim"))
     return Group(*parts)

@@ -41,13 +41,19 @@ def replicated(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def isolated(model: _M) -> _M:
-    """A replica that may be run: what it writes to its buffers stays in it. Parameters are shared."""
+    """A replica that may be run, without gradients: what it writes to its tensors stays in it."""
     twin = replicate(model)
     clones: dict[int, Tensor] = {}
     for module in twin.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = clones.setdefault(id(buffer), buffer.clone())
+        for home in (module._parameters, module._buffers, module.__dict__):
+            for name, tensor in home.items():
+                if isinstance(tensor, Tensor) and is_plain(tensor):
+                    copied = tensor.detach().clone()
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    clones.setdefault(
+                        id(tensor), nn.Parameter(copied, requires_grad=False) if is_parameter else copied
+                    )
+                    cast(dict[str, Tensor], home)[name] = clones[id(tensor)]
     return twin
 
 

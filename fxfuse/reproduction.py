@@ -19,12 +19,15 @@ import torch
 
 import fxfuse
 from fxfuse import culprits, zoo
+from fxfuse.pipeline import folded
+from fxfuse.runs import drawn
+from fxfuse.tree import as_module
 
 CULPRITS = {names!r}
 
 loaded = {loading}
-generator = torch.Generator().manual_seed({seed!r})
-inputs = tuple(torch.randn(shape, generator=generator) for shape in {shapes!r}) or loaded.inputs
+sizes = [torch.Size(shape) for shape in {shapes!r}]
+inputs = tuple(drawn(as_module(loaded.model), sizes, {seed!r})) or loaded.inputs
 report = fxfuse.explain(loaded.model, example_inputs=inputs)
 others = [fold.norm for fold in (*report.folded, *report.constants) if fold.norm not in CULPRITS]
 {check}
@@ -37,7 +40,8 @@ except fxfuse.VerificationError as error:
     sys.exit(str(error))"""
 _CHECKED = """\
 check = culprits.{check}
-if not check(fxfuse.fuse(loaded.model, leave=others)):
+fused = folded(loaded.model, example_inputs=inputs, leave=others, verifies=False)
+if not check(fused):
     sys.exit("failed")"""
 
 

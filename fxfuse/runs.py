@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,10 +68,21 @@ def clean_run(inputs: Sequence[Any], seed: int) -> Iterator[list[Any]]:
 
 
 def run(model: nn.Module, inputs: Sequence[Any], seed: int) -> Outputs:
-    """What `model` gives for copies of the inputs. It is not changed, and writes to buffers of its own."""
+    """What `model` gives for copies of the inputs. It is not changed, and writes to tensors of its own."""
     with clean_run(inputs, seed) as copies:
         leaves, _ = pytree.tree_flatten_with_path(isolated(model)(*copies))
-    return {pytree.keystr(path): leaf for path, leaf in leaves}
+    return {place: value for path, leaf in leaves for place, value in _parts(pytree.keystr(path), leaf)}
+
+
+def _parts(place: str, leaf: Any) -> Iterator[tuple[str, Any]]:
+    """What pytree does not look into: the fields of dataclasses, and the numbers of arrays."""
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        for field in dataclasses.fields(leaf):
+            leaves, _ = pytree.tree_flatten_with_path(getattr(leaf, field.name))
+            for path, part in leaves:
+                yield from _parts(f"{place}.{field.name}{pytree.keystr(path)}", part)
+    else:
+        yield place, torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def in_float64(inputs: Sequence[Any]) -> list[Any]:
@@ -82,7 +95,9 @@ def in_float64(inputs: Sequence[Any]) -> list[Any]:
 
 
 class LeastPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the largest eps of the dtypes of what operators give: a model may round in places of its own."""
+    """Notes the largest eps of a dtype to which something in float64 is rounded on the way."""
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -90,9 +105,11 @@ class LeastPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
+        given = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(each, Tensor) and each.dtype is torch.float64 for each in given):
+            for tensor in pytree.tree_leaves(result):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
         return result
 
 

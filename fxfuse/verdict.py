@@ -28,10 +28,12 @@ class Worst:
     allowed: float
 
     @property
-    def excess(self) -> float:
-        """The difference beyond what is allowed; NaN counts as infinite."""
+    def share(self) -> float:
+        """The difference relative to what is allowed; NaN counts as infinite."""
         difference = abs(self.reference - self.candidate)
-        return math.inf if math.isnan(difference) else difference - self.allowed
+        if math.isnan(difference) or (difference and not self.allowed):
+            return math.inf
+        return difference / self.allowed if difference else 0.0
 
     def __str__(self) -> str:
         place = f"output{self.output}[{', '.join(map(str, self.index))}]"
@@ -57,9 +59,8 @@ class Agreement:
     allowed: float
 
     def __str__(self) -> str:
-        if self.ok:
-            return f"they differ by {self.difference:.2g}, and {self.allowed:.2g} is explained by rounding"
-        return f"output{self.output} differs by {self.difference:.2g}; rounding explains {self.allowed:.2g}"
+        apart = f"{self.difference:.2g} of the largest value apart, {self.allowed:.2g} is rounding at most"
+        return f"the same function, {apart}" if self.ok else f"another function, output{self.output} {apart}"
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ class Comparison:
         ulps: how many elements of the outputs are how many units in the last place apart: entry 0 counts
             those that are equal, entry i those that are 2^(i-1) to 2^i - 1 apart.
         top1: the share of rows of a classifier's output, (batch, classes), in which the two put the same
-            class first; None for other outputs.
+            class first, on the first of the inputs; None for other outputs.
         inputs: what the models were run on.
+        tolerances: those that were given, in words, and judge alone then; empty without.
     """
 
     ok: bool
@@ -99,6 +101,7 @@ class Comparison:
     ulps: tuple[int, ...] = ()
     top1: float | None = None
     inputs: tuple[str, ...] = ()
+    tolerances: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON values; numbers that could not be measured are None."""
@@ -130,17 +133,21 @@ class Comparison:
     def __str__(self) -> str:
         """The verdict, and below it algebra, rounding and what else there is to know, a line each."""
         verdict = "equal but for rounding" if self.ok else "NOT equal"
+        if self.tolerances:
+            verdict = f"{'within' if self.ok else 'NOT within'} the given tolerances, {self.tolerances}"
         lines = [f"{verdict}{'' if self.conclusive else ', but not conclusive'}"]
-        if self.algebra is not None:
-            lines.append(f"  algebra   in float64 {self.algebra}")
+        if self.worst is not None and not self.tolerances:
+            told = "not measured" if self.algebra is None else f"in float64 {self.algebra}"
+            lines.append(f"  algebra   {told}")
         if self.refolded is not None:
-            lines.append(f"            folded in float64: {self.refolded}")
+            lines.append(f"            folded once more in float64: {self.refolded}")
         if self.worst is not None:
-            judged = "is rounding" if self.ok else "is the largest difference"
-            lines.append(f"  rounding  {self.max_abs:.2g} {judged}, {self.max_rel:.2g} of the largest value")
-            lines.append(f"            worst element {self.worst}")
-        errors = f"reference {self.reference_error:.2g}, candidate {self.candidate_error:.2g}"
-        lines.append(f"            error against float64: {errors}")
+            judged = "is rounding" if self.ok and not self.tolerances else "is the largest difference"
+            lines.append(f"  numbers   {self.max_abs:.2g} {judged}, {self.max_rel:.2g} of the largest value")
+            lines.append(f"            nearest to its limit {self.worst}")
+        if not math.isnan(self.reference_error):
+            errors = f"reference {self.reference_error:.2g}, candidate {self.candidate_error:.2g}"
+            lines.append(f"            error against float64: {errors}")
         if self.ulps:
             lines.append(f"            units in the last place: {_histogram(self.ulps)}")
         if self.top1 is not None:
@@ -153,15 +160,19 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: math.nan if value is None else value for key, value in record.items()}
 
 
+_BINS = 8  # more than these are put together
+
+
 def _histogram(counts: tuple[int, ...]) -> str:
     """0: 41 %, 1: 35 %, 2-3: 20 %, ...; what is too rare for a percent is put together."""
     total = sum(counts)
-    shown = []
+    shown: list[str] = []
     for power, count in enumerate(counts):
         first, last = (power, power) if power < 2 else (2 ** (power - 1), 2**power - 1)
-        if 100 * sum(counts[power:]) < total and power > 1:
+        is_rare = 100 * sum(counts[power:]) < total and power > 1
+        if is_rare or len(shown) == _BINS:
             shown.append(f"{first} or more: {100 * sum(counts[power:]) / total:.2g} %")
             break
         if count:
-            shown.append(f"{first if first == last else f'{first}-{last}'}: {100 * count / total:.2g} %")
+            shown.append(f"{first if first == last else f'{first}-{last}'}: {100 * count / total:.3g} %")
     return ", ".join(shown)

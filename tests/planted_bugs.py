@@ -15,11 +15,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.planting import BACKEND, BUGS, KEPT_MODULES, LAYOUTS, PROGRAM, SCENARIOS
+from tests.planting import BACKEND, BUGS, CHECK, CULPRITS, KEPT_MODULES, LAYOUTS, PROGRAM, SCENARIOS, VERIFIER
 
 _TESTS = Path(__file__).parent
 _PROPERTIES = "tests/test_properties.py"
-_EVERYTHING = (_PROPERTIES, *KEPT_MODULES, *LAYOUTS, *BACKEND, *PROGRAM, *SCENARIOS)
+_EVERYTHING = (
+    _PROPERTIES,
+    *(*KEPT_MODULES, *LAYOUTS, *BACKEND, *PROGRAM, *SCENARIOS, *VERIFIER, *CHECK, *CULPRITS),
+)
 _CONTROL = "(no bug)"
 
 

@@ -405,7 +405,7 @@ COMMANDS = {
         "cannot write damaged.pt2: it is the same file as damaged.pt2, which would be lost; use another name"
     ),
     ("fuse", f"{HERE}:factory", "-o", "x.pt2"): (
-        f"to write x.pt2, torch.export has to run {HERE}:factory, of which no input is known; "
+        f"no input is known for {HERE}:factory, without which torch.export cannot run it to write x.pt2; "
         "say which with --input 1,3,224,224"
     ),
     ("fuse", f"{HERE}:factory", "-o", "nowhere/x.pt2"): (

@@ -45,6 +45,7 @@ LAYERS = [
     ["zoo"],
     ["demo"],
     ["render"],
+    ["shell"],
     ["cli"],
     ["__main__"],
 ]
