@@ -16,17 +16,13 @@ def check_writable(path: Path, *, kept: Iterable[Path]) -> None:
     """Raises UsageError if `path` cannot be written, or is one of the files `kept` under whatever name."""
     try:
         _check_place(path)
-        same = [other for other in kept if _are_same(path, other)]
+        same = [other for other in kept if path.exists() and other.exists() and path.samefile(other)]
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
     if same:
         raise UsageError(
             f"cannot write {path}: it is the same file as {same[0]}, which would be lost; use another name"
         )
-
-
-def _are_same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
 
 
 def _check_place(path: Path) -> None:

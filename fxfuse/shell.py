@@ -81,9 +81,17 @@ class Asked:
 
     def check_outputs(self, *files: Path | None, kept: str | None = None) -> None:
         """Before the work, not after it: raises a UsageError for what cannot be written, or is to be kept."""
-        outputs = [file for file in files if file is not None and str(file) != "-"]
-        for number, file in enumerate(outputs):
-            others = (self.spec, self.weights, kept, *outputs[:number])
+        outputs: dict[Path, Path] = {}
+        for file in files:
+            if file is None or str(file) == "-":
+                continue
+            if file.resolve() in outputs:
+                raise UsageError(
+                    f"cannot write {file}: another output goes to the same file, "
+                    f"{outputs[file.resolve()]}; use another name"
+                )
+            outputs[file.resolve()] = file
+            others = (self.spec, self.weights, kept)
             check_writable(file, kept=[Path(name) for name in others if name is not None])
 
 

@@ -114,6 +114,12 @@ def test_an_exported_program_is_folded_into_an_exported_program(run, decomposed)
     assert result.exit_code == 2 and "there is no file absent.pt2" in result.output
 
 
+def test_two_outputs_do_not_go_to_one_file(run):
+    result = run("fuse", "made_here:network", "--input", "2,3,8,8", "-o", "a.pt2", "--json", "./a.pt2")
+    assert result.exit_code == 2 and "another output goes to the same file, a.pt2" in result.stderr
+    assert not Path("a.pt2").exists()
+
+
 def test_verification_that_fails_ends_with_1(run):
     assert run("fuse", "made_here:network", "--input", "1,3,8,8", "-o", "folded.pt2").exit_code == 0
     program = torch.export.load("folded.pt2")
