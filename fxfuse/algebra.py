@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.distances import distance, finite, rms, wide
-from fxfuse.replica import replicate
+from fxfuse.replica import isolated, replicate
 from fxfuse.runs import REJECTIONS, LeastPrecision, Outputs, in_float64, run
 from fxfuse.tree import named_tensors
 from fxfuse.verdict import Agreement
 
 # Runs with changed weights.
-_RUNS = 4
+_RUNS = 3
 # The difference may be so many times as large as what the changes do, since by chance they may cancel.
 _FACTOR = 3.0
 # In float64 sums differ by their order: relative to the largest output, for each norm of a model.
@@ -31,6 +31,7 @@ _SUMS = 1e-11
 # place, relative to the outputs, count as none.
 _OWN = 4.0
 _FLOAT32 = torch.finfo(torch.float32).eps
+_FLOAT64 = torch.finfo(torch.float64).eps
 # A weight that was rounded in several steps may be so many units in the last place off.
 _STEPS = 8.0
 # Differences up to this count as none.
@@ -62,7 +63,7 @@ class Truth:
         self._reference = reference
         self._inputs = in_float64(inputs)
         self._seed = seed
-        twin = replicate(reference).double()
+        twin = _doubled(reference)
         with LeastPrecision() as least:
             self.outputs = self._run(twin)
         # A model may compute something in another dtype all the same.
@@ -82,7 +83,7 @@ class Truth:
         Raises:
             UnmeasurableError: it does not run in float64, or gives other outputs there.
         """
-        outputs = self._run(replicate(candidate).double())
+        outputs = self._run(_doubled(candidate))
         if _shapes(outputs) != _shapes(self.outputs):
             raise UnmeasurableError("in float64 the two models give different outputs")
         changed = [self._run(each) for each in self._changed(candidate)]
@@ -97,7 +98,7 @@ class Truth:
 
     def _run(self, model: nn.Module) -> Outputs:
         try:
-            return run(model, self._inputs, self._seed)
+            return run(model, self._inputs, self._seed, is_own=True)
         except REJECTIONS as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UnmeasurableError(f"{type(model).__name__} does not run in float64: {reason}") from error
@@ -111,19 +112,19 @@ class Truth:
             name: torch.finfo(tensor.dtype)
             for name, tensor in named_tensors(candidate)
             if tensor.is_floating_point()
+            and max(torch.finfo(tensor.dtype).eps, self._eps) > _FLOAT64
             and not any(_equal(tensor, other) for other in own[tensor.dtype, tensor.shape])
         }
         generator = torch.Generator().manual_seed(self._seed)
         for _ in range(_RUNS if rounded else 0):
-            twin = replicate(candidate).double()
+            twin = _doubled(candidate)
             tensors = {id(tensor): (tensor, rounded.get(name)) for name, tensor in named_tensors(twin)}
             for tensor, limits in tensors.values():
                 if limits is not None:
                     # As large as rounding is at most, and never zero, which would hide a lone weight.
-                    steps = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 0.5
-                    steps = 0.5 * (steps + 0.5 * steps.sign())
-                    unit = _last_place(tensor.detach(), max(limits.eps, self._eps), limits.tiny)
-                    tensor.data = tensor.detach() + unit * steps.to(tensor.device)
+                    steps = torch.rand(tensor.shape, generator=generator).sub_(0.5)
+                    steps = steps.add_(steps.sign()).mul_(max(limits.eps, self._eps) / 3).to(tensor.device)
+                    tensor.data = tensor.detach() + steps * (tensor.abs() + limits.tiny) * (tensor != 0)
             yield twin
 
 
@@ -148,10 +149,10 @@ def least_explained(agreements: Iterable[Agreement]) -> Agreement | None:
     return max(agreements, key=lambda each: (not each.ok, each.difference / each.allowed), default=None)
 
 
-def _last_place(tensor: Tensor, eps: float, tiny: float) -> Tensor:
-    """The distance of each number to the next in a dtype; 0 for 0, which rounds to itself."""
-    _, exponent = torch.frexp(tensor.abs().clamp_min(tiny))  # |x| = m·2^e with 1/2 ≤ m < 1
-    return eps * torch.ldexp(torch.ones_like(tensor), exponent - 1) * (tensor != 0)
+def _doubled(model: nn.Module) -> nn.Module:
+    """A copy in float64, which a run may write to."""
+    is_copied = all(tensor.dtype is not torch.float64 for _, tensor in named_tensors(model))
+    return (replicate(model) if is_copied else isolated(model)).double()
 
 
 def _equal(tensor: Tensor, other: Tensor) -> bool:

@@ -67,10 +67,10 @@ def clean_run(inputs: Sequence[Any], seed: int) -> Iterator[list[Any]]:
         yield pytree.tree_map_only(Tensor, torch.clone, list(inputs))
 
 
-def run(model: nn.Module, inputs: Sequence[Any], seed: int) -> Outputs:
-    """What `model` gives for copies of the inputs. It is not changed, and writes to tensors of its own."""
+def run(model: nn.Module, inputs: Sequence[Any], seed: int, *, is_own: bool = False) -> Outputs:
+    """What `model` gives for copies of the inputs; unless it is the caller's own, a copy of it runs."""
     with clean_run(inputs, seed) as copies:
-        leaves, _ = pytree.tree_flatten_with_path(isolated(model)(*copies))
+        leaves, _ = pytree.tree_flatten_with_path((model if is_own else isolated(model))(*copies))
     return {place: value for path, leaf in leaves for place, value in _parts(pytree.keystr(path), leaf)}
 
 
