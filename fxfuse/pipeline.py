@@ -189,14 +189,23 @@ def _verified(
     left = [*leave, *(refusal.norm for refusal in account.refused if refusal.norm not in gone)]
 
     def refold() -> nn.Module:
-        inputs = in_float64(drawn(source, example_inputs, seed=0))
+        inputs, twin = in_float64(drawn(source, example_inputs, seed=0)), replicate(source).double()
         try:
-            again, _ = _folded_but(replicate(source).double(), inputs, keep_modules, Leave(left))
+            again, found = _folded_but(twin, inputs, keep_modules, Leave(left))
+            more = _names(found) - _names(account)  # constants that the dtype of the source keeps
+            if more:
+                again, found = _folded_but(twin, inputs, keep_modules, Leave([*left, *more]))
         except FxfuseError as error:
             raise UnmeasurableError(str(error).partition("\n")[0]) from error
+        if _names(found) != _names(account):
+            raise UnmeasurableError("in float64 other norms can be folded")
         return as_module(again)
 
     return compared(source, as_module(fused), example_inputs, refold=refold)
+
+
+def _names(account: Report) -> set[str]:
+    return {fold.norm for fold in (*account.folded, *account.constants)}
 
 
 def _choices(model: nn.Module) -> list[str]:

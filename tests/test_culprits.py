@@ -229,9 +229,9 @@ def test_any_command_can_be_the_check(tmp_path, monkeypatch):
         "archive = zipfile.ZipFile(sys.argv[1])\n"
         "sys.exit(not any(b'2.bn.running_mean' in archive.read(name) for name in archive.namelist()))\n"
     )
-    Path("made_here.py").write_text(MODULE.format(root=str(Path(__file__).parents[1]), wrong=set()))
+    Path("made_to_search.py").write_text(MODULE.format(root=str(Path(__file__).parents[1]), wrong=set()))
     command = f"{sys.executable} check.py {{}}"
-    options = ["made_here:factory", "--input", "2,2,3,3", "--check", command]
+    options = ["made_to_search:factory", "--input", "2,2,3,3", "--check", command]
     result = CliRunner().invoke(cli.main, ["bisect", *options])
     assert result.exit_code == 0 and "\n  2.bn\n" in result.stdout, result.output
     assert not Path("fxfuse-bisect.json").exists()
@@ -241,5 +241,5 @@ def test_any_command_can_be_the_check(tmp_path, monkeypatch):
     assert result.exit_code == 2 and "'no-such-program {}' did not run (exit code 127)" in result.stderr
     result = CliRunner().invoke(cli.main, ["bisect", *options, "--tolerance", "1"])
     assert result.exit_code == 2 and "use one of them" in result.stderr
-    result = CliRunner().invoke(cli.main, ["bisect", "made_here:factory"])
+    result = CliRunner().invoke(cli.main, ["bisect", "made_to_search:factory"])
     assert result.exit_code == 2 and "say which with --input" in result.stderr
