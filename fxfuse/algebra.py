@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.distances import distance, finite, rms, wide
+from fxfuse.inputs import in_float64
+from fxfuse.layers import has_statistics
+from fxfuse.precision import LeastPrecision
 from fxfuse.replica import isolated, replicate
-from fxfuse.runs import REJECTIONS, LeastPrecision, Outputs, in_float64, run
+from fxfuse.runs import REJECTIONS, Outputs, run
 from fxfuse.tree import named_tensors
 from fxfuse.verdict import Agreement
 
@@ -68,7 +71,7 @@ class Truth:
             self.outputs = self._run(twin)
         # A model may compute something in another dtype all the same.
         self._eps = least.eps
-        norms = sum(hasattr(module, "running_var") for module in reference.modules())
+        norms = sum(map(has_statistics, reference.modules()))
         self._sums = _SUMS * (1 + norms)
         if _shapes(self.outputs) != _shapes(expected):
             raise UnmeasurableError("in float64 the reference gives other outputs")

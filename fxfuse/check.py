@@ -78,7 +78,7 @@ class _Trial:
         bias = None if what.bias is None else exact(what.bias)
         self.source = replace(what, weight=self._some(what.weight), bias=bias)
         seen = 1 if what.transposed else math.prod(what.weight.shape[2:])
-        x = torch.randn((1, groups * size, seen), dtype=torch.float64, generator=generator, device="cpu")
+        x = torch.rand((1, groups * size, seen), dtype=torch.float64, generator=generator, device="cpu") - 0.5
         self.x = x.to(self.source.weight.device)
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:

@@ -20,8 +20,11 @@ from torch.export import ExportedProgram
 from fxfuse.algebra import ZERO, Truth, UnmeasurableError, least_explained, others_than_rounded
 from fxfuse.arguments import check_eval, check_inputs, check_module, rejection
 from fxfuse.errors import UsageError
+from fxfuse.inputs import DISTRIBUTIONS, sample
+from fxfuse.layers import has_statistics
+from fxfuse.precision import precise
 from fxfuse.rounding import Measured, Tolerances, measure, top1, units
-from fxfuse.runs import DISTRIBUTIONS, REJECTIONS, Outputs, drawn, precise, run
+from fxfuse.runs import REJECTIONS, Outputs, run
 from fxfuse.tree import as_module
 from fxfuse.verdict import Comparison
 
@@ -127,7 +130,7 @@ def _cases(reference: nn.Module, inputs: Sequence[Any], seed: int) -> Iterator[t
         return
     one_more = [torch.Size((v[0] + 1, *v[1:])) if isinstance(v, torch.Size) and v else v for v in inputs]
     for shapes, distribution in (*((inputs, each) for each in DISTRIBUTIONS), (one_more, DISTRIBUTIONS[0])):
-        values = drawn(reference, shapes, seed, distribution)
+        values = sample(reference, shapes, seed, distribution)
         yield f"{distribution}: {_shapes(values)}, seed {seed}", values
 
 
@@ -213,20 +216,20 @@ def _together(found: Sequence[Comparison]) -> Comparison:
     ulps = zip_longest(*(each.ulps for each in found), fillvalue=0)
     ok = all(each.ok for each in found)
     return Comparison(
-        ok,
-        conclusive or not ok,
-        max(each.max_abs for each in found),
-        max(each.max_rel for each in found),
-        max((each.reference_error for each in found), key=_known),
-        max((each.candidate_error for each in found), key=_known),
-        max(worst, key=lambda each: each.share, default=None),
-        tuple(note for note in notes if not (conclusive and note.startswith(_INCONCLUSIVE))),
-        least_explained(each.algebra for each in found if each.algebra is not None),
-        least_explained(each.refolded for each in found if each.refolded is not None),
-        tuple(map(sum, ulps)),
-        found[0].top1,
-        tuple(label for each in found for label in each.inputs),
-        found[0].tolerances,
+        ok=ok,
+        conclusive=conclusive or not ok,
+        max_abs=max(each.max_abs for each in found),
+        max_rel=max(each.max_rel for each in found),
+        reference_error=max((each.reference_error for each in found), key=_known),
+        candidate_error=max((each.candidate_error for each in found), key=_known),
+        worst=max(worst, key=lambda each: each.share, default=None),
+        notes=tuple(note for note in notes if not (conclusive and note.startswith(_INCONCLUSIVE))),
+        algebra=least_explained(each.algebra for each in found if each.algebra is not None),
+        refolded=least_explained(each.refolded for each in found if each.refolded is not None),
+        ulps=tuple(map(sum, ulps)),
+        top1=found[0].top1,
+        inputs=tuple(label for each in found for label in each.inputs),
+        tolerances=found[0].tolerances,
     )
 
 
@@ -235,8 +238,7 @@ def _known(error: float) -> float:
 
 
 def _unmeasured(note: str, *, ok: bool) -> Comparison:
-    nan = math.nan
-    return Comparison(ok, not ok, nan, nan, nan, nan, None, (note,))
+    return Comparison(ok=ok, conclusive=not ok, notes=(note,))
 
 
 def _structural_mismatch(expected: Outputs, actual: Outputs) -> str:
@@ -264,7 +266,7 @@ def _same(value: object, other: object) -> bool:
 
 def _doubts(reference: nn.Module, expected: Outputs) -> Iterator[str]:
     """Why a mistake might not have been seen."""
-    norms = [m for m in reference.modules() if isinstance(getattr(m, "running_var", None), Tensor)]
+    norms = [module for module in reference.modules() if has_statistics(module)]
     if norms and all(_is_initial(norm) for norm in norms):
         yield f"{_INCONCLUSIVE} all norms have their initial statistics, with which a norm does nothing"
     tensors = [value for value in expected.values() if isinstance(value, Tensor)]
@@ -291,14 +293,22 @@ def _is_initial(norm: Any) -> bool:
 def _summary(measured: Sequence[Measured], doubts: list[str], notes: list[str]) -> Comparison:
     conclusive, notes = not doubts, [*doubts, *notes]
     if not measured:
-        return Comparison(True, conclusive, 0.0, 0.0, math.nan, math.nan, None, tuple(notes))
+        return Comparison(ok=True, conclusive=conclusive, max_abs=0.0, max_rel=0.0, notes=tuple(notes))
     sums = (sum(parts) for parts in zip(*(each.squares for each in measured), strict=True))
     reference, candidate, total = map(math.sqrt, sums)
-    errors = (reference / total, candidate / total) if total else (math.nan, math.nan)
-    if errors[0] > _FAR:
+    reference_error, candidate_error = (
+        (reference / total, candidate / total) if total else (math.nan, math.nan)
+    )
+    if reference_error > _FAR:
         conclusive = False
         notes = [*notes, f"{_INCONCLUSIVE} in float64 the reference computes something else"]
-    worst = max((each.worst for each in measured), key=lambda each: each.share)
-    max_abs, max_rel = max(each.max_abs for each in measured), max(each.max_rel for each in measured)
-    ok = all(each.ok for each in measured)
-    return Comparison(ok, conclusive, max_abs, max_rel, *errors, worst, tuple(notes))
+    return Comparison(
+        ok=all(each.ok for each in measured),
+        conclusive=conclusive,
+        max_abs=max(each.max_abs for each in measured),
+        max_rel=max(each.max_rel for each in measured),
+        reference_error=reference_error,
+        candidate_error=candidate_error,
+        worst=max((each.worst for each in measured), key=lambda each: each.share),
+        notes=tuple(notes),
+    )

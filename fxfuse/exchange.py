@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from fxfuse.capture import Capture, capture
 from fxfuse.channels import Channels, Shape
 from fxfuse.errors import CaptureError
+from fxfuse.layers import has_statistics
 from fxfuse.nodes import Affine, LeftNorm, Linear, Norm, Op, Opaque
 from fxfuse.ops import Reader
 from fxfuse.options import choices
@@ -111,8 +112,7 @@ class KeepingReader(Reader):
             named = op.weight == f"{name}.weight" and op.bias in (None, f"{name}.bias")
             named = named and "weight" in module._parameters
             return None if named and _takes_bias(module) else Code.NO_MODULE
-        own = isinstance(getattr(module, "running_var", None), Tensor)
-        return None if own and _without_norm(module) is not None else Code.NO_MODULE
+        return None if has_statistics(module) and _without_norm(module) is not None else Code.NO_MODULE
 
     def _is_another(self, node: fx.Node, known: fx.Node) -> bool:
         """Whether `node` shows that the forward to which `known` belongs is run twice."""

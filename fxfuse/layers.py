@@ -89,9 +89,8 @@ def is_replaced(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def has_statistics(module: nn.Module) -> bool:
-    """Whether it is no norm of torch's and has what one has, as torchvision's FrozenBatchNorm2d."""
-    found = (getattr(module, name, None) for name in _STATISTICS)
-    return not is_norm(module) and all(isinstance(each, Tensor) for each in found)
+    """Whether it has running statistics, as batch norms do, and torchvision's FrozenBatchNorm2d."""
+    return all(isinstance(getattr(module, name, None), Tensor) for name in _STATISTICS)
 
 
 def code_calls_norm(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from fxfuse.capture import Capture, capture, check_usable
 from fxfuse.comparison import compared
 from fxfuse.errors import CaptureError, FxfuseError, UsageError
 from fxfuse.exposure import hooks_look
+from fxfuse.inputs import in_float64, sample
 from fxfuse.keep import fold_called, fold_inside
 from fxfuse.leave import Leave
 from fxfuse.ops import Reader
@@ -23,10 +24,10 @@ from fxfuse.options import choices
 from fxfuse.planner import planned
 from fxfuse.program import fold_program
 from fxfuse.records import Report
-from fxfuse.replica import isolated, replicate
+from fxfuse.replica import replicate
 from fxfuse.reports import attach, report
 from fxfuse.rewrite import rewrite
-from fxfuse.runs import REJECTIONS, clean_run, drawn, in_float64
+from fxfuse.runs import REJECTIONS
 from fxfuse.shapes import GraphShapes, observed_values
 from fxfuse.tree import as_module
 from fxfuse.verdict import Comparison
@@ -189,7 +190,7 @@ def _verified(
     left = [*leave, *(refusal.norm for refusal in account.refused if refusal.norm not in gone)]
 
     def refold() -> nn.Module:
-        inputs, twin = in_float64(drawn(source, example_inputs, seed=0)), replicate(source).double()
+        inputs, twin = in_float64(sample(source, example_inputs, seed=0)), replicate(source).double()
         try:
             again, found = _folded_but(twin, inputs, keep_modules, Leave(left))
             more = _names(found) - _names(account)  # constants that the dtype of the source keeps
@@ -242,8 +243,7 @@ def _kept(model: nn.Module, leave: Leave, *notes: str) -> tuple[nn.Module, Repor
 
 def _observed(captured: Capture, inputs: Sequence[Any]) -> Mapping[fx.Node, Tensor]:
     try:
-        with clean_run(drawn(captured.root, inputs, seed=0), seed=0) as values:
-            return observed_values(isolated(captured.root), captured.graph, values)
+        return observed_values(captured.root, captured.graph, inputs)
     except REJECTIONS as error:
         raise UsageError(
             f"the model rejects the example inputs {rejection(inputs, error, captured.root)}"

@@ -20,14 +20,14 @@ import torch
 import fxfuse
 from fxfuse import culprits, zoo
 from fxfuse.pipeline import folded
-from fxfuse.runs import drawn
+from fxfuse.inputs import sample
 from fxfuse.tree import as_module
 
 CULPRITS = {names!r}
 
 loaded = {loading}
 sizes = [torch.Size(shape) for shape in {shapes!r}]
-inputs = tuple(drawn(as_module(loaded.model), sizes, {seed!r})) or loaded.inputs
+inputs = tuple(sample(as_module(loaded.model), sizes, {seed!r})) or loaded.inputs
 report = fxfuse.explain(loaded.model, example_inputs=inputs)
 others = [fold.norm for fold in (*report.folded, *report.constants) if fold.norm not in CULPRITS]
 {check}

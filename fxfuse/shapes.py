@@ -24,8 +24,11 @@ import torch
 from torch import Tensor, fx
 
 from fxfuse.channels import Shape, Size
+from fxfuse.inputs import sample
 from fxfuse.nodes import Affine, Linear, Norm, Op, Opaque
 from fxfuse.ops import Reader
+from fxfuse.replica import isolated
+from fxfuse.runs import clean_run
 from fxfuse.transparent import Concat, Rearranged, Slice, Sum, Transparent, Within, broadcast
 
 _ARITHMETIC: Mapping[Any, Callable[[Any, Any], Any]] = {
@@ -294,8 +297,11 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def observed_values(root: torch.nn.Module, graph: fx.Graph, inputs: Any) -> Mapping[fx.Node, Tensor]:
+def observed_values(
+    root: torch.nn.Module, graph: fx.Graph, inputs: Sequence[Any]
+) -> Mapping[fx.Node, Tensor]:
     """For every value of a run with `inputs` a tensor without memory, of its shape and dtype."""
-    recorder = _Recorder(root, graph)
-    recorder.run(*inputs)
+    recorder = _Recorder(isolated(root), graph)
+    with clean_run(sample(root, inputs, seed=0), seed=0) as own:
+        recorder.run(*own)
     return recorder.values

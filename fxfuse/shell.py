@@ -21,8 +21,8 @@ import fxfuse
 from fxfuse import zoo
 from fxfuse.errors import FxfuseError, UsageError, VerificationError
 from fxfuse.files import check_writable, written
+from fxfuse.inputs import sample
 from fxfuse.records import SCHEMA
-from fxfuse.runs import drawn
 from fxfuse.tree import as_module
 from fxfuse.visible import one_line, visible
 
@@ -68,7 +68,7 @@ class Asked:
         step(f"loading {self.spec}")
         loaded = zoo.load(self.spec, seed=self.seed, weights=self.weights)
         sizes = [torch.Size(shape) for shape in self.shapes]
-        return loaded, tuple(drawn(as_module(loaded.model), sizes, self.seed)) or loaded.inputs
+        return loaded, tuple(sample(as_module(loaded.model), sizes, self.seed)) or loaded.inputs
 
     def needed(self, inputs: tuple[Any, ...] | None, purpose: str) -> tuple[Any, ...]:
         """The inputs; raises a UsageError if there are none."""

@@ -12,8 +12,9 @@ from torch.export import ExportedProgram
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxfuse.inputs import sample
 from fxfuse.replica import isolated
-from fxfuse.runs import clean_run, drawn
+from fxfuse.runs import clean_run
 from fxfuse.tree import as_module
 
 # What the dispatcher sees of a batch norm, by device and dialect.
@@ -55,7 +56,7 @@ def summarised(model: nn.Module | ExportedProgram, inputs: Sequence[Any] | None)
     if inputs is None:
         return Summary(parameters, size, None, None)
     counter = FlopCounterMode(display=False, custom_mapping=_NORM_FLOPS)
-    with clean_run(drawn(module, inputs, seed=0), seed=0) as values, counter:
+    with clean_run(sample(module, inputs, seed=0), seed=0) as values, counter:
         norms = executed_norms(isolated(module), *values)
     return Summary(parameters, size, norms, counter.get_total_flops())
 

@@ -63,7 +63,7 @@ class Agreement:
         return f"the same function, {apart}" if self.ok else f"another function, output{self.output} {apart}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What comparing two models brought.
 
@@ -90,11 +90,11 @@ class Comparison:
 
     ok: bool
     conclusive: bool
-    max_abs: float
-    max_rel: float
-    reference_error: float
-    candidate_error: float
-    worst: Worst | None
+    max_abs: float = math.nan
+    max_rel: float = math.nan
+    reference_error: float = math.nan
+    candidate_error: float = math.nan
+    worst: Worst | None = None
     notes: tuple[str, ...] = ()
     algebra: Agreement | None = None
     refolded: Agreement | None = None

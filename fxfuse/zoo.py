@@ -19,12 +19,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.archive import read_program
 from fxfuse.checkpoint import load_weights
 from fxfuse.errors import UsageError
+from fxfuse.layers import has_statistics
 
 RANDOM = "random weights and random statistics"
 
@@ -134,7 +135,7 @@ def randomise(model: nn.Module) -> nn.Module:
     """Draws statistics and affine parameters for every norm in `model`, in place: none stays the identity."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(getattr(module, "running_var", None), Tensor):
+            if has_statistics(module):
                 ranges = {
                     "running_mean": (-0.3, 0.3),
                     "running_var": (0.5, 2.0),

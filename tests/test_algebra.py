@@ -8,7 +8,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse import pipeline
-from fxfuse.runs import _SETTINGS, _read, precise
+from fxfuse.precision import _SETTINGS, _read, precise
 from tests.support import randomise
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

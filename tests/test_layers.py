@@ -12,7 +12,7 @@ LAYERS = [
     ["objects", "explanations", "arguments", "affine", "distances", "verdict", "archive", "checkpoint"],
     ["guards", "options", "methods"],
     ["proxies", "reparametrized", "exposure", "fold", "records", "layers", "constants"],
-    ["runs"],
+    ["runs", "inputs", "precision"],
     ["algebra"],
     ["rounding"],
     ["transparent", "patterns", "comparison", "reports"],

@@ -42,7 +42,7 @@ class AnyCode(str):
         return True
 
 
-def settled(model, *inputs, folded=0, left=0, direction=None, example_inputs=None):
+def assert_settled(model, *inputs, folded=0, left=0, direction=None, example_inputs=None):
     """As `check`, with the number of norms that are left in place of their codes."""
     fused = check(model, *inputs, folded=folded, left=[AnyCode()] * left, example_inputs=example_inputs)
     if direction is not None:
@@ -50,7 +50,7 @@ def settled(model, *inputs, folded=0, left=0, direction=None, example_inputs=Non
     return fused
 
 
-def never_wrong(model, *inputs, example_inputs=None):
+def assert_never_wrong(model, *inputs, example_inputs=None):
     """That the folded model is exact and accounts for its norms, whatever was folded."""
     before = snapshot(model)
     fused = fxfuse.fuse(model, example_inputs=example_inputs)
@@ -283,7 +283,7 @@ LET_PASS = (
 @table(*LET_PASS)
 def test_norm_passes_operator_that_keeps_channels_apart(middle, way):
     model = way(middle)
-    fused = settled(model, X, folded=1, direction=way.__name__)
+    fused = assert_settled(model, X, folded=1, direction=way.__name__)
     for shape in [(3, 4, 8, 8), (1, 4, 6, 6), (4, 4, 4, 10)]:
         _assert_exact_or_rejected(model, fused, noise(*shape))
 
@@ -323,7 +323,7 @@ def test_backward_is_left_where_a_value_on_the_way_is_used_elsewhere(middle, use
 
     model = backward(middle)
     model.__dict__["written"] = run
-    settled(model, X, left=1)
+    assert_settled(model, X, left=1)
 
 
 @pytest.mark.parametrize("used", ["before", "after"])
@@ -336,7 +336,7 @@ def test_forward_is_left_where_a_value_on_the_way_is_used_elsewhere(middle, used
 
     model = forward(middle)
     model.__dict__["written"] = run
-    settled(model, X, left=1)
+    assert_settled(model, X, left=1)
 
 
 # The same for sequences and volumes.
@@ -378,13 +378,13 @@ def test_norm_of_sequences_passes_operators_too(middle, way):
     if way is forward and any(middle is SEQUENCES[name] for name in OF_ANY_RANK):
         check(model, SEQUENCE, left=["FXF105"])
         known = {"example_inputs": (SEQUENCE,)}
-    settled(model, SEQUENCE, folded=1, direction=way.__name__, **known)
+    assert_settled(model, SEQUENCE, folded=1, direction=way.__name__, **known)
 
 
 @BOTH
 @table(VOLUMES)
 def test_norm_of_volumes_passes_operators_too(middle, way):
-    settled(way(middle, VOLUME.shape), VOLUME, folded=1, direction=way.__name__)
+    assert_settled(way(middle, VOLUME.shape), VOLUME, folded=1, direction=way.__name__)
 
 
 def _grouped(y):
@@ -421,14 +421,14 @@ MERGE_CHANNELS = {
 
 @table(SPLIT_CHANNELS)
 def test_channel_that_becomes_several_lets_a_norm_pass_only_backward(middle):
-    settled(forward(middle, WIDE.shape), WIDE, left=1)
-    settled(backward(middle, WIDE.shape), WIDE, folded=1, direction="backward")
+    assert_settled(forward(middle, WIDE.shape), WIDE, left=1)
+    assert_settled(backward(middle, WIDE.shape), WIDE, folded=1, direction="backward")
 
 
 @table(MERGE_CHANNELS)
 def test_channels_that_become_one_let_a_norm_pass_only_forward(middle):
-    settled(backward(middle), X, left=1)
-    settled(forward(middle), X, folded=1, direction="forward")
+    assert_settled(backward(middle), X, left=1)
+    assert_settled(forward(middle), X, folded=1, direction="forward")
 
 
 # Operators that let the scale pass but not the shift.
@@ -477,23 +477,23 @@ OPAQUE = {
 @BOTH
 @table(ONLY_SCALE)
 def test_norm_passes_padding_with_zeros_if_it_does_not_shift(middle, way):
-    settled(way(middle), X, left=1)
-    settled(unshifted(way(middle)), X, folded=1, direction=way.__name__)
+    assert_settled(way(middle), X, left=1)
+    assert_settled(unshifted(way(middle)), X, folded=1, direction=way.__name__)
 
 
 @BOTH
 @table(AT_MOST_SCALE)
 def test_norm_passes_sums_at_most_if_it_does_not_shift(middle, way):
-    settled(way(middle), X, left=1)
-    never_wrong(unshifted(way(middle)), X)
+    assert_settled(way(middle), X, left=1)
+    assert_never_wrong(unshifted(way(middle)), X)
 
 
 @BOTH
 @table(OPAQUE)
 def test_norm_does_not_pass_operator_that_mixes_channels_or_is_not_affine(middle, way):
     model = way(middle, SQUARE.shape)
-    settled(model, SQUARE, left=1)
-    settled(unshifted(model), SQUARE, left=1)
+    assert_settled(model, SQUARE, left=1)
+    assert_settled(unshifted(model), SQUARE, left=1)
 
 
 # Max pooling commutes with a scale that is nowhere negative.
@@ -518,7 +518,7 @@ MAX_POOLS = {
 )
 def test_norm_passes_max_pooling_if_its_scale_is_nowhere_negative(middle, x, way):
     model = rising(way(middle, x.shape))
-    settled(model, x, folded=1, direction=way.__name__)
+    assert_settled(model, x, folded=1, direction=way.__name__)
     (model.last if way is backward else model.first).weight.detach()[-1] = -1e-3
     check(model, x, left=["FXF306"])
 
@@ -529,7 +529,7 @@ def test_norm_does_not_pass_max_pooling_whose_indices_are_used(way):
         values, places = F.max_pool2d(y, 2, return_indices=True)
         return values + 0 * places
 
-    settled(rising(way(indices)), X, left=1)
+    assert_settled(rising(way(indices)), X, left=1)
 
 
 def test_scale_of_zero_does_not_pass_max_pooling_whose_indices_are_returned():
@@ -538,7 +538,7 @@ def test_scale_of_zero_does_not_pass_max_pooling_whose_indices_are_returned():
         return m.norm(values), places
 
     model = rising(randomise(Forward(run, operator=nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4))))
-    settled(model, X, left=1)
+    assert_settled(model, X, left=1)
 
 
 class Branches(nn.Module):
@@ -580,7 +580,7 @@ def test_exported_operators_let_norms_pass_too(entries, x, way, build, folded):
     folded *= len(models)
     left, direction = len(models) - folded, way.__name__ if folded else None
     model = exported(Branches(models), x)
-    settled(model, x, folded=folded, left=left, direction=direction, example_inputs=(x,))
+    assert_settled(model, x, folded=folded, left=left, direction=direction, example_inputs=(x,))
 
 
 @BOTH
@@ -588,7 +588,7 @@ def test_exported_operators_let_norms_pass_too(entries, x, way, build, folded):
 def test_operators_let_norms_pass_in_every_dialect(form, way):
     operators = [middle for entries in LET_PASS for middle in [*entries.values()][:2]]
     model = form(Branches(map(way, operators)), X)
-    settled(model, X, folded=len(operators), direction=way.__name__, example_inputs=(X,))
+    assert_settled(model, X, folded=len(operators), direction=way.__name__, example_inputs=(X,))
 
 
 # 21: which axis is which is proven, never read from sizes that happen to agree.
@@ -598,7 +598,7 @@ def test_only_a_permutation_that_keeps_the_channels_lets_a_norm_pass(order, way)
     x = noise(4, 4, 4, 4)
     kept = int(order[1] == 1)
     for middle in (lambda y: y.permute(order), lambda y: y.permute(order).flatten(2)):
-        settled(way(middle, x.shape), x, folded=kept, left=1 - kept)
+        assert_settled(way(middle, x.shape), x, folded=kept, left=1 - kept)
 
 
 # Rearrangements of four axes of size 4: what comes of them is right or left.
@@ -711,7 +711,7 @@ SCRAMBLES = {
 @table(SCRAMBLES)
 def test_norm_is_never_wrong_across_rearrangements_of_equal_sizes(middle, way):
     x = noise(4, 4, 4, 4)
-    never_wrong(way(middle, x.shape), x, example_inputs=(x,))
+    assert_never_wrong(way(middle, x.shape), x, example_inputs=(x,))
 
 
 @BOTH
@@ -719,7 +719,7 @@ def test_norm_is_never_wrong_across_rearrangements_of_equal_sizes(middle, way):
 def test_norm_is_never_wrong_across_rearrangements_of_equal_sizes_side_by_side(form, way):
     x = noise(4, 4, 4, 4)
     branches = [way(middle, x.shape) for name, middle in SCRAMBLES.items() if name != "boolean mask"]
-    never_wrong(form(Branches(branches), x), x)  # the size that a mask gives cannot be exported
+    assert_never_wrong(form(Branches(branches), x), x)  # the size that a mask gives cannot be exported
 
 
 @BOTH
@@ -729,7 +729,7 @@ def test_norm_is_never_wrong_across_any_reshape_of_an_image(way):
         if sum(exponents) == 5:
             sizes = [2**exponent for exponent in exponents]
             model = way(lambda y, sizes=sizes: y.reshape(sizes), x.shape)
-            never_wrong(model, x, example_inputs=(x,))
+            assert_never_wrong(model, x, example_inputs=(x,))
 
 
 @BOTH
@@ -737,7 +737,7 @@ def test_norm_is_never_wrong_across_any_regrouping_of_channels(way):
     x = noise(2, 4, 2, 2)
     for order in itertools.permutations(range(4)):
         for start in (1, 2):
-            never_wrong(
+            assert_never_wrong(
                 way(
                     lambda y, order=order, start=start: (
                         y.unflatten(1, (2, 2)).flatten(3).permute(order).flatten(start, start + 1)
@@ -786,8 +786,8 @@ AFTER_LINEAR = {
 def test_norm_reaches_a_linear_layer_whose_last_axis_became_its_channels(middle, form):
     middle, x, norm = middle
     model = form(between(nn.Linear(4, 4), middle, norm), x)
-    settled(model, x, folded=1, direction="backward", example_inputs=(x,))
-    never_wrong(model, x)
+    assert_settled(model, x, folded=1, direction="backward", example_inputs=(x,))
+    assert_never_wrong(model, x)
 
 
 # Where the number of axes follows from the operators, no example is needed.
@@ -797,7 +797,7 @@ PROVEN = ("permute to an image", "permute")
 @pytest.mark.parametrize("case", PROVEN)
 def test_norm_reaches_a_linear_layer_without_example_inputs_where_the_axes_are_certain(case):
     middle, x, norm = AFTER_LINEAR[case]
-    settled(between(nn.Linear(4, 4), middle, norm), x, folded=1)
+    assert_settled(between(nn.Linear(4, 4), middle, norm), x, folded=1)
 
 
 NOT_AFTER_LINEAR = {
@@ -823,8 +823,8 @@ NOT_AFTER_LINEAR = {
 def test_norm_over_another_axis_than_the_features_is_left_though_the_sizes_agree(middle, form):
     middle, x, norm = middle
     model = form(between(nn.Linear(4, 4), middle, norm), x)
-    settled(model, x, left=1)
-    settled(model, x, left=1, example_inputs=(x,))
+    assert_settled(model, x, left=1)
+    assert_settled(model, x, left=1, example_inputs=(x,))
 
 
 BEFORE_LINEAR = {
@@ -843,7 +843,7 @@ BEFORE_LINEAR = {
 def test_norm_goes_forward_into_a_linear_layer_on_what_were_its_channels(middle, form):
     norm, middle, x = middle
     model, known = form(between(norm, middle, nn.Linear(4, 3)), x), {"example_inputs": (x,)}
-    settled(model, x, folded=1, direction="forward", **known)
+    assert_settled(model, x, folded=1, direction="forward", **known)
     if form is modules:
         certain = not any(middle is BEFORE_LINEAR[name][1] for name in ("transpose", "mean over tokens"))
         check(model, x, folded=int(certain), left=[] if certain else ["FXF105"])
@@ -866,8 +866,8 @@ NOT_BEFORE_LINEAR = {
 def test_norm_does_not_go_forward_into_a_linear_layer_on_another_axis(middle, form):
     norm, middle, x = middle
     model = form(between(norm, middle, nn.Linear(4, 3)), x)
-    settled(model, x, left=1)
-    settled(model, x, left=1, example_inputs=(x,))
+    assert_settled(model, x, left=1)
+    assert_settled(model, x, left=1, example_inputs=(x,))
 
 
 def levit(m, x):
@@ -889,7 +889,7 @@ def test_norm_over_all_tokens_of_a_batch_reaches_the_linear_layer(shape, ahead, 
 
     x = noise(*shape)
     model = randomise(Forward(run, linear=nn.Linear(3, 3), norm=nn.BatchNorm1d(3)))
-    settled(form(model, x), x, folded=1, direction="backward")
+    assert_settled(form(model, x), x, folded=1, direction="backward")
 
 
 @SIZES_FORM
@@ -905,17 +905,17 @@ def test_norm_over_all_tokens_goes_forward_into_the_next_linear_layer(counted, f
     x = noise(2, 3, 2, 3)
     layers = {"conv": nn.Conv2d(3, 3, 1), "linear": nn.Linear(3, 4), "norm": nn.BatchNorm1d(3)}
     model = form(randomise(Forward(run, **layers)), x)
-    settled(model, x, folded=int(counted), left=1 - counted, direction="forward" if counted else None)
-    never_wrong(model, x, example_inputs=(x,))
+    assert_settled(model, x, folded=int(counted), left=1 - counted, direction="forward" if counted else None)
+    assert_never_wrong(model, x, example_inputs=(x,))
 
 
 @pytest.mark.parametrize("form", FORMS[:3])
 def test_norm_over_all_tokens_is_left_where_they_may_be_rows_of_images(form):
     model = form(randomise(Forward(levit, linear=nn.Linear(4, 4), norm=nn.BatchNorm1d(4))))
-    settled(model, noise(2, 3, 4), left=1)
-    settled(model, noise(2, 3, 4, 4), left=1)
-    settled(model, noise(2, 3, 4), folded=1, example_inputs=(noise(2, 3, 4),))
-    settled(model, noise(2, 3, 4, 4), left=1, example_inputs=(noise(2, 3, 4, 4),))
+    assert_settled(model, noise(2, 3, 4), left=1)
+    assert_settled(model, noise(2, 3, 4, 4), left=1)
+    assert_settled(model, noise(2, 3, 4), folded=1, example_inputs=(noise(2, 3, 4),))
+    assert_settled(model, noise(2, 3, 4, 4), left=1, example_inputs=(noise(2, 3, 4, 4),))
 
 
 # 18: sums and differences.
@@ -943,14 +943,14 @@ SUMS = {
 @table(SUMS)
 def test_norm_after_a_sum_scales_both_convolutions_and_shifts_one(middle, form):
     model = form(convs(lambda m, x: m.norm(middle(m.a(x), m.b(x)))), INPUT)
-    fused = settled(model, INPUT, folded=1, direction="backward")
+    fused = assert_settled(model, INPUT, folded=1, direction="backward")
     assert sorted(fxfuse.report(fused).folded[0].into) == ["a", "b"] or form is not modules
 
 
 @FORM
 def test_norm_after_a_sum_of_three_goes_into_all(form):
     model = form(convs(lambda m, x: m.norm(m.a(x) - (m.b(x) - m.c(x)))), INPUT)
-    settled(model, INPUT, folded=1, direction="backward")
+    assert_settled(model, INPUT, folded=1, direction="backward")
 
 
 @FORM
@@ -959,15 +959,15 @@ def test_norms_before_and_after_a_sum_are_all_folded(form):
         return m.norm(m.one(m.a(x)) + m.two(m.b(x)))
 
     model = form(convs(run, one=nn.BatchNorm2d(4), two=nn.BatchNorm2d(4)), INPUT)
-    settled(model, INPUT, folded=3)
+    assert_settled(model, INPUT, folded=3)
 
 
 @FORM
 @pytest.mark.parametrize("call", [torch.add, torch.sub])
 def test_norm_after_a_sum_with_alpha_is_never_wrong(call, form):
     model = form(convs(lambda m, x: m.norm(call(m.a(x), m.b(x), alpha=2))), INPUT)
-    never_wrong(model, INPUT)
-    never_wrong(form(convs(lambda m, x: m.norm(call(m.a(x), m.b(x), alpha=0))), INPUT), INPUT)
+    assert_never_wrong(model, INPUT)
+    assert_never_wrong(form(convs(lambda m, x: m.norm(call(m.a(x), m.b(x), alpha=0))), INPUT), INPUT)
 
 
 UNEQUAL_SUMS = {
@@ -1000,7 +1000,7 @@ def test_norm_after_an_unequal_sum_is_never_wrong(middle, form):
     channels = 3 if add is UNEQUAL_SUMS["parts that overlap"][0] else channels
     layers = {"a": nn.Conv2d(3, outs[0], 3), "b": nn.Conv2d(3, outs[1], 3), "norm": nn.BatchNorm2d(channels)}
     model = Forward(lambda m, x: m.norm(add(m, m.a(x), m.b(x))), **layers)
-    never_wrong(form(randomise(model), INPUT), INPUT)
+    assert_never_wrong(form(randomise(model), INPUT), INPUT)
 
 
 LEFT_SUMS = {
@@ -1020,7 +1020,7 @@ LEFT_SUMS = {
 @FORM
 @table(LEFT_SUMS)
 def test_norm_after_a_sum_is_left_where_not_all_parts_take_it(middle, form):
-    settled(form(convs(middle), INPUT), INPUT, left=1)
+    assert_settled(form(convs(middle), INPUT), INPUT, left=1)
 
 
 @FORM
@@ -1035,14 +1035,14 @@ def test_norm_after_a_sum_is_left_where_not_all_parts_take_it(middle, form):
 )
 def test_norm_before_a_sum_with_another_value_is_left(run, form):
     model = randomise(Forward(run, norm=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 3, 3)))
-    settled(form(model, X), X, left=1)
+    assert_settled(form(model, X), X, left=1)
 
 
 @FORM
 def test_two_norms_before_a_sum_are_left(form):
     layers = {"one": nn.BatchNorm2d(4), "two": nn.BatchNorm2d(4), "conv": nn.Conv2d(4, 3, 3)}
     model = randomise(Forward(lambda m, x: m.conv(m.one(x) + m.two(x)), **layers))
-    settled(form(model, X), X, left=2)
+    assert_settled(form(model, X), X, left=2)
 
 
 # 19: concatenations.
@@ -1059,14 +1059,14 @@ def cat_of(order, dim):
 def test_norm_after_a_concat_of_channels_is_parted(dim, order, form):
     outs = {"a": 4, "b": 2, "c": 3}
     model = convs(cat_of(order, dim), (4, 2, 3), sum(outs[name] for name in order))
-    fused = settled(form(model, INPUT), INPUT, folded=1, direction="backward")
+    fused = assert_settled(form(model, INPUT), INPUT, folded=1, direction="backward")
     assert sorted(fxfuse.report(fused).folded[0].into) == sorted(order) or form is not modules
 
 
 @FORM
 @pytest.mark.parametrize("dim", [0, 2, -1])
 def test_norm_after_a_concat_along_another_axis_goes_into_every_part(dim, form):
-    settled(form(convs(cat_of("abc", dim)), INPUT), INPUT, folded=1, direction="backward")
+    assert_settled(form(convs(cat_of("abc", dim)), INPUT), INPUT, folded=1, direction="backward")
 
 
 CONCATS = {
@@ -1098,7 +1098,7 @@ def test_norm_after_a_concat_written_in_any_way_is_folded(name, form):
     extra = {"one": nn.BatchNorm2d(4)} if name == "a norm before" else {}
     extra |= {"d": nn.Conv2d(3, 4, 3)}
     model = convs(lambda m, x: m.norm(run(m, x)), norm=8, **extra)
-    settled(form(model, INPUT), INPUT, folded=1 + (len(extra) == 2))
+    assert_settled(form(model, INPUT), INPUT, folded=1 + (len(extra) == 2))
 
 
 LEFT_CONCATS = {
@@ -1122,14 +1122,14 @@ LEFT_CONCATS = {
 @table(LEFT_CONCATS)
 def test_norm_after_a_concat_is_left_where_not_all_parts_take_it(middle, form):
     run, channels = middle
-    settled(form(convs(run, norm=channels), INPUT), INPUT, left=1)
+    assert_settled(form(convs(run, norm=channels), INPUT), INPUT, left=1)
 
 
 @FORM
 @pytest.mark.parametrize("dim", [0, 2, 3])
 def test_norm_after_a_concat_of_a_value_with_itself_is_never_wrong(dim, form):
     model = convs(lambda m, x: m.norm(torch.cat([y := m.a(x), y], dim)))
-    never_wrong(form(model, INPUT), INPUT)
+    assert_never_wrong(form(model, INPUT), INPUT)
 
 
 def densenet(m, x):
@@ -1143,7 +1143,7 @@ def densenet(m, x):
 def test_norms_of_a_dense_block_are_left(form):
     layers = {"a": nn.Conv2d(3, 4, 3), "b": nn.Conv2d(4, 4, 1), "c": nn.Conv2d(8, 2, 1)}
     model = randomise(Forward(densenet, **layers, one=nn.BatchNorm2d(4), two=nn.BatchNorm2d(8)))
-    settled(form(model, INPUT), INPUT, left=2)
+    assert_settled(form(model, INPUT), INPUT, left=2)
 
 
 FORWARD_CONCATS = {
@@ -1165,7 +1165,7 @@ def test_norm_goes_forward_through_a_concat_into_its_own_channels(middle, form):
     layers = {"one": nn.BatchNorm2d(4), "conv": nn.Conv2d(channels, 3, 3)}
     layers |= {"two": nn.BatchNorm2d(4, eps=0.1)} if folded == 2 else {}
     model = form(randomise(Forward(run, **layers)), X)
-    settled(model, X, folded=folded, direction="forward", example_inputs=(X,))
+    assert_settled(model, X, folded=folded, direction="forward", example_inputs=(X,))
 
 
 @FORM
@@ -1173,7 +1173,7 @@ def test_norm_goes_forward_through_a_concat_into_its_own_channels(middle, form):
 def test_norm_does_not_go_forward_through_a_concat_of_images_with_another_value(dim, form):
     layers = {"norm": nn.BatchNorm2d(4), "conv": nn.Conv2d(4, 3, 3)}
     model = randomise(Forward(lambda m, x: m.conv(torch.cat([m.norm(x), F.relu(x)], dim)), **layers))
-    settled(form(model, X), X, left=1)
+    assert_settled(form(model, X), X, left=1)
 
 
 REGROUPED_CONCATS = {
@@ -1191,7 +1191,7 @@ def test_concat_along_a_part_of_the_channels_is_never_wrong(middle, form):
     conv = nn.Conv2d(4, 4, 1) if behind else nn.Conv2d(8, 3, 1)
     norm = {"wide": nn.BatchNorm2d(8)} if behind else {"norm": nn.BatchNorm2d(4)}
     model = randomise(Forward(middle, conv=conv, **norm))
-    never_wrong(form(model, X), X)
+    assert_never_wrong(form(model, X), X)
 
 
 @FORM
@@ -1199,7 +1199,7 @@ def test_concat_along_a_part_of_the_channels_is_never_wrong(middle, form):
 def test_norm_before_a_concat_of_a_value_with_itself_is_never_wrong(dim, form):
     layers = {"norm": nn.BatchNorm2d(4), "conv": nn.Conv2d(4, 3, 3)}
     model = randomise(Forward(lambda m, x: m.conv(torch.cat([y := m.norm(x), y], dim)), **layers))
-    never_wrong(form(model, X), X)
+    assert_never_wrong(form(model, X), X)
 
 
 # Parts of one convolution's output: each channel has users of its own.
@@ -1261,7 +1261,7 @@ HALVES = {
 def test_norm_of_some_channels_is_folded_if_only_others_are_used_elsewhere(middle, form):
     run, folded, left = middle
     extra = {"two": nn.BatchNorm2d(2, eps=1e-2)} if run is _both_halves or left == 2 else {}
-    settled(form(halves(run, **extra), X), X, folded=folded, left=left)
+    assert_settled(form(halves(run, **extra), X), X, folded=folded, left=left)
 
 
 def _forward_halves(m, x):
@@ -1290,7 +1290,7 @@ def test_norm_goes_forward_into_all_that_take_parts_of_it(middle, form):
     run, folded = middle
     layers = {"norm": nn.BatchNorm2d(4), "conv": nn.Conv2d(2, 3, 3), "two": nn.Conv2d(2, 5, 2)}
     model = randomise(Forward(run, **layers, whole=nn.Conv2d(4, 2, 1)))
-    settled(form(model, X), X, folded=folded, left=1 - folded, example_inputs=(X,))
+    assert_settled(form(model, X), X, folded=folded, left=1 - folded, example_inputs=(X,))
 
 
 # Operators in a row.
@@ -1315,9 +1315,9 @@ def test_norm_passes_operators_in_a_row(middle, form, way):
     model = form(way(middle), X)
     known = {} if form is modules else {"example_inputs": (X,)}
     if way is forward and middle is ROWS["sum of parts of itself"]:
-        settled(model, X, left=1, **known)
+        assert_settled(model, X, left=1, **known)
     else:
-        settled(model, X, folded=1, direction=way.__name__, **known)
+        assert_settled(model, X, folded=1, direction=way.__name__, **known)
 
 
 @SIZES_FORM
@@ -1328,7 +1328,7 @@ def test_shufflenet_unit_is_folded_whole(form):
 
     layers = {"one": nn.Conv2d(2, 4, 1), "two": nn.Conv2d(2, 4, 1), "after": nn.BatchNorm2d(8)}
     model = randomise(Forward(run, **layers, norm1=nn.BatchNorm2d(4), norm2=nn.BatchNorm2d(4)))
-    settled(form(model, X), X, folded=3)
+    assert_settled(form(model, X), X, folded=3)
 
 
 # What is written to in place between the operators.
@@ -1368,5 +1368,5 @@ def test_norm_is_never_wrong_where_a_view_is_written_to(early, write, form):
             write(y)
         return z
 
-    never_wrong(form(halves(back), X), X)
-    never_wrong(form(halves(ahead, wide=nn.BatchNorm2d(4)), X), X)
+    assert_never_wrong(form(halves(back), X), X)
+    assert_never_wrong(form(halves(ahead, wide=nn.BatchNorm2d(4)), X), X)

@@ -38,7 +38,7 @@ def arithmetic(graph):
     return sum(name.partition(".")[0].strip("_") in ARITHMETIC for name in names)
 
 
-def settled(model, *inputs, constants=0, kept=0, folded=0, left=0, example_inputs=None):
+def assert_settled(model, *inputs, constants=0, kept=0, folded=0, left=0, example_inputs=None):
     """As `folds`, with the number of constants that are folded and of additions, ..., that are kept."""
     codes = [AnyCode()] * left
     fused = folds(model, *inputs, folded=folded, refused=codes, example_inputs=example_inputs)
@@ -138,7 +138,7 @@ def with_constant(operation, c, conv=None):
 @table("operation", OPERATIONS)
 @table("c", SHAPES)
 def test_constant_per_channel_is_folded(c, operation):
-    fused = settled(with_constant(operation, c), X, constants=1)
+    fused = assert_settled(with_constant(operation, c), X, constants=1)
     (fold,) = fxfuse.report(fused).constants
     assert fold.into == ("conv",) and fold.direction == "backward"
     assert not fxfuse.report(fused).norms
@@ -148,13 +148,13 @@ def test_constant_per_channel_is_folded(c, operation):
 def test_constants_per_channel_are_folded_in_every_dialect(form):
     cases = list(itertools.product(OPERATIONS.values(), SHAPES.values()))
     model = Branches(with_constant(operation, c) for operation, c in cases)
-    settled(form(model, X), X, constants=len(cases))
+    assert_settled(form(model, X), X, constants=len(cases))
 
 
 @GRAPHS
 def test_constant_is_folded_however_the_operation_is_written(form):
     model = Branches(with_constant(operation, SHAPES["(C, 1, 1)"]) for operation in WRITTEN.values())
-    settled(form(model, X), X, constants=len(WRITTEN))
+    assert_settled(form(model, X), X, constants=len(WRITTEN))
 
 
 @pytest.mark.parametrize(
@@ -166,14 +166,14 @@ def test_constant_is_folded_however_the_operation_is_written(form):
 )
 @table("operation", OPERATIONS)
 def test_constant_is_folded_into_any_convolution(operation, layer):
-    settled(with_constant(operation, SHAPES["(C, 1, 1)"], layer), X, constants=1)
+    assert_settled(with_constant(operation, SHAPES["(C, 1, 1)"], layer), X, constants=1)
 
 
 @GRAPHS
 @table("operation", OPERATIONS)
 def test_constant_that_is_a_parameter_is_folded(operation, form):
     model = model_of(lambda m, x: operation(m.conv(x), m.c), c=nn.Parameter(noise(4, 1, 1)))
-    settled(form(model, X), X, constants=1)
+    assert_settled(form(model, X), X, constants=1)
 
 
 def test_zero_and_negative_constants_are_exact():
@@ -199,7 +199,7 @@ def test_constant_per_feature_is_folded_into_a_linear_layer(case, form):
     c, inputs = case
     for x in inputs:
         model = form(with_constant(OPERATIONS["c - y"], c, nn.Linear(3, 4)), x)
-        settled(model, x, constants=1, example_inputs=(x,))
+        assert_settled(model, x, constants=1, example_inputs=(x,))
         exact(model, x)
 
 
@@ -216,8 +216,8 @@ IMAGE = noise(4, 3, 4, 4)
 @pytest.mark.parametrize("operation", ["y * c", "c - y"])
 def test_constant_over_another_axis_is_left(operation, shape):
     model = with_constant(OPERATIONS[operation], noise(*shape), nn.Conv2d(3, 4, 1))
-    settled(model, IMAGE, kept=1)
-    settled(model, IMAGE, kept=1, example_inputs=(IMAGE,))
+    assert_settled(model, IMAGE, kept=1)
+    assert_settled(model, IMAGE, kept=1, example_inputs=(IMAGE,))
 
 
 @pytest.mark.parametrize("form", FORMS[2:])
@@ -225,7 +225,7 @@ def test_constant_over_another_axis_is_left(operation, shape):
 def test_constant_over_another_axis_is_left_in_every_dialect(operation, form):
     operation = OPERATIONS[operation]
     model = Branches(with_constant(operation, noise(*shape), nn.Conv2d(3, 4, 1)) for shape in TRAPS)
-    settled(form(model, IMAGE), IMAGE, kept=len(TRAPS))
+    assert_settled(form(model, IMAGE), IMAGE, kept=len(TRAPS))
 
 
 @GRAPHS
@@ -233,7 +233,7 @@ def test_constant_over_another_axis_is_left_in_every_dialect(operation, form):
 def test_constant_that_makes_several_channels_of_one_is_left(shape, form):
     model = Branches(with_constant(op, noise(*shape), nn.Conv2d(3, 1, 1)) for op in OPERATIONS.values())
     x = noise(4, 3, 4, 4) if shape != (2, 1, 1) else noise(4, 3, 2, 4)
-    settled(form(model, x), x, kept=len(OPERATIONS))
+    assert_settled(form(model, x), x, kept=len(OPERATIONS))
 
 
 @pytest.mark.parametrize(
@@ -251,13 +251,13 @@ def test_constant_that_makes_several_channels_of_one_is_left(shape, form):
 @pytest.mark.parametrize("operation", ["y * c", "y + c"])
 def test_constant_over_another_axis_than_the_features_is_left(operation, shape, x):
     model = with_constant(OPERATIONS[operation], noise(*shape), nn.Linear(3, 4))
-    settled(model, x, kept=1)
-    settled(model, x, kept=1, example_inputs=(x,))
-    settled(exported(model, x), x, kept=1)
+    assert_settled(model, x, kept=1)
+    assert_settled(model, x, kept=1, example_inputs=(x,))
+    assert_settled(exported(model, x), x, kept=1)
 
 
 def test_constant_for_several_features_after_a_linear_layer_of_one_is_left():
-    settled(with_constant(OPERATIONS["y * c"], noise(4), nn.Linear(3, 1)), noise(5, 3), kept=1)
+    assert_settled(with_constant(OPERATIONS["y * c"], noise(4), nn.Linear(3, 1)), noise(5, 3), kept=1)
 
 
 @table("c", SHAPES)
@@ -277,7 +277,7 @@ def test_constant_is_never_wrong_without_a_batch_axis(operation, c):
 @pytest.mark.parametrize("shape", ["(C, 1, 1)", "(1, 1, 1)", "()", "int"])
 def test_constant_that_adds_no_axis_is_folded_for_values_without_a_batch_axis_too(shape, operation):
     model = with_constant(operation, SHAPES[shape])
-    fused = settled(model, X, constants=1)
+    fused = assert_settled(model, X, constants=1)
     assert_exact(model(X[0]), fused(X[0]))
 
 
@@ -460,7 +460,7 @@ def test_layer_scale_is_folded_and_the_skip_stays(run, form):
     extra = {"norm": nn.BatchNorm2d(3)} if run is LAYER_SCALES["after a norm"] else {}
     layers = {"same": nn.Conv2d(3, 3, 3, padding=1), "linear": nn.Linear(3, 3)}
     model = form(model_of(run, **layers, **extra, gamma=nn.Parameter(noise(3))), X)
-    settled(model, X, constants=1, kept=1, folded=len(extra))
+    assert_settled(model, X, constants=1, kept=1, folded=len(extra))
 
 
 class LayerScale(nn.Module):
@@ -476,7 +476,7 @@ class LayerScale(nn.Module):
 def test_layer_scale_of_a_vision_transformer_is_folded(form):
     layers = {"one": nn.Linear(3, 8), "two": nn.Linear(8, 3), "scale": LayerScale(3)}
     model = model_of(lambda m, x: x + m.scale(m.two(F.gelu(m.one(x)))), **layers)
-    settled(form(model, noise(2, 5, 3)), noise(2, 5, 3), constants=1, kept=1)
+    assert_settled(form(model, noise(2, 5, 3)), noise(2, 5, 3), constants=1, kept=1)
 
 
 # 54
@@ -529,7 +529,7 @@ CHAINS = {
 def test_chain_of_constants_becomes_one_convolution(case, form):
     run, constants = case
     tensors = {name: noise(4, 1, 1, seed=seed) for seed, name in enumerate("abcd")}
-    settled(form(model_of(run, **tensors), X), X, constants=constants)
+    assert_settled(form(model_of(run, **tensors), X), X, constants=constants)
 
 
 WITH_NORMS = {
@@ -545,7 +545,7 @@ WITH_NORMS = {
 def test_constants_and_norms_are_folded_together(case, form):
     run, constants, norms = case
     layers = {"norm": nn.BatchNorm2d(4), **({"two": nn.BatchNorm2d(4)} if norms == 2 else {})}
-    settled(form(model_of(run, **layers, c=noise(4, 1, 1)), X), X, constants=constants, folded=norms)
+    assert_settled(form(model_of(run, **layers, c=noise(4, 1, 1)), X), X, constants=constants, folded=norms)
 
 
 # Constants that are expressions of parameters and buffers.
@@ -575,13 +575,13 @@ def with_expression(expression):
 
 @table("expression", EXPRESSIONS)
 def test_constant_may_be_an_expression_of_parameters(expression):
-    settled(with_expression(expression), X, constants=2)
+    assert_settled(with_expression(expression), X, constants=2)
 
 
 @DIALECTS
 def test_constants_may_be_expressions_of_parameters_in_every_dialect(form):
     model = Branches(map(with_expression, EXPRESSIONS.values()))
-    settled(form(model, X), X, constants=2 * len(EXPRESSIONS))
+    assert_settled(form(model, X), X, constants=2 * len(EXPRESSIONS))
 
 
 # Who else uses the value, or the constant.
@@ -624,7 +624,7 @@ USED_TWICE = {
 def test_each_constant_is_folded_where_it_stands(case, form):
     run, constants, kept = case
     model = form(model_of(run, b=nn.Conv2d(3, 4, 3), c=nn.Parameter(noise(4, 1, 1))), X)
-    settled(model, X, constants=constants, kept=kept)
+    assert_settled(model, X, constants=constants, kept=kept)
 
 
 @pytest.mark.parametrize("form", FORMS[::3])
@@ -689,14 +689,14 @@ def through(case):
 @table("case", THROUGH)
 def test_constant_passes_operators_as_a_norm_does(case):
     for model, passes in zip(through(case), case[2:], strict=True):
-        settled(model, X, constants=int(passes), kept=int(not passes))
+        assert_settled(model, X, constants=int(passes), kept=int(not passes))
 
 
 @DIALECTS
 def test_constants_pass_operators_in_every_dialect(form):
     model = Branches(model for case in THROUGH.values() for model in through(case))
     passing = sum(scale + shift for *_, scale, shift in THROUGH.values())
-    settled(form(model, X), X, constants=passing, kept=2 * len(THROUGH) - passing)
+    assert_settled(form(model, X), X, constants=passing, kept=2 * len(THROUGH) - passing)
 
 
 @FORM
@@ -704,8 +704,8 @@ def test_constant_after_a_sum_or_a_concat_goes_into_all_parts(form):
     layers = {"b": nn.Conv2d(3, 4, 3), "c": noise(4, 1, 1), "d": noise(8, 1, 1)}
     summed = model_of(lambda m, x: (m.conv(x) + m.b(x)) * m.c - 1, **layers)
     joined = model_of(lambda m, x: torch.cat([m.conv(x), m.b(x)], 1) * m.d + m.d, **layers)
-    settled(form(summed, X), X, constants=2, kept=1)
-    settled(form(joined, X), X, constants=2)
+    assert_settled(form(summed, X), X, constants=2, kept=1)
+    assert_settled(form(joined, X), X, constants=2)
 
 
 # Forward.
@@ -718,9 +718,9 @@ def into(run, layer=None, **constants):
 @table("operation", OPERATIONS)
 def test_constant_goes_forward_where_it_cannot_go_backward(operation):
     for c in (noise(4, 1, 1), noise(1, 4, 1, 1)):
-        fused = settled(into(lambda y, m: operation(y, m.c), c=c), X, constants=1)
+        fused = assert_settled(into(lambda y, m: operation(y, m.c), c=c), X, constants=1)
         assert [fold.direction for fold in fxfuse.report(fused).constants] == ["forward"]
-    settled(into(lambda y, m: operation(y, 2.3)), X, constants=1)
+    assert_settled(into(lambda y, m: operation(y, 2.3)), X, constants=1)
 
 
 @pytest.mark.parametrize("form", FORMS[1:])
@@ -729,7 +729,7 @@ def test_constants_go_forward_in_every_dialect(form):
         into(lambda y, m, operation=operation: operation(y, m.c), c=noise(4, 1, 1))
         for operation in OPERATIONS.values()
     )
-    settled(form(model, X), X, constants=len(OPERATIONS))
+    assert_settled(form(model, X), X, constants=len(OPERATIONS))
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 2, 3, padding=1), nn.ConvTranspose2d(4, 2, 3)])
@@ -737,21 +737,21 @@ def test_constants_go_forward_in_every_dialect(form):
 def test_only_a_scale_goes_forward_into_zero_padding(operation, layer):
     scales = operation in [OPERATIONS[name] for name in ("y * c", "c * y", "y / c")]
     model = into(lambda y, m: operation(y, m.c), layer, c=noise(4, 1, 1))
-    settled(model, X, constants=int(scales), kept=int(not scales))
+    assert_settled(model, X, constants=int(scales), kept=int(not scales))
 
 
 @pytest.mark.parametrize("shape", [shape for shape in TRAPS if len(shape) < 5], ids=str)
 def test_constant_over_another_axis_does_not_go_forward(shape):
     model = into(lambda y, m: y * m.c, nn.Conv2d(4, 2, 1), c=noise(*shape))
-    settled(model, IMAGE, kept=1)
-    settled(model, IMAGE, kept=1, example_inputs=(IMAGE,))
+    assert_settled(model, IMAGE, kept=1)
+    assert_settled(model, IMAGE, kept=1, example_inputs=(IMAGE,))
 
 
 @GRAPHS
 def test_constants_and_norms_go_forward_together(form):
     layers = {"norm": nn.BatchNorm2d(4), "c": noise(4, 1, 1)}
-    settled(form(into(lambda y, m: m.norm(y * m.c) + m.c, **layers), X), X, constants=2, folded=1)
-    settled(form(into(lambda y, m: (y * m.c + 1) / 2 - m.c, **layers), X), X, constants=4)
+    assert_settled(form(into(lambda y, m: m.norm(y * m.c) + m.c, **layers), X), X, constants=2, folded=1)
+    assert_settled(form(into(lambda y, m: (y * m.c + 1) / 2 - m.c, **layers), X), X, constants=4)
 
 
 @GRAPHS
@@ -766,7 +766,7 @@ def test_constants_and_norms_go_forward_together(form):
 )
 def test_constant_goes_forward_only_into_all_that_use_its_value(run, constants, kept, form):
     layers = {"first": nn.Conv2d(3, 4, 1), "last": nn.Conv2d(4, 2, 3), "c": noise(4, 1, 1)}
-    settled(form(randomise(Forward(run, **layers)), X), X, constants=constants, kept=kept)
+    assert_settled(form(randomise(Forward(run, **layers)), X), X, constants=constants, kept=kept)
 
 
 # Input normalisation.
@@ -797,7 +797,7 @@ def test_normalisation_of_the_input_is_folded_if_its_dtype_is_known(case, form):
     run, constants = case
     model = form(normaliser(run), X)
     norms = int(run is NORMALISATIONS["before a norm"][0])
-    settled(model, X, constants=constants, folded=norms, example_inputs=(X,))
+    assert_settled(model, X, constants=constants, folded=norms, example_inputs=(X,))
     exact(model, X)
 
 
@@ -805,7 +805,7 @@ def test_normalisation_of_the_input_is_folded_if_its_dtype_is_known(case, form):
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_normalisation_of_the_input_is_folded_into_padding_that_is_not_zero(mode, form):
     model = form(normaliser(_normalised, nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode)))
-    settled(model, X, constants=2, example_inputs=(X,))
+    assert_settled(model, X, constants=2, example_inputs=(X,))
 
 
 @FORM
@@ -854,7 +854,7 @@ def test_frozen_norm_is_folded_and_reported_by_its_name(form):
     )
     source = form(model, X)
     if form not in (traced, exported):
-        fused = settled(source, X, folded=1)
+        fused = assert_settled(source, X, folded=1)
         assert [(fold.norm, fold.direction) for fold in fxfuse.report(fused).folded] == [("norm", "backward")]
         return
     fused = fxfuse.fuse(source)  # a trace shows only what the norm computes
@@ -864,7 +864,7 @@ def test_frozen_norm_is_folded_and_reported_by_its_name(form):
 
 def test_frozen_norms_are_counted_and_named_in_a_residual_block():
     block = torchvision().models.resnet.BasicBlock(4, 4, norm_layer=frozen)
-    fused = settled(randomise(block), noise(2, 4, 5, 5), folded=2, kept=1)
+    fused = assert_settled(randomise(block), noise(2, 4, 5, 5), folded=2, kept=1)
     assert {fold.norm: fold.into for fold in fxfuse.report(fused).folded} == {
         "bn1": ("conv1",),
         "bn2": ("conv2",),

@@ -23,7 +23,12 @@ from tests.forms import (
     noise,
     norm_calls,
 )
-from tests.scenarios.test_chains_through_operators import Branches, never_wrong, settled, unshifted
+from tests.scenarios.test_chains_through_operators import (
+    Branches,
+    assert_never_wrong,
+    assert_settled,
+    unshifted,
+)
 from tests.support import assert_exact, randomise
 
 pytestmark = pytest.mark.filterwarnings(EXPORT_WARNING)
@@ -56,7 +61,7 @@ def model_of(run, *channels, norm=None, **layers):
 def test_norm_goes_forward_into_a_convolution_without_padding(bias, dims, form):
     x = noise(2, 4, *(5,) * dims)
     model = form(randomise(nn.Sequential(NORMS[dims](4), CONVS[dims](4, 3, 3, bias=bias))), x)
-    fused = settled(model, x, folded=1, direction="forward")
+    fused = assert_settled(model, x, folded=1, direction="forward")
     assert fxfuse.report(fused).folded[0].into == ("1",) or form is not modules
 
 
@@ -65,10 +70,10 @@ def test_norm_goes_forward_into_a_convolution_without_padding(bias, dims, form):
 def test_norm_goes_forward_into_a_linear_layer(bias, form):
     x = noise(3, 4)
     flat = form(randomise(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 4, bias=bias))), x)
-    settled(flat, x, folded=1, direction="forward")
+    assert_settled(flat, x, folded=1, direction="forward")
     bare = form(randomise(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4, bias=bias))), x)
-    settled(bare, x, folded=1, direction="forward", example_inputs=(x,))
-    never_wrong(bare, x)
+    assert_settled(bare, x, folded=1, direction="forward", example_inputs=(x,))
+    assert_never_wrong(bare, x)
 
 
 NORM_KINDS = {
@@ -82,7 +87,7 @@ NORM_KINDS = {
 
 @pytest.mark.parametrize("norm", NORM_KINDS.values(), ids=NORM_KINDS.keys())
 def test_norm_of_any_kind_goes_forward(norm):
-    settled(ahead(nn.Conv2d(4, 3, 3), norm=norm), X, folded=1, direction="forward")
+    assert_settled(ahead(nn.Conv2d(4, 3, 3), norm=norm), X, folded=1, direction="forward")
 
 
 @FORM
@@ -94,7 +99,7 @@ def test_functional_norm_with_or_without_weight_and_bias_goes_forward(options, f
 
     tensors = {name: noise(4, seed=seed) for seed, name in enumerate(("weight", "bias", "running_mean"))}
     model = randomise(Forward(run, a=nn.Conv2d(4, 3, 3), **tensors, running_var=noise(4).exp()))
-    settled(form(model, X), X, folded=1, direction="forward", **known(form))
+    assert_settled(form(model, X), X, folded=1, direction="forward", **known(form))
 
 
 def test_norm_without_running_statistics_or_in_train_mode_does_not_go_forward():
@@ -153,7 +158,7 @@ def layers(*tables):
 @WRITTEN
 @layers(WITHOUT_BORDER)
 def test_norm_with_a_shift_goes_forward_where_no_zeros_are_padded(layer, form):
-    settled(form(ahead(layer), X), X, folded=1, direction="forward", **known(form))
+    assert_settled(form(ahead(layer), X), X, folded=1, direction="forward", **known(form))
 
 
 @WRITTEN
@@ -165,13 +170,13 @@ def test_norm_with_a_shift_is_left_where_zeros_are_padded(layer, form):
 @WRITTEN
 @layers(TRANSPOSED)
 def test_norm_with_a_shift_is_left_before_a_transposed_convolution(layer, form):
-    settled(form(ahead(layer), X), X, left=1, **known(form))
+    assert_settled(form(ahead(layer), X), X, left=1, **known(form))
 
 
 @WRITTEN
 @layers(WITHOUT_BORDER, WITH_BORDER, TRANSPOSED)
 def test_norm_without_a_shift_goes_forward_everywhere(layer, form):
-    settled(form(unshifted(ahead(layer)), X), X, folded=1, direction="forward", **known(form))
+    assert_settled(form(unshifted(ahead(layer)), X), X, folded=1, direction="forward", **known(form))
 
 
 @DIALECTS
@@ -180,9 +185,9 @@ def test_padding_decides_in_every_dialect(form):
     inside = form(Branches(map(ahead, WITHOUT_BORDER.values())), X)
     border = form(Branches(map(ahead, everywhere[len(WITHOUT_BORDER) :])), X)
     unmoved = form(unshifted(Branches(map(ahead, everywhere))), X)
-    settled(inside, X, folded=len(WITHOUT_BORDER), direction="forward", **known(form))
-    settled(border, X, left=len(WITH_BORDER) + len(TRANSPOSED), **known(form))
-    settled(unmoved, X, folded=len(everywhere), direction="forward", **known(form))
+    assert_settled(inside, X, folded=len(WITHOUT_BORDER), direction="forward", **known(form))
+    assert_settled(border, X, left=len(WITH_BORDER) + len(TRANSPOSED), **known(form))
+    assert_settled(unmoved, X, folded=len(everywhere), direction="forward", **known(form))
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 3, 3, padding=1), nn.ConvTranspose2d(4, 3, 3)])
@@ -192,14 +197,14 @@ def test_shift_of_a_single_channel_keeps_the_norm(statistic, channel, layer):
     model = unshifted(ahead(layer))
     model[0].weight.detach()[0] = 0.5
     getattr(model[0], statistic).detach()[channel] = 1e-3
-    settled(model, X, left=1)
+    assert_settled(model, X, left=1)
 
 
 def test_mean_and_bias_that_cancel_or_not_are_exact():
     model = ahead(nn.Conv2d(4, 3, 3, padding=1), norm=nn.BatchNorm2d(4, eps=0.75))
     model[0].running_var.fill_(0.25)
     model[0].bias.detach().copy_(model[0].weight * model[0].running_mean)
-    never_wrong(model, X)
+    assert_never_wrong(model, X)
 
 
 @pytest.mark.parametrize("name", ["ConvTranspose1d", "ConvTranspose3d"])
@@ -207,7 +212,7 @@ def test_norm_without_a_shift_goes_forward_into_a_transposed_convolution_of_any_
     dims = int(name[-2])
     x = noise(2, 4, *(4,) * dims)
     model = unshifted(randomise(nn.Sequential(NORMS[dims](4), getattr(nn, name)(4, 6, 3, groups=2))))
-    settled(model, x, folded=1, direction="forward")
+    assert_settled(model, x, folded=1, direction="forward")
 
 
 # 46, 47
@@ -225,7 +230,7 @@ HEADS = {
 @FORM
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
 def test_norm_goes_forward_into_the_head(head, form):
-    settled(form(ahead(*head), X), X, folded=1, direction="forward", **known(form))
+    assert_settled(form(ahead(*head), X), X, folded=1, direction="forward", **known(form))
 
 
 POOLS = [
@@ -248,13 +253,13 @@ def test_norm_goes_forward_through_functional_pooling_into_the_head(pool, form):
     model = randomise(
         Forward(lambda m, x: m.head(pool(m.norm(F.relu(x)))), norm=nn.BatchNorm2d(4), head=head)
     )
-    settled(form(model, X), X, folded=1, direction="forward", **known(form))
+    assert_settled(form(model, X), X, folded=1, direction="forward", **known(form))
 
 
 @FORM
 def test_norm_of_a_sum_goes_forward_into_a_1x1_convolution(form):
     model = model_of(lambda m, x: m.conv(m.norm(x + F.gelu(x))), conv=nn.Conv2d(4, 6, 1, bias=False))
-    settled(form(model, X), X, folded=1, direction="forward", **known(form))
+    assert_settled(form(model, X), X, folded=1, direction="forward", **known(form))
 
 
 # 48: C convolution, P convolution with padding, N norm, R ReLU, D dropout; directions of the folds.
@@ -302,7 +307,7 @@ def row(letters):
 def test_backward_comes_before_forward_and_each_norm_is_absorbed_once(letters, directions, form):
     model, expected = form(row(letters)), Counter(directions)
     folded, left = len(directions) - expected["-"], expected["-"]
-    fused = settled(model, X, folded=folded, left=left, **known(form))
+    fused = assert_settled(model, X, folded=folded, left=left, **known(form))
     found = Counter(fold.direction[0] for fold in fxfuse.report(fused).folded)
     assert found == expected - Counter("-" * len(directions))
     assert _operators(fused.graph) == _operators(capture(model).graph) - len(fxfuse.report(fused).folded)
@@ -313,7 +318,7 @@ def test_backward_comes_before_forward_in_every_dialect(form):
     expected = Counter("".join(ROWS.values()))
     model = form(Branches(map(row, ROWS)), X)
     folded, left = expected.total() - expected["-"], expected["-"]
-    fused = settled(model, X, folded=folded, left=left, **known(form))
+    fused = assert_settled(model, X, folded=folded, left=left, **known(form))
     assert Counter(fold.direction[0] for fold in fxfuse.report(fused).folded)["b"] == expected["b"]
 
 
@@ -343,7 +348,7 @@ ALL_ABSORB = {
 @pytest.mark.parametrize("run", ALL_ABSORB.values(), ids=ALL_ABSORB.keys())
 def test_norm_goes_forward_into_all_that_use_it(run, form):
     model = model_of(run, 3, 5, 2, linear=nn.Linear(4, 3))
-    fused = settled(form(model, X), X, folded=1, direction="forward", **known(form))
+    fused = assert_settled(form(model, X), X, folded=1, direction="forward", **known(form))
     if run is ALL_ABSORB["three"] and form is modules:
         assert sorted(fxfuse.report(fused).folded[0].into) == ["a", "b", "c"]
 
@@ -375,13 +380,13 @@ def not_all_absorb(run):
 @WRITTEN
 @pytest.mark.parametrize("run", NOT_ALL_ABSORB.values(), ids=NOT_ALL_ABSORB.keys())
 def test_norm_is_left_where_not_all_that_use_it_absorb_it(run, form):
-    settled(form(not_all_absorb(run)), X, left=1)
+    assert_settled(form(not_all_absorb(run)), X, left=1)
 
 
 @DIALECTS
 def test_norm_is_left_where_not_all_absorb_it_in_every_dialect(form):
     model = Branches(map(not_all_absorb, NOT_ALL_ABSORB.values()))
-    settled(form(model, X), X, left=len(NOT_ALL_ABSORB))
+    assert_settled(form(model, X), X, left=len(NOT_ALL_ABSORB))
 
 
 # Who else uses the operator that absorbs.
@@ -412,13 +417,13 @@ def shared(case):
 
 @pytest.mark.parametrize("case", SHARED.values(), ids=SHARED.keys())
 def test_operator_that_absorbs_is_not_changed_under_its_other_users(case):
-    settled(shared(case), X, folded=case[1])
+    assert_settled(shared(case), X, folded=case[1])
 
 
 @DIALECTS
 def test_operators_that_absorb_are_not_changed_in_any_dialect(form):
     model = Branches(map(shared, SHARED.values()))
-    settled(form(model, X), X, folded=sum(folded for _, folded in SHARED.values()), **known(form))
+    assert_settled(form(model, X), X, folded=sum(folded for _, folded in SHARED.values()), **known(form))
 
 
 @FORM
@@ -427,7 +432,7 @@ def test_operator_with_a_tied_tensor_is_not_changed(tied, form):
     model = model_of(lambda m, x: m.a(m.norm(x)) + m.b(x), 3, 3)
     for name in tied:
         setattr(model.b, name, getattr(model.a, name))
-    settled(form(model, X), X, folded=1, direction="forward", **known(form))
+    assert_settled(form(model, X), X, folded=1, direction="forward", **known(form))
 
 
 class OwnForward(nn.Conv2d):
@@ -440,11 +445,11 @@ class OwnForward(nn.Conv2d):
 def test_norm_with_hooks_or_before_an_operator_with_hooks_is_left(register, name):
     model = model_of(lambda m, x: m.a(m.norm(x)), 3)
     getattr(getattr(model, name), register)(lambda *args: None)
-    settled(model, X, left=1)
+    assert_settled(model, X, left=1)
 
 
 def test_norm_before_an_operator_with_a_forward_of_its_own_is_left():
-    settled(model_of(lambda m, x: m.conv(m.norm(x)), conv=OwnForward(4, 3, 3)), X, left=1)
+    assert_settled(model_of(lambda m, x: m.conv(m.norm(x)), conv=OwnForward(4, 3, 3)), X, left=1)
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 3, 3), nn.Sequential(nn.Flatten(), nn.Linear(144, 3))])
@@ -510,7 +515,7 @@ def test_value_that_the_norm_has_read_may_be_written_to(early, alias, write):
         return z, h
 
     with torch.no_grad():
-        never_wrong(model_of(run, 3), X)
+        assert_never_wrong(model_of(run, 3), X)
 
 
 @pytest.mark.parametrize("form", FORMS[::3])
@@ -535,7 +540,7 @@ def test_value_that_the_norm_has_read_may_be_written_to(early, alias, write):
 def test_forward_is_never_wrong_where_values_are_written_to(run, form):
     extra = {"relu": nn.ReLU(inplace=True), "identity": nn.Identity()}
     with torch.no_grad():
-        never_wrong(form(model_of(run, 3, 3, **extra), X), X)
+        assert_never_wrong(form(model_of(run, 3, 3, **extra), X), X)
 
 
 @pytest.mark.parametrize("form", FORMS[::3])

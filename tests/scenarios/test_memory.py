@@ -12,7 +12,7 @@ from tests.support import assert_exact, randomise
 X = noise(2, 3, 8, 6)
 
 
-def never_wrong(run, *inputs, **layers):
+def assert_never_wrong(run, *inputs, **layers):
     """Folded or not, the result is that of the model; and so are the inputs afterwards."""
     tensors = {name: layers.pop(name) for name in [*layers] if isinstance(layers[name], torch.Tensor)}
     model = randomise(Forward(run, **layers))
@@ -58,7 +58,7 @@ def positional(m, x):
 
 @pytest.mark.parametrize("run", [frozen, clamped_weight, scaled_by_the_input, positional])
 def test_what_is_computed_from_parameters_and_then_changed_is_no_constant(run):
-    never_wrong(run, **parts())
+    assert_never_wrong(run, **parts())
 
 
 def skip_in_place(m, x):
@@ -168,7 +168,7 @@ RUNS = [
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_write_is_seen_by_all_who_share_the_memory(run):
-    never_wrong(run, **parts())
+    assert_never_wrong(run, **parts())
 
 
 def test_a_weight_that_is_reached_through_another_function_is_no_constant():
@@ -214,7 +214,7 @@ def test_a_shape_that_is_changed_in_place_is_never_wrong():
     with torch.no_grad():
         assert_exact(model(x.clone()), fused(x.clone()))
     x = noise(8, 8)
-    never_wrong(with_an_axis, x, linear=nn.Linear(8, 5), norm=nn.BatchNorm1d(8))
+    assert_never_wrong(with_an_axis, x, linear=nn.Linear(8, 5), norm=nn.BatchNorm1d(8))
 
 
 @pytest.mark.parametrize("keep_modules", [True, False])
@@ -243,7 +243,7 @@ def test_clamping_to_a_tensor_broadcasts(bounds):
         return m.linear(m.norm(bounds(x.flatten(1), m)))
 
     layers = {"linear": nn.Linear(8, 5), "norm": nn.BatchNorm1d(8)}
-    never_wrong(run, noise(8, 8), **layers, floor=noise(1, 8, 1))
+    assert_never_wrong(run, noise(8, 8), **layers, floor=noise(1, 8, 1))
 
 
 def indices(m, x):
@@ -256,7 +256,7 @@ def tuple_of_a_pooling(m, x):
 
 def test_operators_that_give_several_values_are_no_pooling():
     layers = {"conv": nn.Conv1d(3, 4, 1), "linear": nn.Linear(4, 3), "norm": nn.BatchNorm1d(4)}
-    never_wrong(tuple_of_a_pooling, noise(2, 3, 6), **layers)
+    assert_never_wrong(tuple_of_a_pooling, noise(2, 3, 6), **layers)
     model = randomise(Forward(indices, a=nn.Conv2d(3, 4, 3)))
     assert_exact(model(X), fxfuse.fuse(model)(X))
 
@@ -265,7 +265,7 @@ def test_a_value_of_which_only_the_shape_is_read_gives_nothing_on():
     def run(m, x):
         return m.b(torch.ops.aten.reshape_as.default(torch.tanh(m.a(x)), m.bn(m.a(x))))
 
-    never_wrong(run, **parts())
+    assert_never_wrong(run, **parts())
 
 
 @pytest.mark.parametrize(
@@ -283,4 +283,4 @@ def test_a_value_of_which_only_the_shape_is_read_gives_nothing_on():
     ],
 )
 def test_values_without_axes_are_exact(run):
-    never_wrong(run, **parts(), one=torch.ones(1, dtype=torch.float64) * 1.5)
+    assert_never_wrong(run, **parts(), one=torch.ones(1, dtype=torch.float64) * 1.5)
