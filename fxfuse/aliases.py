@@ -19,6 +19,8 @@ _QUERIES = {
     *("size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "element_size"),
     *("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "sym_size"),
 }
+# Those of them that ask for what an operator and its input have in common.
+_COMMON = {"ndim", "dtype", "device", "is_cuda", "dim", "ndimension", "is_floating_point", "is_complex"}
 # Operators whose value is new memory, unless they write in place.
 FRESH = {
     *(*IN_PLACE, "div", "divide", "true_divide", "multiply", "subtract", "rsub", "neg"),
@@ -32,6 +34,11 @@ def is_query(node: fx.Node) -> bool:
     if node.target is getattr:
         return node.args[1] in _QUERY_ATTRIBUTES
     return node.op != "call_module" and operator_name(node) in _QUERIES
+
+
+def asks_for_kind(node: fx.Node) -> bool:
+    """Whether `node` asks for the number of axes, the dtype or the device, and for no sizes."""
+    return is_query(node) and (node.args[1] if node.target is getattr else operator_name(node)) in _COMMON
 
 
 def plain_layer(root: nn.Module, node: fx.Node) -> nn.Module | None:

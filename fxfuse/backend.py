@@ -25,7 +25,7 @@ from fxfuse.following import Followers
 from fxfuse.inline import inline
 from fxfuse.lifting import lift
 from fxfuse.ops import Reader
-from fxfuse.plan import Move, Plan
+from fxfuse.plan import Change, Move, Plan
 from fxfuse.planner import planned_guarded
 from fxfuse.records import Report
 from fxfuse.refusals import Code
@@ -78,14 +78,14 @@ def backend(
             stays=Code.GRADIENTS if trains and not always else None,
             forbid=_depends_on_numbers if always else lambda *_: None,
         )
-        norms, constants = rewrite(capture, plan, solution, reader)
-        if always and plan.moves:
+        gone = rewrite(capture, plan, solution, reader)
+        if always and plan.changes:
             inline(lifted, plan, reader, solution, tensors)
-    report = Report(capture.name, tuple(norms), plan.refusals, tuple(constants))
+    report = Report(capture.name, gone.norms, plan.refusals, gone.constants, gone.merged)
     _LOG.info("%s", report)
     code = dynamo.code_compiled()
     attached = partial(attach_compiled, code=code, report=report, tensors=tensors, places=places)
-    if not plan.moves:
+    if not plan.changes:
         return attached(then(graph_module, example_inputs))
     given = dynamo.lowered(lifted, originals, solution)
     module = dynamo.as_dynamo_does(capture, graph_module, given)
@@ -133,8 +133,9 @@ def _values(given: Sequence[Given], inputs: Sequence[Any], folded: Mapping[Key, 
     ]
 
 
-def _depends_on_numbers(_: Plan, move: Move) -> Code | None:
-    return next((code for site in move.sites for code in site.channels.needs), None)
+def _depends_on_numbers(_: Plan, change: Change) -> Code | None:
+    sites = change.sites if isinstance(change, Move) else ()
+    return next((code for site in sites for code in site.channels.needs), None)
 
 
 def _nothing(_: Sequence[Any]) -> Mapping[Key, Tensor]:

@@ -15,20 +15,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxfuse.affine import exact
-from fxfuse.channels import KEPT, every
+from fxfuse.channels import Channels
+from fxfuse.eager import Part, applied, averaged, is_near, is_rounded, mapped
 from fxfuse.fold import Absorption, absorb_unchecked
-from fxfuse.nodes import Norm, TensorName
+from fxfuse.forms import Form, Total
+from fxfuse.geometry import Window
+from fxfuse.nodes import Affine, Linear, Norm
 from fxfuse.ops import Reader
-from fxfuse.plan import Move, Plan, Site
-from fxfuse.solve import Solution, number
+from fxfuse.plan import Change, Merge, Move, Plan, Site
+from fxfuse.solve import Solution, merged_kernel
 
 # In-channels, of each group, in which the input is not zero.
 _CHANNELS = 4
@@ -36,8 +38,8 @@ _CHANNELS = 4
 _SUMS = 2.0**-42
 
 
-def errors(plan: Plan, solution: Solution, reader: Reader) -> dict[Move, float]:
-    """How far the folds of each move are from the source: relative L2 distance; infinite if they are wrong.
+def errors(plan: Plan, solution: Solution, reader: Reader) -> dict[Change, float]:
+    """How far the folds of each are from the source: relative L2 distance; infinite if they are wrong.
 
     What has no numbers (tensors on the meta device) is left out.
     """
@@ -46,13 +48,21 @@ def errors(plan: Plan, solution: Solution, reader: Reader) -> dict[Move, float]:
         for site in move.sites:
             taken[site.node].append((move, site))
     generator = torch.Generator("cpu").manual_seed(0)
-    found: dict[Move, float] = {}
+    found: dict[Change, float] = {}
+    hosts = {merge.host for merge in plan.merges}
     with torch.no_grad():
         for node, (weight, bias) in solution.tensors.items():
-            if not weight.is_meta:
+            if not weight.is_meta and node not in hosts:
                 trial = _Trial(solution.absorptions[node], taken[node], reader, generator)
                 error = trial.error(weight, bias)
                 found |= {move: max(error, found.get(move, 0.0)) for move, _ in taken[node]}
+        for merge in plan.merges:
+            if not solution.tensors[merge.host][0].is_meta:
+                error = _MergeTrial(merge, solution, taken, reader, generator).error()
+                found |= dict.fromkeys((merge, *merge.moves), error)
+                inside = 0.0 if error == math.inf else error
+                for move in (move for node in merge.operators for move, _ in taken[node]):
+                    found[move] = max(inside, found.get(move, 0.0))
     return found
 
 
@@ -87,29 +97,24 @@ class _Trial:
         right_weight, right_bias = absorb_unchecked(self.source)
         difference = self._run(self.x, right_weight, right_bias) - expected
         # Where large numbers cancel, it is these that count.
-        if not _within(difference, expected, _SUMS) and not _within(difference, self._expected(abs), _SUMS):
+        if not is_near(difference, expected, _SUMS) and not is_near(difference, self._expected(abs), _SUMS):
             return math.inf
         weight_change = self._some(weight) - right_weight
         bias_change = (0.0 if bias is None else exact(bias)) - right_bias
-        limits = torch.finfo(weight.dtype)
-        # Half a unit in the last place; float16 and bfloat16 are rounded by way of float32.
-        unit = 0.5 * (1 + 2.0**-12) * limits.eps + 2.0**-51
         for change, right in ((weight_change, right_weight), (bias_change, right_bias)):
-            if not _within(change, right.abs() + limits.tiny, unit):
+            if not is_rounded(change, right, weight.dtype):
                 return math.inf
-        difference += self._run(self.x, weight_change, bias_change)
-        size = torch.linalg.vector_norm(expected)
-        return float(torch.linalg.vector_norm(difference) / size) if size else 0.0
+        return _relative(difference + self._run(self.x, weight_change, bias_change), expected)
 
-    def _expected(self, part: Callable[[Tensor], Tensor]) -> Tensor:
+    def _expected(self, part: Part) -> Tensor:
         """What the source gives; with ``part=abs`` the magnitudes of what is summed on the way."""
         value = part(self.x)
         for move, site in self.before:
-            value = self._mapped(value, move, site, part)
+            value = mapped(value, move.source, site.channels, self.reader, part)
         bias = None if self.source.bias is None else part(self.source.bias)
         value = self._run(value, part(self.source.weight), bias)
         for move, site in self.after:
-            value = self._mapped(value, move, site, part)
+            value = mapped(value, move.source, site.channels, self.reader, part)
         return value
 
     def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -130,42 +135,85 @@ class _Trial:
         grouped = weight.view(self.operator.groups, -1, *weight.shape[1:])
         return exact(grouped[:, self.channels].flatten(0, 1))
 
-    def _mapped(self, value: Tensor, move: Move, site: Site, part: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `move` makes of a value with the channels of `site`."""
-        index, source = site.channels.index, move.source
-        places = None if index == every(len(index)) else torch.tensor(index, device=value.device)
 
-        def taken(tensor: Tensor) -> Tensor:
-            numbers = exact(tensor)
-            return part(numbers[: len(index)] if places is None else numbers[places.clamp_min(0)])
+class _MergeTrial:
+    """Operators of the source that become one, with the norms and constants that each takes up."""
 
-        def named(name: TensorName | None) -> Tensor | None:
-            return None if name is None else taken(self.reader.tensor(name))
+    def __init__(
+        self,
+        merge: Merge,
+        solution: Solution,
+        taken: Mapping[fx.Node, Sequence[tuple[Move, Site]]],
+        reader: Reader,
+        generator: torch.Generator,
+    ) -> None:
+        self.form = merge.form
+        self.host = merge.operators[merge.host]
+        self.reader = reader
+        self.taken = taken
+        self.folded = solution.tensors[merge.host]
+        self.exactly = merged_kernel(merge, solution.absorptions, reader)
+        geometry, channels = self.form.geometry, self.form.in_channels
+        assert geometry is not None and channels is not None
+        # As small as may be for every tap to meet some of the input, and the border.
+        zeros = 2 if geometry.fill == "zeros" else 0
+        sizes = [axis.stride + max(1, axis.reach + 1 - zeros * axis.padding) for axis in geometry.axes]
+        x = torch.rand((2, channels, *sizes), dtype=torch.float64, generator=generator, device="cpu") - 0.5
+        self.x = x.to(self.exactly.weight.device)
 
-        if isinstance(source, Norm):
-            var = taken(self.reader.tensor(source.var))
-            centred, bias = value, None
-            if site.channels.shift:
-                centred = value + part(-taken(self.reader.tensor(source.mean))).view(-1, 1)
-                bias = named(source.bias)
-            mapped = F.batch_norm(
-                centred, torch.zeros_like(var), var, named(source.weight), bias, eps=source.eps
-            )
-        else:
-            constant = taken(number(source, self.reader).to(value.device).flatten()).view(-1, 1)
-            if source.role == "times":
-                mapped = value * constant
-            elif source.role == "over":
-                mapped = value / constant
-            else:
-                mapped = part(-value if source.negative else value)
-                if site.channels.shift:
-                    mapped = mapped + part(source.factor * constant)
-        if places is not None and KEPT in index:
-            mapped = torch.where((places >= 0).view(-1, 1), mapped, value)
-        return mapped
+    def error(self) -> float:
+        """The relative L2 distance of the one operator from those of the source; infinite if it is wrong."""
+        expected = self._value(self.form, lambda part: part)
+        right, bias = self.exactly.weight, self.exactly.bias
+        difference = applied(self.host, self.x, right, bias) - expected
+        if not is_near(difference, expected, _SUMS) and not is_near(
+            difference, self._value(self.form, abs), _SUMS
+        ):
+            return math.inf
+        changes = [
+            (0.0 if tensor is None else exact(tensor)) - each
+            for tensor, each in zip(self.folded, (right, bias), strict=True)
+        ]
+        dtype = self.folded[0].dtype
+        if not is_rounded(changes[0], right, dtype) or not is_rounded(changes[1], bias, dtype):
+            return math.inf
+        return _relative(difference + applied(self.host, self.x, *changes), expected)
+
+    def _value(self, form: Form, part: Part) -> Tensor:
+        """What the source makes of x; with ``part=abs`` the magnitudes of what is summed on the way."""
+        step = form.step
+        if not form.parts:
+            return part(self.x)
+        values = [self._value(each, part) for each in form.parts]
+        if isinstance(step, Total):
+            factors = [part(value.new_tensor(each)) for value, each in zip(values, step.factors, strict=True)]
+            return torch.stack([f * v for f, v in zip(factors, values, strict=True)]).sum(0)
+        (value,) = values
+        if isinstance(step, Linear):
+            return self._linear(form.node, step, value, part)
+        if isinstance(step, Norm | Affine):
+            assert form.acts is not None
+            index = form.acts.index if form.acts.axes else form.acts.index * value.shape[1]
+            return self._mapped(value, step, replace(form.acts, index=index), part)
+        return averaged(step, value) if isinstance(step, Window) else value
+
+    def _linear(self, node: fx.Node, linear: Linear, value: Tensor, part: Part) -> Tensor:
+        taken = self.taken.get(node, ())
+        for move, site in reversed(taken):
+            if site.side == "input":
+                value = self._mapped(value, move.source, site.channels, part)
+        bias = None if linear.bias is None else part(exact(self.reader.tensor(linear.bias)))
+        value = applied(linear, value, part(exact(self.reader.tensor(linear.weight))), bias)
+        for move, site in taken:
+            if site.side == "output":
+                value = self._mapped(value, move.source, site.channels, part)
+        return value
+
+    def _mapped(self, value: Tensor, source: Norm | Affine, channels: Channels, part: Part) -> Tensor:
+        places = value.reshape(*value.shape[:2], -1)
+        return mapped(places, source, channels, self.reader, part).view(value.shape)
 
 
-def _within(difference: Tensor, magnitude: Tensor, relative: float) -> bool:
-    """Whether no element differs by more than that; NaN does."""
-    return bool((difference.abs() <= relative * magnitude.abs()).all())
+def _relative(difference: Tensor, expected: Tensor) -> float:
+    size = torch.linalg.vector_norm(expected)
+    return float(torch.linalg.vector_norm(difference) / size) if size else 0.0

@@ -91,7 +91,7 @@ def bisect(
     if check is None and example_inputs is None:
         raise UsageError("bisect has nothing to judge a fold by; pass check=... or example_inputs=(x,)")
     report = explain(model, example_inputs=example_inputs)
-    names = list(dict.fromkeys(fold.norm for fold in (*report.folded, *report.constants)))
+    names = report.names
     known = _Known()
     if state is not None:
         known = _Known(Path(state), _question(model, check, example_inputs, names))

@@ -111,7 +111,8 @@ def drawing(
     left, right = before.drawn(earlier, order), after.drawn(later, order)
     shapes = before.shapes(inputs)
     refused = _with_owners(refusal.norm for refusal in report.refused)
-    absorbing = _with_owners(name for fold in (*report.folded, *report.constants) for name in fold.into)
+    folds = (name for fold in (*report.folded, *report.constants) for name in fold.into)
+    absorbing = _with_owners((*folds, *(merged.into for merged in report.merged)))
     rows = []
     for name in order:
         node = earlier[name] if name in earlier else later[name]

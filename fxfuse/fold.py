@@ -53,25 +53,48 @@ def absorb(what: Absorption) -> tuple[Tensor, Tensor] | Code:
     shift = _shift(what)
     folded_bias = shift.to(device=weight.device, dtype=weight.dtype)
     scale = _scale(what)
+    assert scale is not None
     folded = _scaled(weight, scale)
     if weight.is_meta:
         return folded, folded_bias
     if not _is_finite(folded, weight, scale) or not bool(folded_bias.isfinite().all()):
         return Code.OVERFLOW
-    limit = torch.finfo(weight.dtype).tiny
-    if bool((shift.abs() < limit).any()):
-        exact_product = _by_channel(exact(weight) * scale, what)
-        peak = exact_product.abs().flatten(2).amax(2).flatten()
-        if bool(((peak > 0) & (peak + shift.abs() < limit)).any()):
-            return Code.UNDERFLOW
+    is_small = bool((shift.abs() < torch.finfo(weight.dtype).tiny).any())
+    if is_small and _is_lost(exact(weight) * scale, shift, what, weight.dtype):
+        return Code.UNDERFLOW
     return folded, folded_bias
 
 
 def absorb_unchecked(what: Absorption) -> tuple[Tensor, Tensor]:
     """As `absorb`, in operators that autograd differentiates and compilers trace; nothing is checked."""
     weight, shift = what.weight, _shift(what)
-    product = exact(weight) * _scale(what)
+    scale = _scale(what)
+    product = weight if scale is None else exact(weight) * scale
     return product.to(weight.device, weight.dtype), shift.to(weight.device, weight.dtype)
+
+
+def rounded(exactly: Absorption, like: Tensor) -> tuple[Tensor, Tensor] | Code:
+    """A weight and bias in float64, each rounded once to the dtype of `like`, in its memory format.
+
+    Or the code of the reason why that dtype cannot hold them.
+    """
+    weight, bias = exactly.weight, exactly.bias
+    assert bias is not None
+    pattern = like if like.shape == weight.shape else weight.to(like.dtype)
+    folded = torch.empty_like(pattern, requires_grad=False).copy_(weight)
+    folded_bias = bias.to(like.device, like.dtype)
+    if weight.is_meta:
+        return folded, folded_bias
+    if not bool(folded.isfinite().all()) or not bool(folded_bias.isfinite().all()):
+        return Code.OVERFLOW
+    return Code.UNDERFLOW if _is_lost(weight, bias, exactly, like.dtype) else (folded, folded_bias)
+
+
+def _is_lost(product: Tensor, shift: Tensor, what: Absorption, dtype: torch.dtype) -> bool:
+    """Whether all of a channel is too small for the dtype to hold its digits."""
+    limit = torch.finfo(dtype).tiny
+    peak = _by_channel(product, what).abs().flatten(2).amax(2).flatten()
+    return bool(((peak > 0) & (peak + shift.abs() < limit)).any())
 
 
 def _shift(what: Absorption) -> Tensor:
@@ -84,11 +107,10 @@ def _shift(what: Absorption) -> Tensor:
     return shift if what.after is None else what.after.scale * shift + what.after.shift
 
 
-def _scale(what: Absorption) -> Tensor:
-    """What each element of the weight is multiplied by, as a tensor that broadcasts to it."""
+def _scale(what: Absorption) -> Tensor | None:
+    """What each element of the weight is multiplied by, as a tensor that broadcasts to it, if anything."""
     out = None if what.after is None else _spread(what.after.scale, what, per_row=not what.transposed)
     if what.before is None:
-        assert out is not None
         return out
     into = _spread(what.before.scale, what, per_row=what.transposed)
     return into if out is None else into * out

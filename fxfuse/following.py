@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxfuse.dynamo import Key
 from fxfuse.nodes import Norm
 from fxfuse.ops import Reader
-from fxfuse.plan import Plan
+from fxfuse.plan import Move, Plan
 from fxfuse.solve import Solution, solve, sources
 from fxfuse.tree import put
 
@@ -79,7 +79,8 @@ class Followers:
         self._attributes = {name: tensor for name, tensor in tensors.items() if name not in places}
         self._sources = sorted(sources(plan, reader))
         buffers = {name for name in self._sources if not isinstance(tensors[name], nn.Parameter)}
-        norms = [move.source for move in plan.moves if isinstance(move.source, Norm)]
+        moves = [change for change in plan.changes if isinstance(change, Move)]
+        norms = [move.source for move in moves if isinstance(move.source, Norm)]
         # Whoever trains writes the mean with the variance.
         self._buffers = sorted(buffers - {norm.var for norm in norms if norm.mean in buffers})
         # Instances may share a weight, but hardly statistics.

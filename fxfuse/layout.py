@@ -7,7 +7,7 @@ its place, which is the same wherever `view` is possible, and copies elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -53,6 +53,7 @@ def layouts(
     reader: Reader,
     shapes: GraphShapes,
     gone: Mapping[fx.Node, fx.Node],
+    merged: Container[fx.Node],
     is_written: Callable[[fx.Node], bool],
 ) -> Layouts:
     """What becomes of memory layouts in `graph`.
@@ -62,6 +63,7 @@ def layouts(
         reader: reads its nodes.
         shapes: what is known of the shapes of its values.
         gone: the nodes that are to go, and what those who read them get instead.
+        merged: the nodes whose values another operator is to give.
         is_written: whether anybody may write to a value, or to what it is a view of, once there is one.
     """
     found = Layouts()
@@ -82,7 +84,7 @@ def layouts(
         other_order[node] = matters and (
             any(other_order[each] for each in inputs) or _reorders(node, reader, shapes)
         )
-        changed[node] = frozenset() if _orders(node, op) else before
+        changed[node] = frozenset({node}) if node in merged else frozenset() if _orders(node, op) else before
         is_view = operator_name(node) in VIEWS and not _is_of_bits(node)
         may_copy = before and _may_copy(node, reader) and is_written(node)
         if before and (may_copy or _minds(node) or _is_unknown(node, reader)):

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping
 
 from fxfuse.errors import UsageError
-from fxfuse.plan import Move, Plan
+from fxfuse.plan import Change, Plan
 from fxfuse.records import Report
 from fxfuse.refusals import Code
 
@@ -22,11 +22,11 @@ class Leave:
         self._names = frozenset(names)
         self._met: set[str] = set()
 
-    def __call__(self, _: Plan, move: Move) -> Code | None:
-        """Why a move is not to be made."""
-        if move.name not in self._names:
+    def __call__(self, _: Plan, change: Change) -> Code | None:
+        """Why a move or merge is not to be made."""
+        if change.name not in self._names:
             return None
-        self._met.add(move.name)
+        self._met.add(change.name)
         return Code.ASKED
 
     def below(self, path: str) -> Mapping[str, Code]:
@@ -36,7 +36,7 @@ class Leave:
 
     def check(self, report: Report) -> None:
         """Raises a UsageError for names that the model does not have."""
-        known = self._met | {fold.norm for fold in report.folded} | {left.norm for left in report.refused}
+        known = self._met.union(report.names, (left.norm for left in report.refused))
         for name in sorted(self._names - known):
             near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4)) or "none is near"
             raise UsageError(

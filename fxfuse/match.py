@@ -18,11 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import fx, nn
 
+from fxfuse.branches import Surroundings, merges
 from fxfuse.calls import torch_name
 from fxfuse.channels import KEPT, Channels, every
 from fxfuse.layers import calls_norm
@@ -31,7 +33,7 @@ from fxfuse.memory import Memory
 from fxfuse.nodes import Affine, LeftNorm, Linear, Norm, Opaque, Split
 from fxfuse.ops import Reader, norms_inside
 from fxfuse.places import place_of
-from fxfuse.plan import Barred, Direction, Move, Plan, Site
+from fxfuse.plan import Barred, Direction, Merge, Move, Plan, Site
 from fxfuse.records import Refusal
 from fxfuse.refusals import Code
 from fxfuse.shapes import GraphShapes
@@ -55,10 +57,12 @@ def match(graph: fx.Graph, reader: Reader, shapes: GraphShapes, barred: Barred) 
     for node in reversed(sources):
         if node not in matcher.moves:
             matcher.place(node, "forward")
+    known = Surroundings(reader, shapes, matcher.moves, matcher.memory, matcher.acting, barred)
+    matcher.merged = {merge.node: merge for merge in reversed([*merges(graph, known)])}
     refusals = [refusal for node in graph.nodes for refusal in matcher.refused(node)]
-    found = layouts(graph, reader, shapes, matcher.gone, matcher.memory.is_written_after)
-    moves = tuple(matcher.moves.values())
-    return Plan(moves, tuple(refusals), found.views, frozenset(found.stuck), matcher.written_out)
+    found = layouts(graph, reader, shapes, matcher.gone, matcher.merged, matcher.memory.is_written_after)
+    moves, merged = tuple(matcher.moves.values()), tuple(matcher.merged.values())
+    return Plan(moves, merged, tuple(refusals), found.views, frozenset(found.stuck), matcher.written_out)
 
 
 class _Stop(Exception):  # noqa: N818
@@ -77,6 +81,7 @@ class _Matcher:
         self.barred = barred
         self.moves: dict[fx.Node, Move] = {}
         self.gone: dict[fx.Node, fx.Node] = {}
+        self.merged: dict[fx.Node, Merge] = {}
         self.stopped: dict[tuple[fx.Node, Direction], _Stop] = {}
         self.written_out = {node: parts for node in graph.nodes if (parts := self._written_out(node))}
         self.memory = Memory(graph, reader, self.gone)
@@ -145,16 +150,24 @@ class _Matcher:
             raise _Stop(Code.RANK_UNKNOWN, norm.input.name)
         return rank, sites
 
+    def acting(self, source: Norm | Affine) -> Channels | None:
+        """How the map of `source` acts; None if it is not known along which axis."""
+        try:
+            return self._channels(source)
+        except _Stop:
+            return None
+
     def refused(self, node: fx.Node) -> Iterator[Refusal]:
         """Why `node`, if it is a norm, is left; and the norms inside of what is called as a whole."""
         op = self.reader.read(node)
+        taken = self.moves.keys() | self._mapped
         if isinstance(op, LeftNorm):
             yield Refusal.because(op.name, op.code, op.detail, place_of(node))
-        elif isinstance(op, Norm) and node not in self.moves:
+        elif isinstance(op, Norm) and node not in taken:
             stop = self._reason(node)
             yield Refusal.because(op.name, stop.code, stop.detail, place_of(node))
         elif isinstance(op, Affine) and node in self.written_out:
-            left = next((part for part in self.written_out[node][::-1] if part not in self.moves), None)
+            left = next((part for part in self.written_out[node][::-1] if part not in taken), None)
             if left is not None:
                 stop = self._reason(left)
                 yield Refusal.because(str(op.norm), stop.code, stop.detail, place_of(node))
@@ -167,6 +180,11 @@ class _Matcher:
         elif node.op == "call_function" and torch_name(node.target) is None and calls_norm(node.target):
             yield Refusal.because(node.name, Code.INSIDE_OPAQUE, str(node.target), place_of(node))
 
+    @cached_property
+    def _mapped(self) -> frozenset[fx.Node]:
+        """The norms and constants that are parts of merges."""
+        return frozenset(move.node for merge in self.merged.values() for move in merge.moves)
+
     def _written_out(self, node: fx.Node) -> tuple[fx.Node, ...]:
         op = self.reader.read(node)
         if not isinstance(op, Affine) or op.norm is None or op.role == "plus":
@@ -176,6 +194,8 @@ class _Matcher:
 
     def _reason(self, node: fx.Node) -> _Stop:
         """That of the direction in which there is an operator that could have absorbed the map."""
+        if (node, "merged") in self.barred:
+            return _Stop(self.barred[node, "merged"], node.name)
         before, after = self.stopped[node, "backward"], self.stopped[node, "forward"]
         nothing_before = before.code in (Code.OPAQUE_PRODUCER, Code.NOTHING_BEFORE)
         return after if nothing_before and after.code is not Code.OPAQUE_PRODUCER else before

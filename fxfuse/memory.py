@@ -18,25 +18,28 @@ class Memory:
         graph: the graph.
         reader: reads its nodes.
         gone: the nodes that are to go, and what is read in the place of each; may grow.
+
+    Attributes:
+        order: the place of each node in the graph.
     """
 
     def __init__(self, graph: fx.Graph, reader: Reader, gone: Mapping[fx.Node, fx.Node]) -> None:
         self._roots = partial(roots, graph, reader.root, reader.written_inputs, gone)
-        self._order = {node: number for number, node in enumerate(graph.nodes)}
+        self.order = {node: number for number, node in enumerate(graph.nodes)}
         writes = ((node, {*reader.written_inputs(node)}) for node in graph.nodes)
         self._writes: list[tuple[fx.Node, set[fx.Node]]] = [each for each in writes if each[1]]
 
     def is_written_after(self, value: fx.Node) -> bool:
         """Whether anybody may write to `value`, or to what it is a view of, once there is one."""
-        return any(self._writers(value, self._order[value] + 1, len(self._order)))
+        return any(self._writers(value, self.order[value] + 1, len(self.order)))
 
     def writer_between(self, value: fx.Node, first: fx.Node, last: Iterable[fx.Node]) -> fx.Node | None:
         """Who may write to `value` after `first` has read it, and before all of `last` have."""
-        end = max(self._order[node] for node in last)
-        return next(self._writers(value, self._order[first] + 1, end), None)
+        end = max(self.order[node] for node in last)
+        return next(self._writers(value, self.order[first] + 1, end), None)
 
     def _writers(self, value: fx.Node, first: int, last: int) -> Iterator[fx.Node]:
-        writes = [each for each in self._writes if first <= self._order[each[0]] <= last]
+        writes = [each for each in self._writes if first <= self.order[each[0]] <= last]
         found = self._roots() if writes else {}
         for writer, written in writes:
             if any(found[each] & found[value] for each in written):

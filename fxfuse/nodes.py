@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxfuse.channels import Shape
+from fxfuse.geometry import Geometry
 from fxfuse.refusals import Code
 from fxfuse.transparent import Transparent
 
@@ -30,6 +31,7 @@ class Linear:
         transposed: whether the weight's axes are those of a transposed convolution.
         groups: number of groups.
         bordered: whether its borders see something else than its input: zeros, or less than the kernel.
+        geometry: where it looks; None if that is not fixed.
         rank: how many axes its input must have, if it is a product of matrices; None if it does not check.
     """
 
@@ -42,6 +44,7 @@ class Linear:
     transposed: bool = False
     groups: int = 1
     bordered: bool = False
+    geometry: Geometry | None = None
     rank: int | None = None
 
 

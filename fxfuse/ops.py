@@ -25,6 +25,7 @@ from fxfuse.calls import (
     written_inputs,
 )
 from fxfuse.constants import Constants
+from fxfuse.geometry import GEOMETRY, read_geometry
 from fxfuse.layers import (
     CONVOLUTIONS,
     INSTANCE_NORMS,
@@ -206,7 +207,7 @@ class Reader:
         if module.training:
             return Opaque(Code.OPERATOR_TRAINING, name)
         names = (f"{name}.weight", None if module.bias is None else f"{name}.bias")
-        settings = {part: getattr(module, part, None) for part in ("padding", "padding_mode")}
+        settings = {part: getattr(module, part) for part in GEOMETRY if hasattr(module, part)}
         return self._linear(layer_input(node), names, LINEAR_LAYERS[kind], module.__dict__ | settings)
 
     def _linear_function(self, bound: Mapping[str, Any], name: str) -> Op:
@@ -268,7 +269,9 @@ class Reader:
         if transposed:
             out, into = weight.shape[1] * groups, weight.shape[0]
         bordered = dims > 0 and (transposed or _pads_with_zeros(settings, weight.shape[2:]))
-        return Linear(source, *names, out, into, dims, transposed, groups, bordered)
+        kernel = weight.shape[2:]
+        geometry = None if 0 in kernel else read_geometry(settings, kernel, groups, transposed=transposed)
+        return Linear(source, *names, out, into, dims, transposed, groups, bordered, geometry)
 
     def _norm_function(self, node: fx.Node, bound: Mapping[str, Any], kind: str) -> Op:
         name = _norm_name(node, bound)
@@ -353,7 +356,7 @@ class Reader:
             op = self.read(source)
             # What gives a tuple is read as if it gave the first value alone; nobody reads the others.
             known = isinstance(op, (Norm, Transparent)) or (isinstance(op, Opaque) and bool(op.like))
-            return Within(source) if known and self._gives_first_only(source) else None
+            return Within(source, is_identity=True) if known and self._gives_first_only(source) else None
         return self._passed("getitem", bound)
 
     def _passed(self, name: str, bound: Mapping[str, Any]) -> Op | None:

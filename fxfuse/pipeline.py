@@ -193,20 +193,16 @@ def _verified(
         inputs, twin = in_float64(sample(source, example_inputs, seed=0)), replicate(source).double()
         try:
             again, found = _folded_but(twin, inputs, keep_modules, Leave(left))
-            more = _names(found) - _names(account)  # constants that the dtype of the source keeps
+            more = {*found.names} - {*account.names}  # constants that the dtype of the source keeps
             if more:
                 again, found = _folded_but(twin, inputs, keep_modules, Leave([*left, *more]))
         except FxfuseError as error:
             raise UnmeasurableError(str(error).partition("\n")[0]) from error
-        if _names(found) != _names(account):
+        if {*found.names} != {*account.names}:
             raise UnmeasurableError("in float64 other norms can be folded")
         return as_module(again)
 
     return compared(source, as_module(fused), example_inputs, refold=refold)
-
-
-def _names(account: Report) -> set[str]:
-    return {fold.norm for fold in (*account.folded, *account.constants)}
 
 
 def _choices(model: nn.Module) -> list[str]:
@@ -225,13 +221,13 @@ def _graph(model: nn.Module, example_inputs: Sequence[Any] | None, leave: Leave)
     observed = {} if example_inputs is None else _observed(captured, example_inputs)
     shapes = GraphShapes(captured.graph, reader, observed)
     plan, solution = planned(captured.graph, reader, shapes, leave)
-    folds, constants = rewrite(captured, plan, solution, reader)
+    gone = rewrite(captured, plan, solution, reader)
     inside = fold_called(model, captured, leave)
     known = {refusal.norm for refusal in plan.refusals}
     refused = (*plan.refusals, *(refusal for refusal in inside.refused if refusal.norm not in known))
-    folded = (*folds, *inside.folded)
+    folded = (*gone.norms, *inside.folded)
     name = type(model).__name__
-    return captured.module(), Report(name, folded, refused, tuple(constants))
+    return captured.module(), Report(name, folded, refused, gone.constants, gone.merged)
 
 
 def _kept(model: nn.Module, leave: Leave, *notes: str) -> tuple[nn.Module, Report]:

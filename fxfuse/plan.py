@@ -9,11 +9,12 @@ from typing import Literal
 from torch import fx
 
 from fxfuse.channels import Channels
+from fxfuse.forms import Form
 from fxfuse.nodes import Affine, Linear, Norm
 from fxfuse.records import Refusal
 from fxfuse.refusals import Code
 
-Direction = Literal["backward", "forward"]
+Direction = Literal["backward", "forward", "merged"]
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,56 @@ class Move:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """Operators that become one.
+
+    Attributes:
+        node: the node whose value the one operator gives.
+        form: what it computes.
+        host: the operator that stays, with another weight and bias.
+        bypassed: sums that lose a part, and the node that is read in the place of each.
+    """
+
+    node: fx.Node
+    form: Form
+    host: fx.Node
+    bypassed: tuple[tuple[fx.Node, fx.Node], ...] = ()
+    direction: Literal["merged"] = "merged"
+
+    @property
+    def name(self) -> str:
+        """Of the operator that stays."""
+        return name_of(self.host, self.operators[self.host])
+
+    @property
+    def operators(self) -> dict[fx.Node, Linear]:
+        """The linear operators that become one."""
+        return {form.node: form.step for form in self.form.steps() if isinstance(form.step, Linear)}
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """The maps of the norms and constants among them."""
+        found = {
+            form.node: Move(form.node, form.step, "merged", (), form.assumed)
+            for form in self.form.steps()
+            if isinstance(form.step, Norm | Affine)
+        }
+        return tuple(found.values())
+
+    @property
+    def gone(self) -> frozenset[fx.Node]:
+        """The nodes that go."""
+        return (self.form.nodes | {node for node, _ in self.bypassed}) - {self.host}
+
+
+@dataclass(frozen=True)
 class Plan:
     """What becomes of every norm of a graph.
 
     Attributes:
         moves: in the order in which they were found, each relying on those before it.
-        refusals: of norms that no move takes away.
+        merges: of operators that become one once the moves are made.
+        refusals: of norms that neither takes away.
         views: the calls of `view` that have to become `reshape`, by the nodes whose going makes it so.
         stuck: the nodes that have to stay for the sake of the layout of what they give.
         written_out: the norms that forward writes out as a multiplication and an addition of constants:
@@ -72,10 +117,26 @@ class Plan:
     """
 
     moves: tuple[Move, ...]
+    merges: tuple[Merge, ...]
     refusals: tuple[Refusal, ...]
     views: Mapping[fx.Node, frozenset[fx.Node]]
     stuck: frozenset[fx.Node]
     written_out: Mapping[fx.Node, tuple[fx.Node, ...]]
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """The moves, the merges, and the moves that these consist of."""
+        return (*self.moves, *self.merges, *(move for merge in self.merges for move in merge.moves))
+
+
+Change = Move | Merge
+
+
+def name_of(node: fx.Node, operator: Linear) -> str:
+    """Of a module that is called, or of the owner of the weight."""
+    if node.op == "call_module":
+        return str(node.target)
+    return operator.weight.removesuffix(".weight") if isinstance(operator.weight, str) else node.name
 
 
 Barred = Mapping[tuple[fx.Node, Direction], Code]

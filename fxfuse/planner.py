@@ -16,12 +16,12 @@ from fxfuse.capture import Capture, reshaped_in_place
 from fxfuse.check import errors
 from fxfuse.match import match
 from fxfuse.ops import Reader
-from fxfuse.plan import Direction, Move, Plan
+from fxfuse.plan import Change, Direction, Plan
 from fxfuse.refusals import Code
 from fxfuse.shapes import GraphShapes
 from fxfuse.solve import Folded, Solution, solve
 
-Forbid = Callable[[Plan, Move], Code | None]
+Forbid = Callable[[Plan, Change], Code | None]
 
 
 def planned(
@@ -33,23 +33,25 @@ def planned(
         graph: the graph; it is not changed.
         reader: reads its nodes.
         shapes: what is known of the shapes of its values.
-        forbid: why a move of a plan is not to be made; None if it may be.
+        forbid: why a move or merge of a plan is not to be made; None if it may be.
     """
     barred: dict[tuple[fx.Node, Direction], Code] = {}
     solved: dict[tuple[Any, ...], Folded | Code] = {}
     while True:
         plan = match(graph, reader, shapes, barred)
-        codes = {move: Code.LAYOUT if move.node in plan.stuck else forbid(plan, move) for move in plan.moves}
-        failed = {move: code for move, code in codes.items() if code is not None}
+        codes = {
+            each: Code.LAYOUT if each.node in plan.stuck else forbid(plan, each) for each in plan.changes
+        }
+        failed = {each: code for each, code in codes.items() if code is not None}
         if not failed:
             solution = solve(plan, reader, solved)
             failed = solution.failed
             if not failed:
                 solution.errors = errors(plan, solution, reader)
-                failed = {move: Code.CHECK for move, error in solution.errors.items() if not error < math.inf}
+                failed = {each: Code.CHECK for each, error in solution.errors.items() if not error < math.inf}
             if not failed:
                 return plan, solution
-        barred |= {(move.node, move.direction): code for move, code in failed.items()}
+        barred |= {(each.node, each.direction): code for each, code in failed.items()}
 
 
 def planned_guarded(

@@ -27,7 +27,7 @@ from torch.nn import Parameter
 from fxfuse.leave import Leave
 from fxfuse.lifting import Lifted, lift, lower
 from fxfuse.ops import Reader
-from fxfuse.plan import Move, Plan
+from fxfuse.plan import Change, Move, Plan
 from fxfuse.planner import planned_guarded
 from fxfuse.records import Report
 from fxfuse.refusals import Code
@@ -53,16 +53,17 @@ def fold_program(program: ExportedProgram, leave: Leave) -> tuple[ExportedProgra
     reader = Reader(captured.root, captured.graph)
     regions = _regions(program, captured.graph)
 
-    def forbid(plan: Plan, move: Move) -> Code | None:
-        return leave(plan, move) or _crossing(regions, move)
+    def forbid(plan: Plan, change: Change) -> Code | None:
+        return leave(plan, change) or _crossing(regions, change)
 
     plan, solution = planned_guarded(captured, reader, {}, forbid=forbid)
     replaced = {old.name: node for old, node in gone(plan).items()}
-    norms, constants = rewrite(captured, plan, solution, reader)
+    rewritten = rewrite(captured, plan, solution, reader)
     inputs = _Inputs(program, captured.graph)
     weights = {name: attribute(captured.root, name) for name in lower(copied, inputs.new).values()}
     folded = _program(program, captured.graph, inputs.specs, replaced, tensors | weights)
-    return folded, Report(type(program).__name__, tuple(norms), plan.refusals, tuple(constants))
+    name, constants, merged = type(program).__name__, rewritten.constants, rewritten.merged
+    return folded, Report(name, rewritten.norms, plan.refusals, constants, merged)
 
 
 def lifted(program: ExportedProgram, tensors: Mapping[str, Any]) -> Lifted:
@@ -84,10 +85,10 @@ def _regions(program: ExportedProgram, graph: fx.Graph) -> dict[fx.Node, frozens
     return {node: frozenset(name for name, _ in stack) & preserved for node, stack in stacks.items()}
 
 
-def _crossing(regions: Mapping[fx.Node, frozenset[str]], move: Move) -> Code | None:
+def _crossing(regions: Mapping[fx.Node, frozenset[str]], change: Change) -> Code | None:
     """A map that leaves a module which may be exchanged would be lost with it, or come on top of another."""
-    crosses = any(regions.get(site.node) != regions.get(move.node) for site in move.sites)
-    return Code.PRESERVED if crosses else None
+    nodes = {site.node for site in change.sites} if isinstance(change, Move) else change.form.nodes
+    return Code.PRESERVED if len({regions.get(node) for node in {change.node, *nodes}}) > 1 else None
 
 
 def _foldable(signature: ExportGraphSignature, tensors: Mapping[str, Any]) -> dict[str, int]:

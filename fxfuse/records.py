@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fxfuse.refusals import Code
 from fxfuse.verdict import Comparison
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Fold:
     Attributes:
         norm: its qualified name.
         into: qualified names of the operators that absorbed it.
-        direction: "backward" (into operators before it) or "forward" (into operators after it).
+        direction: "backward" (into operators before it), "forward" (into operators after it) or "merged"
+            (with the operators beside it, into one).
         where: the line of code that calls it, "net.py:31 in Net.forward"; empty if that is not known.
         error: relative L2 distance of what the folded operators give from what the operators and the norm
             of the source gave, in float64, on a small random input that is zero in all but a few channels;
@@ -29,13 +30,36 @@ class Fold:
 
     norm: str
     into: tuple[str, ...]
-    direction: Literal["backward", "forward"]
+    direction: Literal["backward", "forward", "merged"]
     where: str = ""
     error: float | None = None
 
     def __str__(self) -> str:
-        where = " (forward)" if self.direction == "forward" else ""
+        where = "" if self.direction == "backward" else f" ({self.direction})"
         return f"{self.norm} -> {', '.join(self.into)}{where}"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Linear operators that have become one: parallel branches, or some in a row.
+
+    Attributes:
+        name: qualified name of the operator that stays, with another weight and bias.
+        into: the name that it has in the result: another one where other calls share its weight.
+        operators: qualified names of the operators that are gone; an identity has none.
+        where: the line of code of the last of them, as in `Fold`.
+        error: relative L2 distance of what the operator gives from what those of the source gave, in float64,
+            on a small random input; None where that was not measured.
+    """
+
+    name: str
+    into: str
+    operators: tuple[str, ...]
+    where: str = ""
+    error: float | None = None
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.operators) or 'identity'} -> {self.into}"
 
 
 @dataclass(frozen=True)
@@ -73,6 +97,7 @@ class Report:
         refused: a record for each norm that is left.
         constants: a record for each multiplication or addition of a constant, such as a layer scale, that
             is gone too; in place of a norm it has the name of the operation in the traced graph.
+        merged: a record for each operator that does what several did before.
         verification: the comparison with the source on the example inputs; None without them.
         notes: what else the reader should know, such as that numbers were not checked.
     """
@@ -81,6 +106,7 @@ class Report:
     folded: tuple[Fold, ...]
     refused: tuple[Refusal, ...]
     constants: tuple[Fold, ...] = ()
+    merged: tuple[Merged, ...] = ()
     verification: Comparison | None = None
     notes: tuple[str, ...] = ()
 
@@ -90,11 +116,18 @@ class Report:
         return len(self.folded) + len(self.refused)
 
     @property
+    def names(self) -> list[str]:
+        """What ``leave`` can name: all that is gone, and what was merged by the operator that stays."""
+        folds = [fold.norm for fold in (*self.folded, *self.constants)]
+        return [*dict.fromkeys([*folds, *(merged.name for merged in self.merged)])]
+
+    @property
     def summary(self) -> str:
-        """How many norms are gone, in words."""
-        return (
-            f"{len(self.folded)} of {self.norms} norms folded" if self.norms else "there are no norms to fold"
-        )
+        """How many norms are gone, in words, and how many operators in others."""
+        folded = f"{len(self.folded)} of {self.norms} norms folded"
+        gone = sum(len(merged.operators) for merged in self.merged)
+        merged = f", {gone} operators merged into {len(self.merged)} others" if self.merged else ""
+        return (folded if self.norms else "there are no norms to fold") + merged
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON values; key ``schema`` is the version of their arrangement."""
@@ -109,11 +142,13 @@ class Report:
             tuple(Fold(**{**fold, "into": tuple(fold["into"])}) for fold in record[kind])
             for kind in ("folded", "constants")
         )
+        merged = (Merged(**{**each, "operators": tuple(each["operators"])}) for each in record["merged"])
         return cls(
             record["model"],
             folded,
             tuple(Refusal(**refusal) for refusal in record["refused"]),
             constants,
+            tuple(merged),
             None if verification is None else Comparison.from_dict(verification),
             tuple(record["notes"]),
         )
@@ -126,6 +161,7 @@ class Report:
         lines = [f"{self.model}: {self.summary}"]
         lines += [f"  folded  {fold}" for fold in self.folded]
         lines += [f"  also    {fold}" for fold in self.constants]
+        lines += [f"  merged  {each}" for each in self.merged]
         lines += [f"  left    {left.norm}  {left.code}: {left.reason} ({left.hint})" for left in self.refused]
         if self.verification is not None:
             lines.append(f"  verified: {self.verification}")

@@ -17,6 +17,8 @@ from fxfuse.records import Refusal, Report
 from fxfuse.verdict import Comparison
 from fxfuse.visible import one_line, visible
 
+_PLACES = {"backward": "", "forward": " [dim](after it)[/dim]", "merged": " [dim](beside it)[/dim]"}
+
 
 def headline(model: str, weights: str) -> RenderableType:
     """Which model it is, and what its weights are."""
@@ -41,11 +43,16 @@ def report_view(report: Report) -> RenderableType:
                 table.add_row(_plain(left.norm), f"[yellow]left {code}[/yellow]", why)
         table.add_section()
         for fold in report.folded:
-            after = " [dim](after it)[/dim]" if fold.direction == "forward" else ""
+            after = _PLACES[fold.direction]
             into = f"into {_plain(', '.join(fold.into))}{after}"
             table.add_row(_plain(fold.norm), "[green]folded[/green]", into)
         parts.append(table)
     parts.append(Text(report.summary, style="bold"))
+    if report.merged:
+        table = Table("operators", "merged into", title="Branches", title_justify="left")
+        for merged in report.merged:
+            table.add_row(_plain(", ".join(merged.operators) or "identity"), _plain(merged.into))
+        parts.append(table)
     if report.constants:
         parts.append(Text(f"{len(report.constants)} multiplications and additions of constants folded too"))
     parts += [Text(f"note: {one_line(' '.join(note.split()))}") for note in report.notes]

@@ -108,8 +108,8 @@ def report(fused: nn.Module | ExportedProgram) -> Report:
 
 
 def _joined(name: str, reports: list[Report]) -> Report:
-    folded, refused, constants = (
+    folded, refused, constants, merged = (
         tuple(record for report in reports for record in getattr(report, kind))
-        for kind in ("folded", "refused", "constants")
+        for kind in ("folded", "refused", "constants", "merged")
     )
-    return Report(name, folded, refused, constants)
+    return Report(name, folded, refused, constants, merged)

@@ -29,7 +29,7 @@ loaded = {loading}
 sizes = [torch.Size(shape) for shape in {shapes!r}]
 inputs = tuple(sample(as_module(loaded.model), sizes, {seed!r})) or loaded.inputs
 report = fxfuse.explain(loaded.model, example_inputs=inputs)
-others = [fold.norm for fold in (*report.folded, *report.constants) if fold.norm not in CULPRITS]
+others = [name for name in report.names if name not in CULPRITS]
 {check}
 print("passed")
 """

@@ -10,11 +10,13 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import count
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxfuse.aliases import asks_for_kind
 from fxfuse.calls import given_arguments, gives_several, operator_name, set_argument
 from fxfuse.capture import Capture
 from fxfuse.layers import LINEAR_ARGUMENTS, PRODUCTS
@@ -22,51 +24,104 @@ from fxfuse.layout import VIEWS
 from fxfuse.nodes import Linear, Norm
 from fxfuse.ops import Reader
 from fxfuse.places import place_of
-from fxfuse.plan import Plan
-from fxfuse.records import Fold
+from fxfuse.plan import Plan, name_of
+from fxfuse.records import Fold, Merged
 from fxfuse.solve import Solution
 from fxfuse.tree import attribute, owners, put
 
 
-def rewrite(
-    capture: Capture, plan: Plan, solution: Solution, reader: Reader
-) -> tuple[list[Fold], list[Fold]]:
-    """Carries out all of `plan` on `capture`, in place.
+@dataclass(frozen=True)
+class Rewritten:
+    """Records of what is gone: norms, other arithmetic with constants, and operators that became one."""
 
-    Returns:
-        Records of the norms that are gone, and of the other arithmetic.
-    """
+    norms: tuple[Fold, ...]
+    constants: tuple[Fold, ...]
+    merged: tuple[Merged, ...]
+
+
+# What compilers note of a node's value.
+_OF_VALUES = {"val", "example_value", "tensor_meta"}
+
+
+def rewrite(capture: Capture, plan: Plan, solution: Solution, reader: Reader) -> Rewritten:
+    """Carries out all of `plan` on `capture`, in place."""
     editor = _Editor(capture)
+    names = [merge.name for merge in plan.merges]
     into = {}
     for node, tensors in solution.tensors.items():
         linear = reader.read(node)
         assert isinstance(linear, Linear)
         into[node] = editor.set_operator(node, linear, *tensors)
-    for node, rank in dict.fromkeys(each for move in plan.moves for each in sorted(move.assumed, key=str)):
-        _assert_rank(node, rank)
+    hosts = {node: merge.host for merge in plan.merges for node in merge.gone}
+    into |= {node: into[host] for node, host in hosts.items()}
+    assumed = (each for change in plan.moves for each in sorted(change.assumed, key=str))
+    of_merges = (each for merge in plan.merges for each in sorted(merge.form.assumed, key=str))
+    for node, rank in dict.fromkeys((*assumed, *of_merges)):
+        _assert_rank(hosts.get(node, node), rank)
     for view in plan.views:
         _as_reshape(view)
-    bypass(capture.graph, gone(plan))
+    replaced = gone(plan)
+    _redirect(capture.graph, plan)
+    bypass(capture.graph, replaced)
+    leftover = hosts.keys() - replaced.keys()
+    for node in reversed([node for node in capture.graph.nodes if node in leftover]):
+        capture.graph.erase_node(node)
     drop_unused(capture.graph, reader)
-    moved = {move.node for move in plan.moves}
+    moves = [(move, [into[site.node] for site in move.sites]) for move in plan.moves]
+    moves += [(move, [into[merge.host]]) for merge in plan.merges for move in merge.moves]
+    moved = {move.node for move, _ in moves}
     whole = {first: parts for first, parts in plan.written_out.items() if moved.issuperset(parts)}
     rest = {part for parts in whole.values() for part in parts}
     norms: list[Fold] = []
     constants: list[Fold] = []
-    for move in plan.moves:
-        names = tuple(dict.fromkeys(into[site.node] for site in move.sites))
+    for move, operators in moves:
+        absorbers, where = tuple(dict.fromkeys(operators)), place_of(move.node)
         error = solution.errors.get(move)
         if isinstance(move.source, Norm) or move.node in whole:
-            norms.append(Fold(move.name, names, move.direction, place_of(move.node), error))
+            norms.append(Fold(move.name, absorbers, move.direction, where, error))
         elif move.node not in rest:
-            constants.append(Fold(move.node.name, names, move.direction, place_of(move.node), error))
-    return norms, constants
+            constants.append(Fold(move.node.name, absorbers, move.direction, where, error))
+    merged = []
+    for name, merge in zip(names, plan.merges, strict=True):
+        others = tuple(name_of(*each) for each in merge.operators.items() if each[0] is not merge.host)
+        error = solution.errors.get(merge)
+        merged.append(Merged(name, into[merge.host], others, place_of(merge.node), error))
+    return Rewritten(tuple(norms), tuple(constants), tuple(merged))
+
+
+def _redirect(graph: fx.Graph, plan: Plan) -> None:
+    """Makes the operators that do it all now read what the first of each merge has read.
+
+    So do queries of values that go with it.
+    """
+    inside = {node: merge for merge in plan.merges for node in merge.form.nodes - {merge.node}}
+    moved = {move.node: move.source.input for move in plan.moves}
+    for query in graph.nodes if inside else ():
+        if asks_for_kind(query):
+            value = query.all_input_nodes[0]
+            while value in moved:
+                value = moved[value]
+            if value in inside:
+                query.replace_input_with(query.all_input_nodes[0], inside[value].form.source)
+    for merge in plan.merges:
+        read = merge.operators[merge.host].input
+        if read is not merge.form.source:
+            merge.host.replace_input_with(read, merge.form.source)
+        for key in _OF_VALUES & merge.node.meta.keys():
+            merge.host.meta[key] = merge.node.meta[key]
 
 
 def gone(plan: Plan) -> dict[fx.Node, fx.Node]:
-    """The nodes that `plan` takes away, and what is read in the end in the place of each."""
+    """The nodes that `plan` takes away, and what is read in the end in the place of each.
+
+    Of what is merged these are only the nodes that others read: what they alone read goes with them.
+    """
     found = {move.node: move.source.input for move in plan.moves}
     found |= {user: node for node in found if gives_several(node) for user in node.users}
+    for merge in plan.merges:
+        found |= dict(merge.bypassed)
+        if merge.node is not merge.host:
+            found[merge.node] = merge.host
     for node in reversed(found):
         while found[node] in found:
             found[node] = found[found[node]]
@@ -105,6 +160,10 @@ class _Editor:
         folded = nn.Module.__new__(type(module))
         folded.__dict__.update(module.__dict__)
         folded._parameters = {"weight": weight, "bias": bias}
+        if weight.shape[:2] != module.weight.shape[:2]:
+            name = "features" if weight.dim() == 2 else "channels"
+            into = weight.shape[1] * getattr(module, "groups", 1)
+            folded.__dict__ |= {f"in_{name}": into, f"out_{name}": weight.shape[0]}
         node.target = target if self._is_only_user(node, target) else self._fresh(target)
         put(self.root, node.target, folded)
         return node.target

@@ -7,17 +7,19 @@ the operators on the way need.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from fxfuse.affine import AffineMap, exact
-from fxfuse.fold import Absorption, absorb, absorb_unchecked
-from fxfuse.nodes import Affine, Linear, Norm, TensorName
+from fxfuse.fold import Absorption, absorb, absorb_unchecked, rounded
+from fxfuse.kernels import Kernel
+from fxfuse.maps import affine_of
+from fxfuse.merging import Merger, absorption
+from fxfuse.nodes import Linear, Norm, TensorName
 from fxfuse.ops import Reader
-from fxfuse.plan import Move, Plan, Site
+from fxfuse.plan import Change, Merge, Move, Plan, Site
 from fxfuse.refusals import Code
 from fxfuse.replica import alias
 
@@ -35,15 +37,15 @@ class Solution:
 
     Attributes:
         tensors: the folded weight and bias of every operator that changes.
-        absorptions: what they are computed from.
-        failed: the moves that cannot be made, with the reason.
-        errors: how far the folds of a move are from the source, as `fxfuse.check` measures it.
+        absorptions: what they are computed from; also those of operators that go, with what is merged.
+        failed: the moves and merges that cannot be made, with the reason.
+        errors: how far the folds of each are from the source, as `fxfuse.check` measures it.
     """
 
     tensors: dict[fx.Node, Folded] = field(default_factory=dict)
     absorptions: dict[fx.Node, Absorption] = field(default_factory=dict)
-    failed: dict[Move, Code] = field(default_factory=dict)
-    errors: dict[Move, float] = field(default_factory=dict)
+    failed: dict[Change, Code] = field(default_factory=dict)
+    errors: dict[Change, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,16 +74,26 @@ def solve(plan: Plan, reader: Reader, solved: dict[tuple[Any, ...], Folded | Cod
             solution.failed.setdefault(move, broken)
     if solution.failed:
         return solution
-    for operator, parts in _composed(pieces).items():
+    composed = _composed(pieces)
+    solution.absorptions = {node: _absorption(parts, reader) for node, parts in composed.items()}
+    merged = frozenset[fx.Node]().union(*(merge.operators for merge in plan.merges))
+    for operator, parts in composed.items():
+        if operator in merged:
+            continue
         key = (operator, *((move.node, move.direction) for move in parts.moves))
-        solution.absorptions[operator] = what = _absorption(parts, reader)
         if key not in solved:
-            solved[key] = _folded(operator, parts, what, reader)
+            solved[key] = _folded(operator, parts, solution.absorptions[operator], reader)
         tensors = solved[key]
         if isinstance(tensors, Code):
             solution.failed.setdefault(parts.moves[-1], tensors)
         else:
             solution.tensors[operator] = tensors
+    for merge in plan.merges:
+        found = _merged(merge, solution.absorptions, reader)
+        if isinstance(found, Code):
+            solution.failed[merge] = found
+        else:
+            solution.tensors[merge.host] = found
     return solution
 
 
@@ -91,22 +103,36 @@ def solve_unchecked(plan: Plan, reader: Reader) -> dict[fx.Node, tuple[Tensor, T
     Nothing is checked: `plan` has been solved before, and has no move that depends on a map's numbers.
     """
     composed = _composed(_pieces(plan, reader))
-    return {node: absorb_unchecked(_absorption(parts, reader)) for node, parts in composed.items()}
+    absorptions = {node: _absorption(parts, reader) for node, parts in composed.items()}
+    merged = frozenset[fx.Node]().union(*(merge.operators for merge in plan.merges))
+    found = {node: absorb_unchecked(what) for node, what in absorptions.items() if node not in merged}
+    for merge in plan.merges:
+        kernel = merged_kernel(merge, absorptions, reader)
+        weight = reader.tensor(merge.operators[merge.host].weight)
+        found[merge.host] = (
+            kernel.weight.to(weight.device, weight.dtype),
+            kernel.bias.to(weight.device, weight.dtype),
+        )
+    return found
 
 
 def sources(plan: Plan, reader: Reader) -> set[str]:
     """The names of the parameters and buffers from which the folded tensors of `plan` are computed."""
     found: set[str] = set()
-    for move in plan.moves:
-        source = move.source
-        if isinstance(source, Norm):
-            used: list[Any] = [source.mean, source.var, source.weight, source.bias]
+    used: list[Any] = []
+    for change in plan.changes:
+        if isinstance(change, Merge):
+            operators = [*change.operators.values()]
         else:
-            used = [source.constant]
-        used += [tensor for site in move.sites for tensor in (site.operator.weight, site.operator.bias)]
-        for each in used:
-            found |= {each} if isinstance(each, str) else set()
-            found |= reader.constants.names(each) if isinstance(each, fx.Node) else set()
+            operators, source = [site.operator for site in change.sites], change.source
+            if isinstance(source, Norm):
+                used += [source.mean, source.var, source.weight, source.bias]
+            else:
+                used.append(source.constant)
+        used += [tensor for operator in operators for tensor in (operator.weight, operator.bias)]
+    for each in used:
+        found |= {each} if isinstance(each, str) else set()
+        found |= reader.constants.names(each) if isinstance(each, fx.Node) else set()
     return found
 
 
@@ -131,27 +157,6 @@ def _composed(pieces: Iterable[tuple[Move, Site, AffineMap]]) -> dict[fx.Node, _
     return found
 
 
-def affine_of(source: Norm | Affine, reader: Reader, device: torch.device) -> AffineMap:
-    """The map of a norm, on the norm's device, or of arithmetic with a constant, on `device`."""
-    if isinstance(source, Norm):
-        weight = None if source.weight is None else reader.tensor(source.weight)
-        bias = None if source.bias is None else reader.tensor(source.bias)
-        return AffineMap.from_norm(
-            reader.tensor(source.mean), reader.tensor(source.var), weight, bias, source.eps
-        )
-    value = exact(number(source, reader).to(device)).flatten()
-    if source.role == "plus":
-        return AffineMap(torch.full_like(value, -1.0 if source.negative else 1.0), source.factor * value)
-    return AffineMap(value if source.role == "times" else 1 / value, torch.zeros_like(value))
-
-
-def number(source: Affine, reader: Reader) -> Tensor:
-    """The constant that it multiplies or adds."""
-    if isinstance(source.constant, fx.Node):
-        return reader.tensor(source.constant)
-    return torch.tensor(source.constant, dtype=torch.float64)
-
-
 def _holds(code: Code, piece: AffineMap) -> bool:
     return not piece.scale.is_meta and bool(_HOLDS[code](piece))
 
@@ -160,21 +165,42 @@ def _folded(operator: fx.Node, taken: _Taken, what: Absorption, reader: Reader) 
     folded = absorb(what)
     if isinstance(folded, Code):
         return folded
-    weight = taken.operator.weight
-    if isinstance(weight, str):
-        new = alias(what.weight, folded[0])
-    else:
-        new = nn.Parameter(folded[0], _trains(weight, reader))
+    new = _like(taken.operator.weight, folded[0], reader)
     if what.bias is None and not any(_shifts(move, operator) for move in taken.moves):
         return new, None
     return new, nn.Parameter(folded[1], _needs_gradient(new, what.bias, taken.moves, reader))
 
 
+def _merged(merge: Merge, absorptions: Mapping[fx.Node, Absorption], reader: Reader) -> Folded | Code:
+    host = merge.operators[merge.host]
+    folded = rounded(merged_kernel(merge, absorptions, reader).operator, reader.tensor(host.weight))
+    if isinstance(folded, Code):
+        return folded
+    new = _like(host.weight, folded[0], reader)
+    if not merge.form.shifts:
+        return new, None
+    bias = None if host.bias is None else reader.tensor(host.bias)
+    norms = [move for move in merge.moves if isinstance(move.source, Norm)]
+    return new, nn.Parameter(folded[1], _needs_gradient(new, bias, norms, reader))
+
+
+def _like(source: TensorName, tensor: Tensor, reader: Reader) -> Tensor:
+    """A new weight, which asks for gradients as the one did in whose place it comes."""
+    if isinstance(source, str):
+        return alias(reader.tensor(source), tensor)
+    return nn.Parameter(tensor, _trains(source, reader))
+
+
+def merged_kernel(merge: Merge, absorptions: Mapping[fx.Node, Absorption], reader: Reader) -> Kernel:
+    """What becomes of the operator that stays, in float64."""
+    host = merge.operators[merge.host]
+    assert merge.form.channels is not None
+    merger = Merger(reader, absorptions, host.dims, exact(reader.tensor(host.weight)[:0]).device)
+    return merger.kernel(merge.form, merge.form.channels)
+
+
 def _absorption(taken: _Taken, reader: Reader) -> Absorption:
-    linear = taken.operator
-    bias = None if linear.bias is None else reader.tensor(linear.bias)
-    weight = reader.tensor(linear.weight)
-    return Absorption(weight, bias, taken.before, taken.after, linear.transposed, linear.groups)
+    return replace(absorption(taken.operator, reader), before=taken.before, after=taken.after)
 
 
 def _shifts(move: Move, operator: fx.Node) -> bool:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import fx, nn
 
 from fxfuse import patterns
 from fxfuse.channels import Pattern, Shape
+from fxfuse.geometry import Window, read_geometry
 from fxfuse.refusals import Code
 from fxfuse.transparent import Concat, Rearranged, Shapes, Slice, Sum, Transparent, Within
 
@@ -50,11 +52,11 @@ def _last(count: int) -> Callable[[int | None], Sequence[int]]:
 
 
 def _same(call: Call) -> Transparent:
-    return Within(call.input)
+    return Within(call.input, is_identity=True)
 
 
 def _dropout(call: Call) -> Transparent | None:
-    return Within(call.input) if call.first("training", "train") is False else None
+    return _same(call) if call.first("training", "train") is False else None
 
 
 # ---- within some axes -------------------------------------------------------------------------------
@@ -67,9 +69,21 @@ def _average_pool(dims: int) -> Builder:
         padded = call.integers("padding") is None or any(call.integers("padding") or ())
         counted = padded and call.given("count_include_pad") is not False
         counted = counted or call.given("divisor_override") is not None
-        return Within(call.input, _last(dims), stops_shift=Code.PADDING if counted else None)
+        window = None if padded and call.given("count_include_pad") is False else _window(call, dims)
+        return Within(call.input, _last(dims), stops_shift=Code.PADDING if counted else None, window=window)
 
     return build
+
+
+def _window(call: Call, dims: int) -> Window | None:
+    """What is averaged over; None if that is not fixed, or not the same everywhere."""
+    sizes, divisor = call.integers("kernel_size"), call.given("divisor_override")
+    if sizes is None or call.given("ceil_mode") or type(divisor) not in (int, type(None)):
+        return None
+    sizes = sizes * dims if len(sizes) == 1 else sizes
+    given = {"stride": call.given("stride") or sizes, "padding": call.given("padding") or 0}
+    geometry = read_geometry(given, sizes, groups=1, transposed=False)
+    return None if geometry is None else Window(geometry.axes, divisor or prod(sizes))
 
 
 def _adaptive_average_pool(dims: int) -> Builder:
@@ -292,9 +306,14 @@ def _concatenated(call: Call) -> Transparent | None:
     return Concat(tuple(parts), axis) if nodes and type(axis) is int else None
 
 
-def _summed(call: Call) -> Transparent | None:
-    other = call.given("other")
-    return Sum((call.input, other)) if isinstance(other, fx.Node) else None
+def _summed(sign: int) -> Builder:
+    def build(call: Call) -> Transparent | None:
+        other, alpha = call.given("other"), call.given("alpha")
+        factor = 1 if alpha is None else alpha
+        factors = (1.0, float(sign * factor)) if type(factor) in (int, float) else None
+        return Sum((call.input, other), factors) if isinstance(other, fx.Node) else None
+
+    return build
 
 
 def _named(builder: Builder, *names: str) -> dict[str, Builder]:
@@ -336,7 +355,8 @@ TRANSPARENT: Mapping[str, Builder] = {
     "narrow": _narrowed,
     "select": _selected,
     **_named(_concatenated, "cat", "concat", "concatenate"),
-    **_named(_summed, "add", "sub", "subtract"),
+    "add": _summed(1),
+    **_named(_summed(-1), "sub", "subtract"),
 }
 
 # Operators that give a tuple of parts; `part` is one of them.

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from torch import fx
 
 from fxfuse.channels import KEPT, Channels, Pattern, Shape, Size, sizes_after, through
+from fxfuse.geometry import Window
 from fxfuse.refusals import Code
 
 
@@ -44,6 +45,8 @@ class Within:
         size: how many elements there are afterwards along each of the axes, if that is known.
         monotone: it is not linear, but passes any map that keeps the order, as a maximum does.
         view: whether it may give a view, which lies in memory in another order than that of its axes.
+        window: what it averages over, if it is an average that counts what is beyond the border as zeros.
+        is_identity: whether it gives the elements as they are.
     """
 
     input: fx.Node
@@ -53,6 +56,8 @@ class Within:
     monotone: bool = False
     size: int | None = None
     view: bool = False
+    window: Window | None = None
+    is_identity: bool = False
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
@@ -320,9 +325,11 @@ class Sum:
 
     Attributes:
         inputs: a and b.
+        factors: what each is multiplied by; None if that is not fixed.
     """
 
     inputs: tuple[fx.Node, ...]
+    factors: tuple[float, ...] | None
 
     def shape(self, shapes: Shapes) -> Shape | None:
         """That to which both are broadcast."""

@@ -24,7 +24,7 @@ from fxfuse.nodes import Affine, Linear, Norm, Query
 from fxfuse.ops import Reader, norms_inside
 from fxfuse.options import variants
 from fxfuse.places import place_of
-from fxfuse.plan import Move, Plan
+from fxfuse.plan import Change, Merge, Plan
 from fxfuse.planner import planned
 from fxfuse.records import Fold, Refusal
 from fxfuse.refusals import Code, by_code
@@ -222,8 +222,10 @@ def _captures(module: nn.Module) -> list[tuple[dict[str, Any], Capture]]:
             asked.append(error.argument)
 
 
-def _needs_a_graph(plan: Plan, move: Move) -> Code | None:
-    """Why a move cannot be made where forward is kept: it could neither assert anything nor be changed."""
+def _needs_a_graph(plan: Plan, move: Change) -> Code | None:
+    """Why it cannot be made where forward is kept, which can neither assert anything nor be changed."""
+    if isinstance(move, Merge):
+        return Code.NO_MODULE
     if move.assumed:
         return Code.RANK_UNKNOWN
     return Code.LAYOUT if any(move.node in nodes for nodes in plan.views.values()) else None

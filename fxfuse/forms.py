@@ -1,0 +1,76 @@
+"""Values as linear functions of one other value: convolutions, norms, averages and sums, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxfuse.channels import Channels
+from fxfuse.geometry import Geometry, Window, multiplications, point
+from fxfuse.nodes import Affine, Linear, Norm
+
+
+@dataclass(frozen=True)
+class Total:
+    """A sum, each part with a factor."""
+
+    factors: tuple[float, ...]
+
+
+Step = Linear | Norm | Affine | Window | Total
+
+
+@dataclass(frozen=True)
+class Form:
+    """The value of `node` as a linear function of that of `source`, but for a shift.
+
+    Attributes:
+        node: the node of the last step.
+        source: the node that it is a function of.
+        step: the last step; None for the source itself, and for what gives its input as it is.
+        parts: what the last step is done to: one form, of a sum several.
+        nodes: those that compute it, `source` not among them.
+        geometry: that of a kernel which can be the same function; None if it maps each element by itself.
+        channels, in_channels: how many come out and go in; None if any number may.
+        axis: that of the channels, counted from the end; None if any may be.
+        host: the operator that has that geometry.
+        shifts: whether something may be added, by its kind and not by its numbers.
+        cost: how many multiplications and additions of channels each place of the output takes.
+        acts: for a norm or a constant, how it acts on the channels.
+        assumed: the numbers of axes that are assumed of nodes.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    step: Step | None = None
+    parts: tuple[Form, ...] = ()
+    nodes: frozenset[fx.Node] = frozenset()
+    geometry: Geometry | None = None
+    channels: int | None = None
+    in_channels: int | None = None
+    axis: int | None = None
+    host: fx.Node | None = None
+    shifts: bool = False
+    cost: int = 0
+    acts: Channels | None = None
+    assumed: frozenset[tuple[fx.Node, int]] = frozenset()
+
+    def steps(self) -> Iterator[Form]:
+        """This form and all that it is made of, the parts before the whole."""
+        for part in self.parts:
+            yield from part.steps()
+        yield self
+
+    def seen_as(self, dims: int) -> Geometry | None:
+        """The geometry among operators with `dims` spatial axes."""
+        if self.geometry is not None or self.channels is None:
+            return self.geometry
+        return point(dims, self.channels)
+
+    @property
+    def merged_cost(self) -> int:
+        """What the one operator costs that does it all."""
+        assert self.geometry is not None and self.channels is not None and self.in_channels is not None
+        return multiplications(self.geometry, self.channels, self.in_channels)

@@ -1,0 +1,82 @@
+"""A merge → the kernel of its one operator, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from fxfuse.affine import AffineMap, exact
+from fxfuse.fold import Absorption, absorb_unchecked
+from fxfuse.forms import Form, Total
+from fxfuse.geometry import Geometry, Window, point
+from fxfuse.kernels import Kernel, identity
+from fxfuse.maps import affine_of
+from fxfuse.nodes import Affine, Linear, Norm
+from fxfuse.ops import Reader
+
+
+@dataclass(frozen=True)
+class Merger:
+    """Computes what forms are.
+
+    Attributes:
+        reader: reads the tensors.
+        absorptions: what operators have absorbed by then, if anything.
+        dims: number of spatial axes.
+        device: where the weights are in float64.
+    """
+
+    reader: Reader
+    absorptions: Mapping[fx.Node, Absorption]
+    dims: int
+    device: torch.device
+
+    def kernel(self, form: Form, channels: int) -> Kernel:
+        """The kernel of a form, of whose channels there are so many where that is open."""
+        channels = channels if form.channels is None else form.channels
+        step = form.step
+        if not form.parts:
+            return identity(channels, self.dims, self.device)
+        if isinstance(step, Total):
+            wide = point(self.dims, channels) if form.geometry is None else form.geometry
+            parts = [self.kernel(part, channels).held(wide) for part in form.parts]
+            total = parts[0].times(step.factors[0])
+            for part, factor in zip(parts[1:], step.factors[1:], strict=True):
+                total = total.plus(part.times(factor))
+            return total
+        (inner,) = form.parts
+        if isinstance(step, Linear):
+            return self._linear(form.node, step, inner)
+        before = self.kernel(inner, channels)
+        if isinstance(step, Norm | Affine):
+            assert form.acts is not None
+            index = form.acts.index if form.acts.axes else form.acts.index * channels
+            affine = affine_of(step, self.reader, self.device)
+            return before.mapped(affine.taken(index, shift=form.acts.shift))
+        if isinstance(step, Window):
+            window = Kernel.alike(1 / step.divisor, Geometry(step.axes, channels), self.device)
+            return before.then(window)
+        return before
+
+    def _linear(self, node: fx.Node, linear: Linear, inner: Form) -> Kernel:
+        """What the operator at `node`, with all that it absorbs, makes of a form."""
+        assert linear.geometry is not None
+        what = self.absorptions.get(node) or absorption(linear, self.reader)
+        bias = what.weight.new_zeros(linear.channels) if what.bias is None else what.bias
+        what = replace(what, weight=exact(what.weight), bias=exact(bias))
+        before = self.kernel(inner, linear.in_channels) if inner.parts else None
+        if before is not None and inner.geometry is None:  # a map of each channel by itself
+            own = AffineMap(before.weight.flatten(), before.bias)
+            what = replace(what, before=own if what.before is None else own.then(what.before))
+            before = None
+        kernel = Kernel(*absorb_unchecked(what), linear.geometry)
+        return kernel if before is None else before.then(kernel)
+
+
+def absorption(linear: Linear, reader: Reader) -> Absorption:
+    """An operator that absorbs nothing yet."""
+    bias = None if linear.bias is None else reader.tensor(linear.bias)
+    return Absorption(reader.tensor(linear.weight), bias, transposed=linear.transposed, groups=linear.groups)

@@ -1,0 +1,555 @@
+"""Parallel linear branches, and some in a row, become one operator."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import fxfuse
+from tests.forms import EXPORT_WARNING
+from tests.support import assert_exact, assert_untouched, randomise, snapshot
+
+OPERATORS = {
+    *("convolution", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "addmm"),
+    *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "Linear"),
+}
+
+
+class Branches(nn.Module):
+    """The sum of what some modules make of relu(x)."""
+
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        total = self.branches[0](x)
+        for branch in self.branches[1:]:
+            total = total + branch(x)
+        return total
+
+
+class Written(nn.Module):
+    """relu(x), and then a function of it and some modules, by their names."""
+
+    def __init__(self, function, **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, F.relu(x))
+
+
+def normed(*modules: nn.Module, channels: int = 8) -> nn.Sequential:
+    return nn.Sequential(*modules, nn.BatchNorm2d(channels))
+
+
+def repvgg(stride=1, groups=1, channels=8):
+    conv = nn.Conv2d(channels, channels, 3, stride, 1, groups=groups, bias=False)
+    point = nn.Conv2d(channels, channels, 1, stride, groups=groups, bias=False)
+    identity = [nn.BatchNorm2d(channels)] if stride == 1 else []
+    return Branches(normed(conv), normed(point), *identity)
+
+
+def operators(fused: fx.GraphModule) -> int:
+    """How many linear operators are called."""
+    names = (
+        type(fused.get_submodule(str(node.target))).__name__
+        if node.op == "call_module"
+        else getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target)
+        for node in fused.graph.nodes
+        if node.op.startswith("call")
+    )
+    return sum(name in OPERATORS for name in names)
+
+
+def sums(fused: fx.GraphModule) -> int:
+    adding = {operator.add, operator.iadd, operator.sub, torch.add, torch.sub}
+    return sum(node.target in adding for node in fused.graph.nodes)
+
+
+def merges(model, *inputs, left, merged=1, example_inputs=None):
+    """Folds `model`: `left` operators are left, of which `merged` do what several did; on odd sizes too."""
+    randomise(model)
+    before = snapshot(model)
+    fused = fxfuse.fuse(model, example_inputs=example_inputs)
+    assert_untouched(before, model)
+    report = fxfuse.report(fused)
+    for given in inputs or (torch.randn(2, 8, 9, 7).double(), torch.randn(1, 8, 4, 5).double()):
+        with torch.no_grad():
+            assert_exact(copy.deepcopy(model)(given.clone()), fused(given.clone()))
+    assert (operators(fused), len(report.merged)) == (left, merged), f"{report}\n{fused.graph}"
+    assert len(report.refused) == 0, report
+    again = fxfuse.fuse(fused)
+    assert len(fxfuse.report(again).merged) == 0
+    assert all(each.error < 1e-12 for each in report.merged)
+    return fused
+
+
+# ---- scenario 56: the blocks of RepVGG ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 1), (1, 2), (1, 8), (2, 4)])
+def test_repvgg_block_becomes_one_convolution(stride, groups):
+    model = repvgg(stride, groups)
+    fused = merges(model, left=1)
+    assert len(fxfuse.report(fused).folded) == (3 if stride == 1 else 2)
+    assert sums(fused) == 0
+    norms = [fold for fold in fxfuse.report(fused).folded if fold.direction == "merged"]
+    assert [fold.norm for fold in norms] == (["branches.2"] if stride == 1 else [])
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_branches_of_any_number_of_axes_become_one(dims):
+    conv, norm = ((nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+    make, normal = conv[dims - 1], norm[dims - 1]
+    model = Branches(
+        nn.Sequential(make(6, 6, 3, padding=1), normal(6)), nn.Sequential(make(6, 6, 1), normal(6)), normal(6)
+    )
+    merges(model, torch.randn(2, 6, *(7, 5, 6)[:dims]).double(), left=1)
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(4))])
+def test_order_of_the_branches_does_not_matter(order):
+    branches = [
+        normed(nn.Conv2d(8, 8, 5, padding=2, groups=2)),
+        normed(nn.Conv2d(8, 8, 1, groups=4)),
+        nn.BatchNorm2d(8),
+        nn.Identity(),
+    ]
+    merges(Branches(*(branches[place] for place in order)), left=1)
+
+
+# ---- geometry ------------------------------------------------------------------------------------------
+
+
+HELD = [
+    ({"kernel_size": 3, "padding": 1}, {"kernel_size": 1}),
+    ({"kernel_size": 5, "padding": 2}, {"kernel_size": 3, "padding": 1}),
+    ({"kernel_size": 5, "padding": 2}, {"kernel_size": 3, "padding": 2, "dilation": 2}),
+    ({"kernel_size": 7, "padding": 3}, {"kernel_size": 3, "padding": 3, "dilation": 3}),
+    ({"kernel_size": 3, "padding": 2, "dilation": 2}, {"kernel_size": 1}),
+    ({"kernel_size": 3, "padding": 1}, {"kernel_size": (1, 3), "padding": (0, 1)}),
+    ({"kernel_size": (3, 1), "padding": (1, 0)}, {"kernel_size": 1}),
+    ({"kernel_size": 4, "padding": 2}, {"kernel_size": 2, "padding": 1}),
+    ({"kernel_size": 3}, {"kernel_size": 3}),
+    ({"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": 1, "stride": 2}),
+    ({"kernel_size": 3, "stride": 3, "padding": 1}, {"kernel_size": 1, "stride": 3}),
+    ({"kernel_size": 4, "stride": 2, "padding": 1}, {"kernel_size": 2, "stride": 2}),
+    ({"kernel_size": 3, "padding": "same"}, {"kernel_size": 1, "padding": "valid"}),
+    ({"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, {"kernel_size": 1}),
+    (
+        {"kernel_size": 5, "padding": 2, "padding_mode": "circular"},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+    ),
+]
+NOT_HELD = [
+    ({"kernel_size": 3, "padding": 1}, {"kernel_size": 2}),
+    ({"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, {"kernel_size": 3, "padding": 1}),
+    ({"kernel_size": 5, "padding": 2, "padding_mode": "circular"}, {"kernel_size": 3, "padding": 1}),
+    ({"kernel_size": 3, "padding": 2, "dilation": 2}, {"kernel_size": 3, "padding": 1}),
+    ({"kernel_size": 5, "padding": 4, "dilation": 2}, {"kernel_size": 3, "padding": 3, "dilation": 3}),
+    ({"kernel_size": (1, 3), "padding": (0, 1)}, {"kernel_size": (3, 1), "padding": (1, 0)}),
+]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(("wide", "narrow"), HELD)
+def test_kernel_that_holds_the_other_takes_it_in(wide, narrow, swapped):
+    pair = [normed(nn.Conv2d(8, 8, **each)) for each in (wide, narrow)]
+    merges(Branches(*pair[:: -1 if swapped else 1]), left=1)
+
+
+def size_of(settings, size):
+    return nn.Conv2d(1, 1, **settings)(torch.zeros(1, 1, size, size)).shape[-1]
+
+
+@pytest.mark.parametrize(("one", "other"), NOT_HELD)
+def test_kernels_neither_of_which_holds_the_other_stay(one, other):
+    pair = [normed(nn.Conv2d(8, 8, **each)) for each in (one, other)]
+    if size_of(one, 9) == size_of(other, 9):
+        merges(Branches(*pair), torch.randn(2, 8, 9, 9).double(), left=2, merged=0)
+    else:  # their sum fails, or is broadcast by chance
+        fused = fxfuse.fuse(randomise(Branches(*pair)))
+        assert len(fxfuse.report(fused).merged) == 0
+
+
+def test_sizes_that_agree_by_chance_prove_nothing():
+    """On 8×8, a stride of 8 gives 1×1 as a kernel of 8 does, which are broadcast or differ elsewhere."""
+    model = randomise(Branches(nn.Conv2d(8, 8, 8), nn.Conv2d(8, 8, 1, stride=8)))
+    x = torch.randn(2, 8, 8, 8).double()
+    fused = fxfuse.fuse(model, example_inputs=(x,))
+    assert len(fxfuse.report(fused).merged) == 0
+    assert_exact(model(x), fused(x))
+
+
+@pytest.mark.parametrize("groups", [(1, 2), (2, 4), (2, 8), (4, 8), (1, 8)])
+def test_finer_groups_go_into_coarser_ones(groups):
+    model = Branches(*(normed(nn.Conv2d(8, 16, 3, padding=1, groups=each), channels=16) for each in groups))
+    merges(model, left=1)
+
+
+def test_groups_that_do_not_divide_each_other_stay():
+    model = Branches(nn.Conv2d(12, 12, 3, padding=1, groups=4), nn.Conv2d(12, 12, 3, padding=1, groups=6))
+    merges(model, torch.randn(2, 12, 5, 5).double(), left=2, merged=0)
+
+
+def test_nothing_is_merged_that_would_cost_more():
+    """A depthwise 3×3 and a dense 1×1 would be a dense 3×3."""
+    merges(Branches(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)), left=2, merged=0)
+
+
+def test_depthwise_and_dense_branches_go_into_a_dense_one():
+    model = Branches(
+        nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+    )
+    merges(model, left=1)
+
+
+def test_average_pooling_with_zeros_goes_into_a_convolution():
+    model = Branches(nn.Conv2d(8, 8, 3, padding=1), normed(nn.AvgPool2d(3, 1, 1)))
+    merges(model, left=1)
+    strided = Branches(nn.Conv2d(8, 8, 4, 2, padding=1), nn.AvgPool2d(2, divisor_override=3))
+    merges(strided, left=1, example_inputs=(torch.randn(2, 8, 9, 7).double(),))
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 1, 1), nn.LPPool2d(2, 1)]
+)
+def test_other_pooling_stays(pool):
+    fused = fxfuse.fuse(randomise(Branches(nn.Conv2d(8, 8, 3, padding=1), pool)))
+    assert len(fxfuse.report(fused).merged) == 0
+
+
+def test_average_that_counts_past_the_end_stays():
+    model = randomise(Branches(nn.Conv2d(8, 8, 2, 2), nn.AvgPool2d(2, 2, ceil_mode=True)))
+    x = torch.randn(1, 8, 6, 6).double()
+    fused = fxfuse.fuse(model, example_inputs=(x,))
+    assert len(fxfuse.report(fused).merged) == 0
+    assert_exact(model(x), fused(x))
+
+
+def test_transposed_convolutions_of_one_geometry_become_one():
+    settings = {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2}
+    model = Branches(*(normed(nn.ConvTranspose2d(8, 8, 3, **settings)) for _ in range(3)))
+    merges(model, left=1)
+    other = Branches(nn.ConvTranspose2d(8, 8, 3, padding=1), nn.ConvTranspose2d(8, 8, 1))
+    merges(other, left=2, merged=0)
+
+
+# ---- sums ----------------------------------------------------------------------------------------------
+
+
+def convs(count=3, **settings):
+    return {f"c{n}": nn.Conv2d(8, 8, 3, padding=1, **settings) for n in range(count)}
+
+
+SUMS = {
+    "add": (lambda m, x: torch.add(m.c0(x), m.c1(x), alpha=-0.7), 2),
+    "sub": (lambda m, x: m.c0(x) - m.c1(x), 2),
+    "sub of x": (lambda m, x: x - m.c0(x), 1),
+    "minus x": (lambda m, x: m.c0(x) - x, 1),
+    "sub alpha": (lambda m, x: torch.sub(m.c0(x), x, alpha=2), 1),
+    "method": (lambda m, x: m.c0(x).add(m.c1(x)).sub(x), 2),
+    "in place": (lambda m, x: m.c0(x).add_(m.c1(x)), 2),
+    "iadd": (lambda m, x: operator.iadd(m.c0(x), m.c1(x)), 2),
+    "list": (lambda m, x: sum([m.c0(x), m.c1(x), m.c2(x)]), 3),
+    "nested": (lambda m, x: (m.c0(x) - (x + m.c1(x))) + (m.c2(x) - x), 3),
+    "factor": (lambda m, x: 0.5 * m.c0(x) + m.c1(x) / 4 + 3 * x, 2),
+    "scaled sum": (lambda m, x: 2 * (m.c0(x) + 0.5 * (m.c1(x) - x)) + 1.5, 2),
+    "dropout": (lambda m, x: m.c0(F.dropout(x, training=m.training)) + m.c1(x), 2),
+    "twice": (lambda m, x: m.c0(x) + m.c0(x), 1),
+    "clone": (lambda m, x: m.c0(x.clone()) + m.c1(x).contiguous(), 2),
+}
+
+
+@pytest.mark.parametrize("way", SUMS)
+def test_sums_are_read_however_they_are_written(way):
+    function, count = SUMS[way]
+    fused = merges(Written(function, **convs(count)), left=1)
+    assert sums(fused) == 0
+
+
+def test_layer_scale_around_branches_and_their_difference():
+    """FastViT's RepMixer: x + γ·(mixer(x) − norm(x))."""
+
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixer = Branches(normed(nn.Conv2d(8, 8, 3, padding=1, groups=8)), nn.BatchNorm2d(8))
+            self.norm = nn.BatchNorm2d(8)
+            self.gamma = nn.Parameter(torch.randn(8, 1, 1))
+
+        def forward(self, x):
+            total = self.mixer.branches[0](x) + self.mixer.branches[1](x)
+            return x + self.gamma * (total - self.norm(x))
+
+    fused = merges(nn.Sequential(Mixer()), left=1)
+    assert len(fxfuse.report(fused).folded) == 3
+
+
+def test_norm_after_the_sum_goes_with_it():
+    """RepViT: bn(bn(conv3×3(x)) + conv1×1(x) + x)."""
+    model = nn.Sequential(repvgg(), nn.BatchNorm2d(8))
+    fused = merges(model, left=1)
+    assert len(fxfuse.report(fused).folded) == 4
+
+
+def test_linear_layers_and_a_residual_become_one():
+    model = Branches(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8, bias=False)), nn.Identity())
+    merges(model, torch.randn(3, 8).double(), torch.randn(2, 5, 8).double(), left=1)
+
+
+def test_low_rank_adapter_goes_into_its_linear_layer():
+    function = lambda m, x: m.base(x) + 2 * m.up(m.down(x))  # noqa: E731
+    model = Written(function, base=nn.Linear(8, 6), down=nn.Linear(8, 2, bias=False), up=nn.Linear(2, 6))
+    fused = merges(model, torch.randn(3, 8).double(), left=1)
+    (merged,) = fxfuse.report(fused).merged
+    assert (merged.name, merged.into, set(merged.operators)) == ("base", "base", {"down", "up"})
+
+
+def test_part_of_a_sum_is_merged_and_the_rest_added():
+    function = lambda m, x: F.relu(m.c0(x)) + m.c1(x) + m.c2(x)  # noqa: E731
+    fused = merges(Written(function, **convs()), left=2)
+    assert sums(fused) == 1
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(4))])
+def test_two_groups_in_one_sum_are_merged_apart(order):
+    def function(m, x):
+        y = torch.sigmoid(x)
+        terms = [m.c0(x), m.c1(y), m.c2(x), m.c3(y)]
+        one, two, three, four = (terms[place] for place in order)
+        return one + two + three + four
+
+    fused = merges(Written(function, **convs(4)), left=2, merged=2)
+    assert sums(fused) == 1
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
+def test_differences_keep_their_signs_where_a_part_is_merged(order):
+    def function(m, x):
+        terms = [m.c0(x), torch.sigmoid(x), m.c1(x)]
+        one, two, three = (terms[place] for place in order)
+        return one - two - three
+
+    model = Written(function, **convs(2))
+    randomise(model)
+    fused = fxfuse.fuse(model)
+    x = torch.randn(2, 8, 6, 6).double()
+    assert_exact(model(x), fused(x))
+    assert (operators(fused), sums(fused)) == (1, 1)
+
+
+# ---- in a row ------------------------------------------------------------------------------------------
+
+
+def test_convolutions_in_a_row_become_one_where_that_is_cheaper():
+    merges(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(64, 4, 1)), left=1)
+    merges(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 1), nn.Conv2d(64, 4, 3)), left=1)
+    merges(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 1, bias=False), nn.Conv2d(64, 4, 3, padding=1)), left=1)
+    merges(nn.Sequential(nn.ReLU(), nn.Linear(8, 64), nn.Linear(64, 4)), torch.randn(3, 8).double(), left=1)
+
+
+def test_convolutions_in_a_row_stay_where_one_would_cost_more_or_see_other_borders():
+    merges(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)), left=2, merged=0)
+    merges(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 1), nn.Conv2d(64, 4, 3, padding=1)), left=2, merged=0)
+    x = torch.randn(2, 8, 7, 6).double()
+    merges(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 3), nn.Conv2d(64, 4, 3)), x, left=2, merged=0)
+
+
+def test_depthwise_point_goes_into_its_neighbour():
+    point = nn.Conv2d(8, 8, 1, groups=8)
+    merges(nn.Sequential(nn.ReLU(), point, nn.Conv2d(8, 4, 3)), left=1)
+    merges(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), copy.deepcopy(point)), left=1)
+
+
+def test_row_of_convolutions_is_one_branch():
+    """The diverse branch block: 1×1 and then k×k beside k×k."""
+    row = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 8, 3, padding=1, bias=False))
+    merges(Branches(nn.Conv2d(8, 8, 3, padding=1), normed(row)), left=1)
+
+
+# ---- what stays ----------------------------------------------------------------------------------------
+
+
+def stays(model, *inputs):
+    """That nothing is merged, and the result is right."""
+    randomise(model)
+    fused = fxfuse.fuse(model)
+    for given in inputs or (torch.randn(2, 8, 9, 7).double(),):
+        with torch.no_grad():
+            assert_exact(copy.deepcopy(model)(given.clone()), fused(given.clone()))
+    assert len(fxfuse.report(fused).merged) == 0
+    return fused
+
+
+STAYING = {
+    "read elsewhere": lambda m, x: ((y := m.c0(x)) + m.c1(x)) * y,
+    "other input": lambda m, x: m.c0(x) + m.c1(x + 1).relu(),
+    "other values": lambda m, x: m.c0(x) + m.c1(torch.sigmoid(x)),
+    "written between": lambda m, x: (y := m.c0(x), x.mul_(2), y + m.c1(x))[2],
+    "the source is written to": lambda m, x: x.add_(m.c0(x)) * x,
+    "written to through a view": lambda m, x: (y := m.c0(x), x[0].zero_(), y + m.c1(x))[2],
+    "shape is asked for": lambda m, x: (y := m.c0(x)) + m.c1(x) * y.shape[0],
+    "broadcast": lambda m, x: m.c0(x) + m.c1(x)[:, :1],
+    "product": lambda m, x: m.c0(x) * m.c1(x),
+}
+
+
+@pytest.mark.parametrize("way", STAYING)
+def test_branches_stay_where_they_are_not_one_function_of_one_value(way):
+    stays(Written(STAYING[way], **convs(2)))
+
+
+def test_identity_of_other_channels_is_broadcast_and_stays():
+    stays(Branches(nn.Conv2d(1, 8, 3, padding=1), nn.Identity()), torch.randn(2, 1, 6, 6).double())
+    scale = Written(lambda m, x: m.c0(m.gamma * x), c0=nn.Conv2d(8, 8, 3, padding=1))
+    scale.gamma = nn.Parameter(torch.randn(8, 1, 1))
+    randomise(scale)
+    fused = fxfuse.fuse(scale)
+    x = torch.randn(2, 1, 6, 6).double()
+    assert_exact(scale(x), fused(x))
+
+
+def test_hooks_keep_a_branch():
+    model = randomise(repvgg())
+    calls = []
+    model.branches[1][0].register_forward_hook(lambda *_: calls.append(1))
+    fused = fxfuse.fuse(model)
+    x = torch.randn(2, 8, 5, 5).double()
+    assert_exact(model(x), fused(x))
+    assert len(calls) == 2
+
+
+def test_shared_module_keeps_its_weights_for_its_other_calls():
+    def function(m, x):
+        return torch.sigmoid(m.c0(x) + m.c1(x)) + m.c0(torch.tanh(x))
+
+    fused = merges(Written(function, **convs(2)), left=2)
+    (merged,) = fxfuse.report(fused).merged
+    assert {merged.name, *merged.operators} == {"c0", "c1"}
+
+
+def test_leave_keeps_a_norm_or_a_whole_merge():
+    model = randomise(repvgg())
+    x = torch.randn(2, 8, 5, 5).double()
+    for name, left in (("branches.2", 1), ("branches.0.0", 2)):
+        fused = fxfuse.fuse(model, leave=[name])
+        assert operators(fused) == left, fxfuse.report(fused)
+        assert_exact(model(x), fused(x))
+    report = fxfuse.report(fxfuse.fuse(model, leave=["branches.2"]))
+    assert [(each.norm, each.code) for each in report.refused] == [("branches.2", "FXF601")]
+
+
+def test_bisect_names_a_merge():
+    pair = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+    model = randomise(
+        nn.Sequential(*(nn.Sequential(Branches(*copy.deepcopy(pair)), repvgg()) for _ in range(6)))
+    )
+
+    def is_right(fused):
+        return "3.0.branches.0" not in [merged.name for merged in fxfuse.report(fused).merged]
+
+    assert fxfuse.bisect(model, is_right).culprits == ("3.0.branches.0",)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merged_weights_are_rounded_once(dtype):
+    model = repvgg()
+    randomise(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.3)
+    model.to(dtype)
+    exactly = fxfuse.fuse(copy.deepcopy(model).double())
+    fused = fxfuse.fuse(model)
+    for one, other in zip(exactly.parameters(), fused.parameters(), strict=True):
+        assert torch.equal(one.to(dtype), other)
+    assert fxfuse.verify(model, fused, (torch.randn(2, 8, 9, 9).to(dtype),)).ok
+
+
+def test_branch_that_overflows_stays():
+    model = randomise(Branches(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)), 1)
+    with torch.no_grad():
+        for branch in model.branches:
+            branch.weight.fill_(40000.0)
+    model.half()
+    report = fxfuse.report(fxfuse.fuse(model))
+    assert not report.merged
+
+
+def test_channels_last_weights_stay_channels_last():
+    model = randomise(repvgg()).to(memory_format=torch.channels_last)
+    fused = fxfuse.fuse(model)
+    (weight,) = (parameter for parameter in fused.parameters() if parameter.dim() == 4)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_kept_modules_keep_their_branches():
+    model = randomise(repvgg())
+    fused = fxfuse.fuse(model, keep_modules=True)
+    x = torch.randn(2, 8, 5, 5).double()
+    assert_exact(model(x), fused(x))
+    assert not fxfuse.report(fused).merged and len(fxfuse.report(fused).folded) == 2
+
+
+# ---- the other ways in ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"refold": "always"}])
+def test_compiled_branches_are_merged_and_follow_their_weights(options):
+    model = randomise(nn.Sequential(repvgg(), nn.ReLU(), repvgg(2)))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="fxfuse", options={"then": "aot_eager", **options})
+    x = torch.randn(2, 8, 6, 6).double()
+    with torch.no_grad():
+        assert_exact(model(x), compiled(x))
+        assert len(fxfuse.report(compiled).merged) == 2
+        for change in (
+            model[0].branches[1][0].weight,
+            model[0].branches[2].running_mean,
+            model[2].branches[1][1].bias,
+        ):
+            change.mul_(1.5).add_(0.1)
+            assert_exact(model(x), compiled(x))
+
+
+def test_gradients_get_through_a_merge():
+    model = randomise(repvgg())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="fxfuse", options={"then": "aot_eager", "refold": "always"})
+    x = torch.randn(2, 8, 6, 6).double()
+    expected = torch.autograd.grad(model(x).square().sum(), [*model.parameters()])
+    found = torch.autograd.grad(compiled(x).square().sum(), [*model.parameters()])
+    for one, other in zip(expected, found, strict=True):
+        assert_exact(one, other)
+    assert len(fxfuse.report(compiled).merged) == 1
+
+
+@pytest.mark.filterwarnings(EXPORT_WARNING)
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_exported_branches_are_merged(decomposed, tmp_path):
+    model = randomise(nn.Sequential(repvgg(), nn.ReLU(), repvgg(2)))
+    x = torch.randn(2, 8, 6, 6).double()
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    program = program.run_decompositions() if decomposed else program
+    fused = fxfuse.fuse(program)
+    report = fxfuse.report(fused)
+    assert (len(report.merged), len(report.folded), len(report.refused)) == (2, 5, 0), report
+    torch.export.save(fused, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    other = torch.randn(5, 8, 6, 6).double()
+    for given in (x, other):
+        assert_exact(model(given), loaded(given))
+    assert len(fused.state_dict) == 4
