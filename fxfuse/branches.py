@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from fxfuse.aliases import asks_for_kind
+from fxfuse.calls import gives_several
 from fxfuse.channels import Channels
 from fxfuse.forms import Form, Total
 from fxfuse.geometry import Geometry, multiplications
@@ -27,6 +28,9 @@ from fxfuse.ops import Reader
 from fxfuse.plan import Barred, Merge, Move
 from fxfuse.shapes import GraphShapes
 from fxfuse.transparent import Sum, Within
+
+# How many steps, one after another, are read as one function at most.
+_DEPTH = 50
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ def merges(graph: fx.Graph, known: Surroundings) -> Iterator[Merge]:
     """What can be merged in `graph`."""
     moves = known.moves
     forms = _Forms(graph, known)
+    for node in graph.nodes:  # in this order no form is asked for before those that it is made of
+        forms.of(node)
     merger = _Merger(forms, known.memory, known.barred)
     done = {*moves}
     for node in reversed(graph.nodes):
@@ -75,7 +81,8 @@ class _Forms:
         self._found: dict[fx.Node, dict[fx.Node, Form]] = {}
         self._readers: dict[fx.Node, set[fx.Node]] = defaultdict(set)
         for node in graph.nodes:
-            for value in () if node in moves or asks_for_kind(node) else node.all_input_nodes:
+            passed_over = node in moves or asks_for_kind(node) or known.reader.is_unused(node)
+            for value in () if passed_over else node.all_input_nodes:
                 self._readers[self.value(value)].add(node)
         sites = [site for move in moves.values() for site in move.sites]
         self._shifted = {site.node for site in sites if site.channels.shift}
@@ -89,7 +96,7 @@ class _Forms:
     def of(self, node: fx.Node) -> dict[fx.Node, Form]:
         """The value of `node` as functions of others, by these."""
         if node not in self._found:
-            found = (form for form in self._forms(node) if form is not None)
+            found = (form for form in self._forms(node) if form is not None and form.depth <= _DEPTH)
             self._found[node] = {form.source: form for form in found}
         return self._found[node]
 
@@ -290,6 +297,39 @@ def _holds_all(wide: Form, parts: Sequence[Form]) -> bool:
     return True
 
 
+class _Sums:
+    """Sums that are read by one another, and what each adds up, while terms are taken away."""
+
+    def __init__(self, sums: Iterable[fx.Node], forms: _Forms) -> None:
+        self._parts: dict[fx.Node, dict[fx.Node, tuple[fx.Node, float]]] = {}
+        for node in sums:
+            op = forms.reader.read(node)
+            assert isinstance(op, Sum) and op.factors is not None
+            parts = zip(op.inputs, op.factors, strict=True)
+            self._parts[node] = {forms.value(part): (part, factor) for part, factor in parts}
+
+    def without(self, values: Sequence[fx.Node]) -> dict[fx.Node, fx.Node] | None:
+        """Takes away terms, if that needs no factor for what stays.
+
+        Returns:
+            The sums of which one part is left, and that part.
+        """
+        parts = {node: dict(inside) for node, inside in self._parts.items()}
+        bypassed = {}
+        for value in values:
+            parent = next(node for node, inside in parts.items() if value in inside)
+            del parts[parent][value]
+            ((kept, (node, factor)),) = parts.pop(parent).items()
+            if factor != 1:
+                return None
+            bypassed[parent] = node
+            above = next((inside for inside in parts.values() if parent in inside), None)
+            if above is not None:
+                above[kept] = (node, above.pop(parent)[1])
+        self._parts = parts
+        return bypassed
+
+
 class _Merger:
     """Chooses what is merged."""
 
@@ -305,6 +345,8 @@ class _Merger:
         Returns:
             The merges, and the nodes that have been looked at with it.
         """
+        if gives_several(node):  # what is read is its first value
+            return [], {node}
         forms = self._forms.of(node).values() if (node, "merged") not in self._barred else ()
         whole = [form for form in forms if self._pays(form) and self._may(form, node)]
         if whole:
@@ -316,10 +358,10 @@ class _Merger:
         terms, sums = self._forms.terms(node)
         if any(self._reader.written_inputs(each) for each in sums):
             return [], sums
-        found = [*self._parts(terms)]
+        found = [*self._parts(terms, _Sums(sums, self._forms))]
         return found, sums.union(*(merge.form.nodes for merge in found))
 
-    def _parts(self, terms: Sequence[_Term]) -> Iterator[Merge]:
+    def _parts(self, terms: Sequence[_Term], sums: _Sums) -> Iterator[Merge]:
         used: set[int] = set()
         for source in dict.fromkeys(source for term in terms for source in term.forms):
             for wide in terms:
@@ -331,44 +373,29 @@ class _Merger:
                     and source in wide.forms
                     and _holds_all(wide.forms[source], [term.forms[source]])
                 ]
-                merge = self._part(source, terms, group) if len(group) > 1 else None
+                merge = self._part(source, terms, group, sums) if len(group) > 1 else None
                 if merge is not None:
                     used |= {*group}
                     yield merge
 
-    def _part(self, source: fx.Node, terms: Sequence[_Term], group: Sequence[int]) -> Merge | None:
+    def _part(
+        self, source: fx.Node, terms: Sequence[_Term], group: Sequence[int], sums: _Sums
+    ) -> Merge | None:
         """Some terms of a sum as one, in the place of one of them."""
         order = self._memory.order
         for place in group:
             slot = terms[place]
-            gone = [terms[number] for number in group if number != place]
-            bypassed = self._without(gone) if slot.value is not source and slot.factor else None
-            if bypassed is None or (slot.value, "merged") in self._barred:
+            if slot.value is source or not slot.factor or (slot.value, "merged") in self._barred:
                 continue
             scaled = [replace(terms[n], factor=terms[n].factor / slot.factor) for n in group]
             form = self._forms.total(slot.value, source, scaled, ())
             if form is None or form.host is None or order[form.host] > order[slot.parent]:
                 continue
             if self._pays(form) and self._may(form, slot.value):
-                return Merge(slot.value, form, form.host, tuple(bypassed.items()))
+                bypassed = sums.without([terms[n].value for n in group if n != place])
+                if bypassed is not None:
+                    return Merge(slot.value, form, form.host, tuple(bypassed.items()))
         return None
-
-    def _without(self, gone: Sequence[_Term]) -> dict[fx.Node, fx.Node] | None:
-        """What is read in the place of the sums that lose a term; None if that would need a factor."""
-        lost = {(term.parent, term.value) for term in gone}
-        bypassed: dict[fx.Node, fx.Node] = {}
-        for parent, _ in lost:
-            op = self._reader.read(parent)
-            assert isinstance(op, Sum) and op.factors is not None
-            kept = [
-                (source, factor)
-                for source, factor in zip(op.inputs, op.factors, strict=True)
-                if (parent, self._forms.value(source)) not in lost
-            ]
-            if len(kept) != 1 or kept[0][1] != 1:
-                return None
-            bypassed[parent] = kept[0][0]
-        return bypassed
 
     def _pays(self, form: Form) -> bool:
         """Whether there is something to merge, and it costs no more afterwards."""
@@ -382,10 +409,16 @@ class _Merger:
 
     def _may(self, form: Form, last: fx.Node) -> bool:
         """Whether nobody writes to what is read, and all numbers are of one kind."""
+        assert form.host is not None
         reading = [node for node in form.nodes if form.source in map(self._forms.value, node.all_input_nodes)]
         order = self._memory.order
         first = min(reading, key=order.__getitem__)
-        if self._memory.writer_between(form.source, first, [last, *reading]) is not None:
+        if self._memory.writer_between(form.source, first, [last, form.host, *reading]) is not None:
+            return False
+        terms = [part.node for each in form.steps() if isinstance(each.step, Total) for part in each.parts]
+        if any(self._forms.shapes.changes_dtype(form.host, node) for node in (last, *terms)):
+            return False
+        if not self._has_dtype_of_weights(form):
             return False
         written = (each for node in form.nodes for each in self._reader.written_inputs(node))
         if not form.nodes.issuperset(self._forms.value(each) for each in written):
@@ -404,6 +437,15 @@ class _Merger:
         kinds = {(weight.dtype, weight.device) for weight in weights}
         devices = {tensor.device for tensor in (*weights, *others)}
         return len(kinds) == len(devices) == 1 and all(weight.numel() for weight in weights)
+
+    def _has_dtype_of_weights(self, form: Form) -> bool:
+        """Whether the source certainly has it: an operator reads it as it is, or it is known."""
+        assert form.host is not None
+        if any(isinstance(each.step, Linear) and each.parts[0].is_source for each in form.steps()):
+            return True
+        host = self._reader.read(form.host)
+        assert isinstance(host, Linear)
+        return self._forms.shapes.dtype(form.source) == self._reader.tensor(host.weight).dtype
 
     def _keeps_dtype(self, source: Affine, form: Form) -> bool:
         """Whether a constant leaves the dtype of the weights as it is, and lies where they do."""

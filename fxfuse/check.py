@@ -26,7 +26,7 @@ from fxfuse.channels import Channels
 from fxfuse.eager import Part, applied, averaged, is_near, is_rounded, mapped
 from fxfuse.fold import Absorption, absorb_unchecked
 from fxfuse.forms import Form, Total
-from fxfuse.geometry import Window
+from fxfuse.geometry import Axis, Geometry, Window
 from fxfuse.nodes import Affine, Linear, Norm
 from fxfuse.ops import Reader
 from fxfuse.plan import Change, Merge, Move, Plan, Site
@@ -155,9 +155,7 @@ class _MergeTrial:
         self.exactly = merged_kernel(merge, solution.absorptions, reader)
         geometry, channels = self.form.geometry, self.form.in_channels
         assert geometry is not None and channels is not None
-        # As small as may be for every tap to meet some of the input, and the border.
-        zeros = 2 if geometry.fill == "zeros" else 0
-        sizes = [axis.stride + max(1, axis.reach + 1 - zeros * axis.padding) for axis in geometry.axes]
+        sizes = [_size(axis, geometry) for axis in geometry.axes]
         x = torch.rand((2, channels, *sizes), dtype=torch.float64, generator=generator, device="cpu") - 0.5
         self.x = x.to(self.exactly.weight.device)
 
@@ -212,6 +210,15 @@ class _MergeTrial:
     def _mapped(self, value: Tensor, source: Norm | Affine, channels: Channels, part: Part) -> Tensor:
         places = value.reshape(*value.shape[:2], -1)
         return mapped(places, source, channels, self.reader, part).view(value.shape)
+
+
+def _size(axis: Axis, geometry: Geometry) -> int:
+    """Of an input that is as small as may be for every tap to meet some of it, and the border."""
+    if geometry.transposed:
+        return 2 + max(0, -(-(2 * axis.padding - axis.reach - axis.extra) // axis.stride))
+    if geometry.fill == "zeros":
+        return axis.stride + max(1, axis.reach + 1 - 2 * axis.padding)
+    return axis.stride + max(axis.reach, axis.padding) + 1
 
 
 def _relative(difference: Tensor, expected: Tensor) -> float:

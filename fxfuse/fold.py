@@ -80,14 +80,21 @@ def rounded(exactly: Absorption, like: Tensor) -> tuple[Tensor, Tensor] | Code:
     """
     weight, bias = exactly.weight, exactly.bias
     assert bias is not None
-    pattern = like if like.shape == weight.shape else weight.to(like.dtype)
-    folded = torch.empty_like(pattern, requires_grad=False).copy_(weight)
+    folded = torch.empty(weight.shape, dtype=like.dtype, device=like.device)
+    folded = folded.to(memory_format=_memory_format(like)).copy_(weight)
     folded_bias = bias.to(like.device, like.dtype)
     if weight.is_meta:
         return folded, folded_bias
     if not bool(folded.isfinite().all()) or not bool(folded_bias.isfinite().all()):
         return Code.OVERFLOW
     return Code.UNDERFLOW if _is_lost(weight, bias, exactly, like.dtype) else (folded, folded_bias)
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    found = formats.get(tensor.dim(), torch.contiguous_format)
+    is_other = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=found)
+    return found if is_other else torch.contiguous_format
 
 
 def _is_lost(product: Tensor, shift: Tensor, what: Absorption, dtype: torch.dtype) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx
 
@@ -56,6 +57,16 @@ class Form:
     cost: int = 0
     acts: Channels | None = None
     assumed: frozenset[tuple[fx.Node, int]] = frozenset()
+
+    @property
+    def is_source(self) -> bool:
+        """Whether it is the value of the source itself."""
+        return self.node is self.source
+
+    @cached_property
+    def depth(self) -> int:
+        """How many steps there are one after another."""
+        return 1 + max((part.depth for part in self.parts), default=0)
 
     def steps(self) -> Iterator[Form]:
         """This form and all that it is made of, the parts before the whole."""

@@ -24,10 +24,9 @@ class Leave:
 
     def __call__(self, _: Plan, change: Change) -> Code | None:
         """Why a move or merge is not to be made."""
-        if change.name not in self._names:
-            return None
-        self._met.add(change.name)
-        return Code.ASKED
+        names = self._names.intersection(change.names)
+        self._met |= names
+        return Code.ASKED if names else None
 
     def below(self, path: str) -> Mapping[str, Code]:
         """The names below the module `path`, relative to it."""

@@ -281,16 +281,9 @@ class _Matcher:
         for user in value.users:
             if isinstance(self.reader.read(user), Split):
                 found += self._readers(user) or [user]
-            elif not self.reader.is_query(user, value) and not self._is_unused(user):
+            elif not self.reader.is_query(user, value) and not self.reader.is_unused(user):
                 found.append(user)
         return found
-
-    def _is_unused(self, node: fx.Node) -> bool:
-        return (
-            not node.users
-            and isinstance(self.reader.read(node), Transparent)
-            and not self.reader.written_inputs(node)
-        )
 
     def _opaque(self, value: fx.Node, op: object) -> _Stop:
         if isinstance(op, (Norm, LeftNorm)):

@@ -95,6 +95,11 @@ class Reader:
         named = user.op != "call_module" and operator_name(user) in _BY_EXAMPLE
         return (named and user.all_input_nodes[0] is not value) or isinstance(self.read(user), Query)
 
+    def is_unused(self, node: fx.Node) -> bool:
+        """Whether nobody reads what `node` only passes on."""
+        passes = not node.users and isinstance(self.read(node), Transparent)
+        return passes and not self.written_inputs(node)
+
     def attribute(self, name: str) -> Any:
         """The parameter, buffer or module of that qualified name."""
         return attribute(self.root, name)

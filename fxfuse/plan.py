@@ -58,6 +58,11 @@ class Move:
         norm = self.source.name if isinstance(self.source, Norm) else self.source.norm
         return norm or self.node.name
 
+    @property
+    def names(self) -> list[str]:
+        """By which it can be asked to be left."""
+        return [self.name]
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -80,6 +85,11 @@ class Merge:
     def name(self) -> str:
         """Of the operator that stays."""
         return name_of(self.host, self.operators[self.host])
+
+    @property
+    def names(self) -> list[str]:
+        """By which it can be asked to be left."""
+        return [name_of(*each) for each in self.operators.items()]
 
     @property
     def operators(self) -> dict[fx.Node, Linear]:

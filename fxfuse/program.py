@@ -87,7 +87,7 @@ def _regions(program: ExportedProgram, graph: fx.Graph) -> dict[fx.Node, frozens
 
 def _crossing(regions: Mapping[fx.Node, frozenset[str]], change: Change) -> Code | None:
     """A map that leaves a module which may be exchanged would be lost with it, or come on top of another."""
-    nodes = {site.node for site in change.sites} if isinstance(change, Move) else change.form.nodes
+    nodes = {site.node for site in change.sites} if isinstance(change, Move) else {change.host, *change.gone}
     return Code.PRESERVED if len({regions.get(node) for node in {change.node, *nodes}}) > 1 else None
 
 

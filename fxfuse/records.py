@@ -123,10 +123,9 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """How many norms are gone, in words, and how many operators in others."""
+        """How many norms are gone, in words, and how many operators do what several did."""
         folded = f"{len(self.folded)} of {self.norms} norms folded"
-        gone = sum(len(merged.operators) for merged in self.merged)
-        merged = f", {gone} operators merged into {len(self.merged)} others" if self.merged else ""
+        merged = f", branches merged into {len(self.merged)} operators" if self.merged else ""
         return (folded if self.norms else "there are no norms to fold") + merged
 
     def to_dict(self) -> dict[str, Any]:

@@ -65,6 +65,8 @@ def rewrite(capture: Capture, plan: Plan, solution: Solution, reader: Reader) ->
     bypass(capture.graph, replaced)
     leftover = hosts.keys() - replaced.keys()
     for node in reversed([node for node in capture.graph.nodes if node in leftover]):
+        for unused in [*node.users]:
+            capture.graph.erase_node(unused)
         capture.graph.erase_node(node)
     drop_unused(capture.graph, reader)
     moves = [(move, [into[site.node] for site in move.sites]) for move in plan.moves]
@@ -94,7 +96,7 @@ def _redirect(graph: fx.Graph, plan: Plan) -> None:
 
     So do queries of values that go with it.
     """
-    inside = {node: merge for merge in plan.merges for node in merge.form.nodes - {merge.node}}
+    inside = {node: merge for merge in plan.merges for node in merge.form.nodes}
     moved = {move.node: move.source.input for move in plan.moves}
     for query in graph.nodes if inside else ():
         if asks_for_kind(query):

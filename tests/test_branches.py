@@ -553,3 +553,160 @@ def test_exported_branches_are_merged(decomposed, tmp_path):
     for given in (x, other):
         assert_exact(model(given), loaded(given))
     assert len(fused.state_dict) == 4
+
+
+# ---- what was once wrong -------------------------------------------------------------------------------
+
+
+def agrees(
+    function, *given: Tensor, merged: int | None = None, ends: bool = True, **layers: nn.Module
+) -> fx.GraphModule:
+    """That the folded model gives what the source gives, and folds no more the second time if it `ends`."""
+    model = randomise(Written(function, **layers))
+    fused = fxfuse.fuse(model)
+    for x in given or (torch.randn(2, 8, 5, 6).double(),):
+        with torch.no_grad():
+            assert_exact(copy.deepcopy(model)(x.clone()), fused(x.clone()))
+    report = fxfuse.report(fused)
+    assert merged is None or len(report.merged) == merged, f"{report}\n{fused.graph}"
+    again = fxfuse.report(fxfuse.fuse(fused))
+    assert not ends or not (again.folded or again.merged or again.constants), (report, again)
+    return fused
+
+
+def test_source_that_is_written_to_before_the_operator_that_stays_reads_it():
+    def function(m, x):
+        a = m.c0(x)
+        down = m.down(x)
+        z = torch.sigmoid(x)
+        x.mul_(2)
+        return (a + m.c1(down)) + z
+
+    down = nn.Conv2d(8, 8, 1, bias=False)
+    agrees(function, c0=nn.Conv2d(8, 8, 1), c1=nn.Conv2d(8, 8, 3, padding=1), down=down)
+
+
+def test_norm_that_gives_a_tuple_may_end_a_sum():
+    def function(m, x):
+        norm = m.norm
+        state = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        y, _, _ = torch.native_batch_norm(m.c0(x) + x, *state, False, 0.1, 1e-5)
+        return y
+
+    agrees(function, norm=nn.BatchNorm2d(8), **convs(1))
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(4))])
+def test_two_groups_in_a_sum_of_sums_are_merged_apart(order):
+    def function(m, x):
+        y = torch.sigmoid(x)
+        terms = [m.c0(x), m.c1(y), m.c2(x), m.c3(y)]
+        one, two, three, four = (terms[place] for place in order)
+        return (one + two) + (three - four)
+
+    agrees(function, merged=2, **convs(4))
+
+
+@pytest.mark.parametrize("count", [40, 400])
+def test_long_rows_end(count):
+    agrees(
+        lambda m, x: m.row(x),
+        torch.randn(3, 2).double(),
+        row=nn.Sequential(*(nn.Linear(2, 2) for _ in range(count))),
+    )
+
+
+def test_many_constants_in_a_row_end():
+    def function(m, x):
+        for _ in range(300):
+            x = x * 0.99
+        return m.c0(x) + m.c1(x)
+
+    agrees(function, **convs(2))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv2d(8, 8, 3, padding=5, padding_mode="reflect"),
+        lambda: nn.Conv2d(8, 8, 3, padding=5, padding_mode="circular"),
+        lambda: nn.Conv2d(8, 8, 3, padding=5, padding_mode="replicate"),
+        lambda: nn.ConvTranspose2d(8, 8, 3, padding=2),
+        lambda: nn.ConvTranspose2d(8, 8, 2, stride=3, padding=1, output_padding=2, dilation=4),
+        lambda: nn.Conv2d(8, 8, 3, padding=7, stride=4, dilation=3),
+    ],
+)
+def test_wide_borders(make):
+    agrees(lambda m, x: m.c0(x) + m.c1(x), torch.randn(2, 8, 9, 7).double(), merged=1, c0=make(), c1=make())
+
+
+def test_integers_are_not_read_by_a_convolution():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c0, self.c1 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            return self.c0(x / 255.0) + self.c1(x / 127.0)
+
+    model = randomise(Scaled()).float()
+    x = torch.randint(0, 255, (2, 8, 4, 4), dtype=torch.uint8)
+    torch.testing.assert_close(fxfuse.fuse(model)(x), model(x))
+
+
+def test_autocast_keeps_its_dtype_in_a_compiler():
+    model = Written(lambda m, x: m.c0(x) + x, **convs(1)).eval()
+    x = torch.randn(2, 8, 5, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="fxfuse", options={"then": "aot_eager"})
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert compiled(x).dtype is model(x).dtype is torch.float32
+
+
+def test_query_of_a_term_before_the_operator_that_stays():
+    def function(m, x):
+        a = m.c0(x)
+        axes = a.dim()
+        return (a + m.c1(x)) + torch.tanh(x) * axes
+
+    agrees(function, merged=1, c0=nn.Conv2d(8, 8, 1), c1=nn.Conv2d(8, 8, 3, padding=1))
+
+
+@pytest.mark.filterwarnings(EXPORT_WARNING)
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr:UserWarning")  # unflatten itself
+def test_modules_that_an_export_preserves_keep_their_sums():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c0, self.c1 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            return self.c0(x), self.c1(x)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.m = Pair()
+
+        def forward(self, x):
+            a, b = self.m(x)
+            return (a + b) + torch.tanh(x)
+
+    model = randomise(Outer())
+    x = torch.randn(2, 8, 5, 5).double()
+    program = torch.export.export(model, (x,), preserve_module_call_signature=("m",))
+    fused = fxfuse.fuse(program)
+    assert_exact(model(x), torch.export.unflatten(fused)(x))
+
+
+def test_row_keeps_channels_last_weights():
+    model = nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(64, 8, 1))
+    fused = fxfuse.fuse(randomise(model).to(memory_format=torch.channels_last))
+    (weight,) = (parameter for parameter in fused.parameters() if parameter.dim() == 4)
+    assert weight.shape == (8, 8, 3, 3) and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_any_operator_of_a_merge_can_be_left():
+    model = randomise(Written(lambda m, x: m.c0(x) + m.c1(x), **convs(2)))
+    for name in ("c0", "c1"):
+        assert operators(fxfuse.fuse(model, leave=[name])) == 2

@@ -942,7 +942,7 @@ SUMS = {
 @FORM
 @table(SUMS)
 def test_norm_after_a_sum_scales_both_convolutions_and_shifts_one(middle, form):
-    model = form(convs(lambda m, x: m.norm(middle(m.a(x), m.b(x)))), INPUT)
+    model = form(convs(lambda m, x: m.norm(middle(m.a(x), m.b(x.tanh())))), INPUT)
     fused = assert_settled(model, INPUT, folded=1, direction="backward")
     assert sorted(fxfuse.report(fused).folded[0].into) == ["a", "b"] or form is not modules
 
@@ -1027,8 +1027,8 @@ def test_norm_after_a_sum_is_left_where_not_all_parts_take_it(middle, form):
 @pytest.mark.parametrize(
     "run",
     [
-        lambda m, x: m.conv(m.norm(x) + x),
-        lambda m, x: m.conv(x - m.norm(x)),
+        lambda m, x: m.conv(m.norm(x) + x.abs()),
+        lambda m, x: m.conv(x.abs() - m.norm(x)),
         lambda m, x: m.conv(m.norm(x) * x),
         lambda m, x: m.conv(m.norm(x) + F.relu(x)),
     ],
@@ -1041,8 +1041,21 @@ def test_norm_before_a_sum_with_another_value_is_left(run, form):
 @FORM
 def test_two_norms_before_a_sum_are_left(form):
     layers = {"one": nn.BatchNorm2d(4), "two": nn.BatchNorm2d(4), "conv": nn.Conv2d(4, 3, 3)}
-    model = randomise(Forward(lambda m, x: m.conv(m.one(x) + m.two(x)), **layers))
+    model = randomise(Forward(lambda m, x: m.conv(m.one(x) + m.two(x.abs())), **layers))
     assert_settled(form(model, X), X, left=2)
+
+
+@pytest.mark.parametrize(
+    ("run", "folded"),
+    [
+        (lambda m, x: m.conv(m.norm(x) + x), 1),
+        (lambda m, x: m.conv(x - m.norm(x)), 1),
+        (lambda m, x: m.conv(m.norm(x) - m.other(x)), 2),
+    ],
+)
+def test_norms_in_a_sum_of_one_value_go_into_the_convolution_behind_it(run, folded):
+    layers = {"norm": nn.BatchNorm2d(4), "other": nn.BatchNorm2d(4), "conv": nn.Conv2d(4, 3, 3)}
+    assert_settled(randomise(Forward(run, **layers)), X, folded=folded, direction="merged")
 
 
 # 19: concatenations.

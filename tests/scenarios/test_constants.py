@@ -444,11 +444,11 @@ def _convnext_channels_first(m, x):
 
 
 LAYER_SCALES = {
-    "convolution": lambda m, x: x + m.same(x) * m.gamma[:, None, None],
-    "scale first": lambda m, x: m.gamma.view(1, -1, 1, 1) * m.same(x) + x,
-    "dropout between": lambda m, x: x + F.dropout(m.same(x), training=False) * m.gamma.view(-1, 1, 1),
-    "ReLU after": lambda m, x: F.relu(x + m.same(x) * m.gamma[None, :, None, None]),
-    "after a norm": lambda m, x: x + m.norm(m.same(x)) * m.gamma[:, None, None],
+    "convolution": lambda m, x: x + m.same(x.abs()) * m.gamma[:, None, None],
+    "scale first": lambda m, x: m.gamma.view(1, -1, 1, 1) * m.same(x.abs()) + x,
+    "dropout between": lambda m, x: x + F.dropout(m.same(x.abs()), training=False) * m.gamma.view(-1, 1, 1),
+    "ReLU after": lambda m, x: F.relu(x + m.same(x.abs()) * m.gamma[None, :, None, None]),
+    "after a norm": lambda m, x: x + m.norm(m.same(x.abs())) * m.gamma[:, None, None],
     "ConvNeXt": _convnext,
     "ConvNeXt, channels first": _convnext_channels_first,
 }
@@ -702,7 +702,7 @@ def test_constants_pass_operators_in_every_dialect(form):
 @FORM
 def test_constant_after_a_sum_or_a_concat_goes_into_all_parts(form):
     layers = {"b": nn.Conv2d(3, 4, 3), "c": noise(4, 1, 1), "d": noise(8, 1, 1)}
-    summed = model_of(lambda m, x: (m.conv(x) + m.b(x)) * m.c - 1, **layers)
+    summed = model_of(lambda m, x: (m.conv(x) + m.b(x.tanh())) * m.c - 1, **layers)
     joined = model_of(lambda m, x: torch.cat([m.conv(x), m.b(x)], 1) * m.d + m.d, **layers)
     assert_settled(form(summed, X), X, constants=2, kept=1)
     assert_settled(form(joined, X), X, constants=2)
@@ -761,7 +761,7 @@ def test_constants_and_norms_go_forward_together(form):
         (lambda m, x: m.last((y := F.relu(m.first(x))) * m.c) + y.mean(), 1, 1),
         (lambda m, x: (m.last(y := F.relu(m.first(x)) * m.c), y.relu()), 0, 1),
         (lambda m, x: m.last(F.relu(F.relu(m.first(x)) * m.c)), 0, 1),
-        (lambda m, x: m.last((y := F.relu(m.first(x))) * m.c + y), 0, 2),
+        (lambda m, x: m.last((y := F.relu(m.first(x))) * m.c + y.abs()), 0, 2),
     ],
 )
 def test_constant_goes_forward_only_into_all_that_use_its_value(run, constants, kept, form):

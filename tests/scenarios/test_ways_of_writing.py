@@ -578,10 +578,12 @@ def test_the_right_parent_is_edited_whatever_the_names():
         return nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
 
     model = Forward(
-        lambda m, x: m.last(m.named["0"](m.listed[1](m.deep(m.named["conv"](x)))) + m.listed[0][0](x)),
+        lambda m, x: m.last(
+            m.named["0"](m.listed[1](m.deep(m.named["conv"](x).relu()).relu()).relu()) + m.listed[0][0](x)
+        ),
         named=nn.ModuleDict({"conv": pair(), "0": pair(), "conv_folded": pair()}),
         listed=nn.ModuleList([pair(), nn.ModuleDict({"x": pair()})["x"]]),
-        deep=nn.Sequential(nn.Sequential(nn.Sequential(nn.Sequential(pair(), pair())))),
+        deep=nn.Sequential(nn.Sequential(nn.Sequential(nn.Sequential(pair(), nn.ReLU(), pair())))),
         last=nn.Sequential(),
         named_0_0=nn.Parameter(torch.empty(3)),
         conv_1=pair(),
@@ -590,7 +592,7 @@ def test_the_right_parent_is_edited_whatever_the_names():
     fused = check(model, X, folded=5)
     assert sorted((fold.norm, fold.into) for fold in fxfuse.report(fused).folded) == [
         ("deep.0.0.0.0.1", ("deep.0.0.0.0.0",)),
-        ("deep.0.0.0.1.1", ("deep.0.0.0.1.0",)),
+        ("deep.0.0.0.2.1", ("deep.0.0.0.2.0",)),
         ("listed.1.1", ("listed.1.0",)),
         ("named.0.1", ("named.0.0",)),
         ("named.conv.1", ("named.conv.0",)),
