@@ -439,9 +439,10 @@ class _Merger:
         return len(kinds) == len(devices) == 1 and all(weight.numel() for weight in weights)
 
     def _has_dtype_of_weights(self, form: Form) -> bool:
-        """Whether the source certainly has it: an operator reads it as it is, or it is known."""
+        """Whether the source certainly has it: an operator reads what keeps its dtype, or it is known."""
         assert form.host is not None
-        if any(isinstance(each.step, Linear) and each.parts[0].is_source for each in form.steps()):
+        read = [each.parts[0] for each in form.steps() if isinstance(each.step, Linear)]
+        if any(not any(isinstance(inner.step, Affine) for inner in value.steps()) for value in read):
             return True
         host = self._reader.read(form.host)
         assert isinstance(host, Linear)

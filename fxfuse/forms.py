@@ -58,11 +58,6 @@ class Form:
     acts: Channels | None = None
     assumed: frozenset[tuple[fx.Node, int]] = frozenset()
 
-    @property
-    def is_source(self) -> bool:
-        """Whether it is the value of the source itself."""
-        return self.node is self.source
-
     @cached_property
     def depth(self) -> int:
         """How many steps there are one after another."""

@@ -16,23 +16,27 @@ from torch import Tensor, fx, nn
 from fxfuse import (
     algebra,
     backend,
+    branches,
     channels,
     check,
     culprits,
     dynamo,
     exchange,
     following,
+    geometry,
     inline,
+    inputs,
     keep,
+    kernels,
     match,
     memory,
     ops,
     options,
     pipeline,
     planner,
+    precision,
     program,
     rewrite,
-    runs,
     solve,
     table,
     tracer,
@@ -78,6 +82,7 @@ LAYOUTS = ("tests/test_layout.py",)
 BACKEND = ("tests/test_backend.py",)
 PROGRAM = ("tests/test_program.py",)
 VERIFIER = ("tests/test_algebra.py",)
+BRANCHES = ("tests/test_branches.py",)
 CHECK = ("tests/test_check.py",)
 CULPRITS = ("tests/test_culprits.py",)
 SCENARIOS = ("tests/scenarios/test_ways_of_writing.py", "tests/upstream_bugs")
@@ -888,17 +893,17 @@ def do_not_fold_once_more_in_float64() -> None:
 
 @bug(*VERIFIER)
 def leave_reduced_precision_on() -> None:
-    wrap(runs, "_set", lambda *_: None)
+    wrap(precision, "_set", lambda *_: None)
 
 
 @bug(*VERIFIER)
 def draw_normal_inputs_only() -> None:
-    wrap(runs, "_drawn", lambda original, shape, _, generator: original(shape, "normal", generator))
+    wrap(inputs, "_sample", lambda original, shape, _, generator: original(shape, "normal", generator))
 
 
 @bug(*VERIFIER)
 def take_all_models_for_precise_in_float64() -> None:
-    wrap(runs.LeastPrecision, "__init__", _always_precise)
+    wrap(precision.LeastPrecision, "__init__", _always_precise)
 
 
 def _always_precise(original: Any, self: Any) -> None:
@@ -921,6 +926,83 @@ def try_the_weights_out_and_not_the_biases() -> None:
 @bug(*CULPRITS)
 def stop_at_the_first_half() -> None:
     wrap(culprits, "_minimal", lambda _, names, __: list(names)[: len(names) // 2 + 1])
+
+
+@bug(*BRANCHES)
+def put_a_kernel_one_tap_off_the_middle() -> None:
+    def shifted(original: Any, self: Any, other: Any) -> slice:
+        found = original(self, other)
+        off = int(found.start > 0)
+        return slice(found.start - off, found.stop - off, found.step)
+
+    wrap(geometry.Axis, "places", shifted)
+
+
+@bug(*BRANCHES)
+def hold_kernels_of_any_stride() -> None:
+    wrap(
+        geometry.Axis,
+        "holds",
+        lambda original, self, other: original(self, replace(other, stride=self.stride)),
+    )
+
+
+@bug(*BRANCHES)
+def hold_any_padding_mode() -> None:
+    wrap(
+        geometry.Geometry,
+        "holds",
+        lambda original, self, other: original(self, replace(other, fill=self.fill)),
+    )
+
+
+@bug(*BRANCHES)
+def add_branches_that_are_subtracted() -> None:
+    wrap(kernels.Kernel, "times", lambda original, self, factor: original(self, abs(factor)))
+
+
+@bug(*BRANCHES)
+def forget_the_bias_of_the_first_in_a_row() -> None:
+    def then(original: Any, self: Any, after: Any) -> Any:
+        return original(replace(self, bias=torch.zeros_like(self.bias)), after)
+
+    wrap(kernels.Kernel, "then", then)
+
+
+@bug(*BRANCHES)
+def merge_whatever_it_costs() -> None:
+    wrap(branches._Merger, "_pays", lambda _, __, form: form.host is not None and form.depth > 2)
+
+
+@bug(*BRANCHES)
+def merge_values_that_others_read() -> None:
+    def before(_: Any, self: Any, value: fx.Node, __: fx.Node) -> Any:
+        value = self.value(value)
+        return {value: branches.Form(value, value)} | self.of(value)
+
+    wrap(branches._Forms, "before", before)
+
+
+@bug(*BRANCHES)
+def merge_across_writes() -> None:
+    wrap(memory.Memory, "writer_between", lambda *_: None)
+
+
+@bug(*BRANCHES)
+def merge_what_has_another_dtype() -> None:
+    wrap(branches._Merger, "_has_dtype_of_weights", lambda *_: True)
+
+
+@bug(*BRANCHES)
+def subtract_what_stays_of_a_sum() -> None:
+    def without(original: Any, self: Any, values: Any) -> Any:
+        self._parts = {
+            node: {key: (part, abs(factor)) for key, (part, factor) in inside.items()}
+            for node, inside in self._parts.items()
+        }
+        return original(self, values)
+
+    wrap(branches._Sums, "without", without)
 
 
 if os.environ.get("FXFUSE_PLANT"):
