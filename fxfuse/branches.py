@@ -59,7 +59,8 @@ def merges(graph: fx.Graph, known: Surroundings) -> Iterator[Merge]:
     moves = known.moves
     forms = _Forms(graph, known)
     for node in graph.nodes:  # in this order no form is asked for before those that it is made of
-        forms.of(node)
+        if not forms.is_inner(node):
+            forms.of(node)
     merger = _Merger(forms, known.memory, known.barred)
     done = {*moves}
     for node in reversed(graph.nodes):
@@ -80,10 +81,13 @@ class _Forms:
         self._barred = known.barred
         self._found: dict[fx.Node, dict[fx.Node, Form]] = {}
         self._readers: dict[fx.Node, set[fx.Node]] = defaultdict(set)
+        self.asked: set[fx.Node] = set()  # the values whose kind is asked for
         for node in graph.nodes:
             passed_over = node in moves or asks_for_kind(node) or known.reader.is_unused(node)
             for value in () if passed_over else node.all_input_nodes:
                 self._readers[self.value(value)].add(node)
+            if asks_for_kind(node):
+                self.asked |= {self.value(value) for value in node.all_input_nodes}
         sites = [site for move in moves.values() for site in move.sites]
         self._shifted = {site.node for site in sites if site.channels.shift}
 
@@ -106,20 +110,28 @@ class _Forms:
         own = {value: Form(value, value)}
         return own | self.of(value) if self._readers[value] == {reader} else own
 
-    def terms(self, node: fx.Node, factor: float = 1.0) -> tuple[list[_Term], set[fx.Node]]:
+    def terms(self, node: fx.Node) -> tuple[list[_Term], set[fx.Node]]:
         """What is added up in `node`, and in sums that are read by it alone; and these sums."""
-        op = self.reader.read(node)
-        assert isinstance(op, Sum) and op.factors is not None
         terms: list[_Term] = []
-        sums = {node}
-        for source, own in zip(op.inputs, op.factors, strict=True):
-            value = self.value(source)
-            if self.is_sum(value) and self._readers[value] == {node}:
-                inner, more = self.terms(value, factor * own)
-                terms, sums = terms + inner, sums | more
-            else:
-                terms.append(_Term(value, node, factor * own, self.before(value, node)))
-        return terms, sums
+        sums = {node: 1.0}
+        waiting = [node]
+        while waiting:
+            parent = waiting.pop()
+            op = self.reader.read(parent)
+            assert isinstance(op, Sum) and op.factors is not None
+            for source, factor in zip(op.inputs, op.factors, strict=True):
+                value, total = self.value(source), factor * sums[parent]
+                if self.is_inner(value):
+                    sums[value] = total
+                    waiting.append(value)
+                else:
+                    terms.append(_Term(value, parent, total, self.before(value, parent)))
+        return terms, {*sums}
+
+    def is_inner(self, node: fx.Node) -> bool:
+        """Whether it is a sum that nobody reads but another one."""
+        readers = self._readers[node]
+        return self.is_sum(node) and len(readers) == 1 and all(map(self.is_sum, readers))
 
     def is_sum(self, node: fx.Node) -> bool:
         """Whether it adds different values, with fixed factors."""
@@ -206,8 +218,8 @@ class _Forms:
 
     def _averaged(self, form: Form, node: fx.Node, op: Within) -> Form | None:
         assert op.window is not None
-        self.shapes.consulted.clear()
         dims = len(op.window.axes)
+        # Counted from the end; and a convolution of so many channels reads the same value, or this one.
         shape = self.shapes.of(op.input)
         channels = None if shape is None or len(shape) <= dims else shape[-1 - dims]
         if not isinstance(channels, int) or form.channels not in (None, channels):
@@ -228,7 +240,6 @@ class _Forms:
             in_channels=channels,
             axis=-1 - dims,
             cost=form.cost + multiplications(geometry, channels, channels),
-            assumed=form.assumed | self._assumed(),
         )
 
     def _assumed(self) -> frozenset[tuple[fx.Node, int]]:
@@ -297,10 +308,17 @@ def _holds_all(wide: Form, parts: Sequence[Form]) -> bool:
     return True
 
 
+def _switches_mode(node: fx.Node) -> bool:
+    """Whether what comes after it computes in another way: with gradients or without, in another dtype."""
+    name = getattr(node.target, "__name__", "")
+    return node.op == "call_function" and name.endswith(("_grad_enabled", "_autocast", "_inference_mode"))
+
+
 class _Sums:
     """Sums that are read by one another, and what each adds up, while terms are taken away."""
 
     def __init__(self, sums: Iterable[fx.Node], forms: _Forms) -> None:
+        self._asked = forms.asked
         self._parts: dict[fx.Node, dict[fx.Node, tuple[fx.Node, float]]] = {}
         for node in sums:
             op = forms.reader.read(node)
@@ -320,7 +338,7 @@ class _Sums:
             parent = next(node for node, inside in parts.items() if value in inside)
             del parts[parent][value]
             ((kept, (node, factor)),) = parts.pop(parent).items()
-            if factor != 1:
+            if factor != 1 or parent in self._asked:
                 return None
             bypassed[parent] = node
             above = next((inside for inside in parts.values() if parent in inside), None)
@@ -338,6 +356,7 @@ class _Merger:
         self._reader = forms.reader
         self._memory = memory
         self._barred = barred
+        self._switches = [place for node, place in memory.order.items() if _switches_mode(node)]
 
     def at(self, node: fx.Node) -> tuple[list[Merge], set[fx.Node]]:
         """What becomes one operator that gives the value of `node`; or parts of the sum that it is.
@@ -357,25 +376,27 @@ class _Merger:
             return [], {node}
         terms, sums = self._forms.terms(node)
         if any(self._reader.written_inputs(each) for each in sums):
-            return [], sums
+            return [], {node}
         found = [*self._parts(terms, _Sums(sums, self._forms))]
         return found, sums.union(*(merge.form.nodes for merge in found))
 
     def _parts(self, terms: Sequence[_Term], sums: _Sums) -> Iterator[Merge]:
         used: set[int] = set()
-        for source in dict.fromkeys(source for term in terms for source in term.forms):
-            for wide in terms:
-                group = [
-                    number
-                    for number, term in enumerate(terms)
-                    if number not in used
-                    and source in term.forms
-                    and source in wide.forms
-                    and _holds_all(wide.forms[source], [term.forms[source]])
-                ]
-                merge = self._part(source, terms, group, sums) if len(group) > 1 else None
+        shared: dict[fx.Node, list[int]] = defaultdict(list)
+        for number, term in enumerate(terms):
+            for source in term.forms:
+                shared[source].append(number)
+        for source, numbers in shared.items():
+            forms = {number: terms[number].forms[source] for number in numbers}
+            groups = [
+                [number for number in numbers if _holds_all(forms[wide], [forms[number]])]
+                for wide in (numbers if len(numbers) > 1 else ())
+            ]
+            for group in sorted(groups, key=len, reverse=True):
+                left = [number for number in group if number not in used]
+                merge = self._part(source, terms, left, sums) if len(left) > 1 else None
                 if merge is not None:
-                    used |= {*group}
+                    used |= {*left}
                     yield merge
 
     def _part(
@@ -391,7 +412,8 @@ class _Merger:
             form = self._forms.total(slot.value, source, scaled, ())
             if form is None or form.host is None or order[form.host] > order[slot.parent]:
                 continue
-            if self._pays(form) and self._may(form, slot.value):
+            reading = [terms[n].parent for n in group]
+            if self._pays(form) and self._may(form, slot.value, reading):
                 bypassed = sums.without([terms[n].value for n in group if n != place])
                 if bypassed is not None:
                     return Merge(slot.value, form, form.host, tuple(bypassed.items()))
@@ -407,13 +429,14 @@ class _Merger:
             return operators > 1 and form.merged_cost < form.cost
         return operators > 0 and form.merged_cost <= form.cost
 
-    def _may(self, form: Form, last: fx.Node) -> bool:
-        """Whether nobody writes to what is read, and all numbers are of one kind."""
+    def _may(self, form: Form, last: fx.Node, parents: Sequence[fx.Node] = ()) -> bool:
+        """Whether nobody writes to what is read, by `parents` too, and all numbers are of one kind."""
         assert form.host is not None
-        reading = [node for node in form.nodes if form.source in map(self._forms.value, node.all_input_nodes)]
         order = self._memory.order
-        first = min(reading, key=order.__getitem__)
-        if self._memory.writer_between(form.source, first, [last, form.host, *reading]) is not None:
+        nodes = sorted({*form.nodes, *parents, form.host, last}, key=order.__getitem__)
+        if self._memory.writer_between(form.source, nodes[0], [nodes[-1]]) is not None:
+            return False
+        if any(order[nodes[0]] < place < order[nodes[-1]] for place in self._switches):
             return False
         terms = [part.node for each in form.steps() if isinstance(each.step, Total) for part in each.parts]
         if any(self._forms.shapes.changes_dtype(form.host, node) for node in (last, *terms)):

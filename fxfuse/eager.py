@@ -90,7 +90,8 @@ def averaged(window: Window, x: Tensor) -> Tensor:
         [getattr(axis, name) for axis in window.axes] for name in ("size", "stride", "padding")
     )
     pool: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(sizes) - 1]
-    sums: Tensor = pool(x, sizes, strides, paddings) * math.prod(sizes)
+    padded = F.pad(x, [width for width in reversed(paddings) for _ in (0, 1)])
+    sums: Tensor = pool(padded, sizes, strides) * math.prod(sizes)
     return sums / window.divisor
 
 

@@ -213,7 +213,9 @@ class Reader:
             return Opaque(Code.OPERATOR_TRAINING, name)
         names = (f"{name}.weight", None if module.bias is None else f"{name}.bias")
         settings = {part: getattr(module, part) for part in GEOMETRY if hasattr(module, part)}
-        return self._linear(layer_input(node), names, LINEAR_LAYERS[kind], module.__dict__ | settings)
+        found = self._linear(layer_input(node), names, LINEAR_LAYERS[kind], module.__dict__ | settings)
+        is_plain = len(node.args) + len(node.kwargs) == 1  # a transposed convolution may be given a size
+        return found if is_plain or not isinstance(found, Linear) else replace(found, geometry=None)
 
     def _linear_function(self, bound: Mapping[str, Any], name: str) -> Op:
         weight, bias = self._source(bound["weight"]), self._source(bound["bias"])

@@ -717,3 +717,108 @@ def test_strides_that_give_one_size_by_chance_differ():
 def test_what_is_subtracted_is_not_left_behind_alone():
     layers = {"c0": nn.Conv2d(8, 8, 1), "c1": nn.Conv2d(8, 8, 3, padding=1)}
     agrees(lambda m, x: (m.c0(x) - torch.sigmoid(x)) + m.c1(x), merged=0, **layers)
+
+
+WRITES = {
+    "before an identity is read": lambda m, x: (a := m.c0(x), x.mul_(2), a + x)[2],
+    "before the last of a row is": lambda m, x: (
+        torch.sigmoid(x) + m.p0(x) + (a := m.p1(x), x.mul_(3), m.c0(a))[2]
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_source_is_written_to(way):
+    points = {"p0": nn.Conv2d(8, 8, 1), "p1": nn.Conv2d(8, 8, 1, bias=False)}
+    agrees(WRITES[way], **convs(1), **points)
+
+
+def test_two_merges_do_not_bypass_one_sum_twice():
+    def function(m, x):
+        y = torch.sigmoid(x)
+        return x + y + m.c0(x) + m.c1(y)
+
+    agrees(function, merged=2, **convs(2))
+
+
+def test_query_of_a_sum_that_might_lose_a_term():
+    def function(m, x):
+        y = torch.sigmoid(x).mean((0, 2, 3)).view(8, 1, 1)
+        part = y + m.c0(x)
+        return (part + m.c1(x)) * part.dim()
+
+    agrees(function, c0=nn.Conv2d(8, 8, 1), c1=nn.Conv2d(8, 8, 3, padding=1))
+
+
+def test_query_of_a_value_whose_operator_comes_later():
+    def function(m, x):
+        a = m.c0(x)
+        return torch.sigmoid(x).to(a.dtype) + a + m.c1(x)
+
+    agrees(function, merged=1, c0=nn.Conv2d(8, 8, 1), c1=nn.Conv2d(8, 8, 3, padding=1))
+
+
+def test_transposed_convolution_with_a_size_of_its_own_stays():
+    layers = {name: nn.ConvTranspose2d(8, 8, 1, 2) for name in ("a", "b")}
+    x = torch.randn(2, 8, 1, 1).double()
+    agrees(lambda m, x: m.a(x) + m.b(x, output_size=(2, 2)), x, merged=0, **layers)
+    agrees(lambda m, x: m.b(x, output_size=(2, 2)) + m.a(x), x, merged=0, **layers)
+
+
+def test_average_over_volumes_and_without_a_batch():
+    def pooled(pool):
+        return lambda m, x: m.c0(x) + pool(x, 3, 1, 1)
+
+    volume, image = torch.randn(1, 8, 5, 4, 6).double(), torch.randn(8, 6, 5).double()
+    agrees(pooled(F.avg_pool3d), volume, merged=1, c0=nn.Conv3d(8, 8, 3, padding=1))
+    agrees(pooled(F.avg_pool2d), image, image[None], merged=1, **convs(1))
+
+
+def test_widest_of_three_takes_both_others_beside_another_value():
+    wide = nn.Conv2d(8, 8, (1, 3), padding=(0, 1))
+    layers = {"a": wide, "b": nn.Conv2d(8, 8, 1), "c": nn.Conv2d(8, 8, 3, padding=1)}
+    fused = agrees(lambda m, x: torch.sigmoid(x) + m.a(x) + m.b(x) + m.c(x), merged=1, **layers)
+    assert operators(fused) == 1
+
+
+def test_branches_inside_of_a_sum_in_place_are_merged():
+    def function(m, x):
+        y = m.c0(x) + m.norm(x)
+        y += torch.sigmoid(x)
+        return y
+
+    agrees(function, merged=1, norm=nn.BatchNorm2d(8), **convs(1))
+
+
+class Modes(nn.Module):
+    """A branch that is computed in another mode than the other one."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.mode, self.a, self.b = mode, nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        with self.mode():
+            y = self.a(x)
+        return y + self.b(x)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_branches_in_different_modes_stay(mode):
+    model = Modes(mode).eval().requires_grad_(False)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="fxfuse", options={"then": "aot_eager"})
+    x = torch.randn(2, 8, 5, 5, requires_grad=True)
+    expected, found = model(x), compiled(x)
+    assert (expected.dtype, expected.requires_grad) == (found.dtype, found.requires_grad)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_sum_of_many_terms_ends():
+    def function(m, x):
+        total = m.c0(x)
+        for step in range(300):
+            total = total + torch.tanh(x + step)
+        return total + m.c1(x)
+
+    agrees(function, torch.randn(1, 8, 2, 2).double(), merged=1, **convs(2))
