@@ -5,14 +5,19 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import event, given, reject
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fxfuse
 from tests.forms import EXPORT_WARNING
+from tests.strategies import SEEDS
 from tests.support import assert_exact, assert_untouched, randomise, snapshot
 
 OPERATORS = {
@@ -84,9 +89,9 @@ def merges(model, *inputs, left, merged=1, example_inputs=None):
     fused = fxfuse.fuse(model, example_inputs=example_inputs)
     assert_untouched(before, model)
     report = fxfuse.report(fused)
-    for given in inputs or (torch.randn(2, 8, 9, 7).double(), torch.randn(1, 8, 4, 5).double()):
+    for x in inputs or (torch.randn(2, 8, 9, 7).double(), torch.randn(1, 8, 4, 5).double()):
         with torch.no_grad():
-            assert_exact(copy.deepcopy(model)(given.clone()), fused(given.clone()))
+            assert_exact(copy.deepcopy(model)(x.clone()), fused(x.clone()))
     assert (operators(fused), len(report.merged)) == (left, merged), f"{report}\n{fused.graph}"
     assert len(report.refused) == 0, report
     again = fxfuse.fuse(fused)
@@ -386,9 +391,9 @@ def stays(model, *inputs):
     """That nothing is merged, and the result is right."""
     randomise(model)
     fused = fxfuse.fuse(model)
-    for given in inputs or (torch.randn(2, 8, 9, 7).double(),):
+    for x in inputs or (torch.randn(2, 8, 9, 7).double(),):
         with torch.no_grad():
-            assert_exact(copy.deepcopy(model)(given.clone()), fused(given.clone()))
+            assert_exact(copy.deepcopy(model)(x.clone()), fused(x.clone()))
     assert len(fxfuse.report(fused).merged) == 0
     return fused
 
@@ -550,8 +555,8 @@ def test_exported_branches_are_merged(decomposed, tmp_path):
     torch.export.save(fused, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     other = torch.randn(5, 8, 6, 6).double()
-    for given in (x, other):
-        assert_exact(model(given), loaded(given))
+    for each in (x, other):
+        assert_exact(model(each), loaded(each))
     assert len(fused.state_dict) == 4
 
 
@@ -822,3 +827,92 @@ def test_a_sum_of_many_terms_ends():
         return total + m.c1(x)
 
     agrees(function, torch.randn(1, 8, 2, 2).double(), merged=1, **convs(2))
+
+
+# ---- random sums ---------------------------------------------------------------------------------------
+
+SIZES = st.integers(1, 4)
+
+
+@st.composite
+def geometries(draw, surplus: int, stride: int) -> dict[str, Any]:
+    """Of a convolution that gives `surplus` more places than it gets, if possible, but for the stride."""
+    kernel = draw(st.tuples(SIZES, SIZES))
+    dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (2, 2)]))
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    padding = tuple(max(0, (surplus + each) // 2) for each in reach)
+    fill = draw(st.sampled_from(["zeros", "zeros", "zeros", "reflect", "circular"]))
+    return {
+        **{"kernel_size": kernel, "dilation": dilation, "padding": padding, "stride": stride},
+        **{"padding_mode": fill, "groups": draw(st.sampled_from([1, 1, 2, 4])), "bias": draw(st.booleans())},
+    }
+
+
+@st.composite
+def branches(draw, surplus: int, stride: int) -> nn.Module:
+    """A linear function of a value with four channels, of one that another branch gives, or a row."""
+    kind = draw(st.sampled_from(["conv", "conv", "conv", "row", "pool", "norm", "identity"]))
+    conv = nn.Conv2d(4, 4, **draw(geometries(surplus, stride)))
+    made = {
+        "conv": [conv],
+        "row": [nn.Conv2d(4, 4, 1, bias=draw(st.booleans()), groups=draw(st.sampled_from([1, 4]))), conv],
+        "pool": [nn.AvgPool2d(3, stride, 1, count_include_pad=draw(st.booleans()))],
+        "norm": [nn.BatchNorm2d(4)],
+        "identity": [nn.Identity()],
+    }[kind]
+    return nn.Sequential(*made, *[nn.BatchNorm2d(4)] * draw(st.booleans()))
+
+
+@dataclass
+class RandomSum:
+    """Branches on two values, added up in some order, each with a sign and a place in a tree of sums."""
+
+    modules: list[nn.Module]
+    signs: list[int]
+    places: list[int]
+    second: list[bool]
+    joins: list[int]
+
+    def __call__(self, m: nn.Module, x: Tensor) -> Tensor:
+        values = (x, torch.sigmoid(x))
+        found = [module(values[second]) for module, second in zip(m.modules_, self.second, strict=True)]
+        terms = [found[place] for place in self.places]
+        signs = [self.signs[place] for place in self.places]
+        for join in self.joins:
+            one = join % (len(terms) - 1)
+            right, sign = terms.pop(one + 1), signs.pop(one + 1)
+            terms[one] = terms[one] + right if sign > 0 else torch.sub(terms[one], right, alpha=-sign)
+        return terms[0]
+
+
+@st.composite
+def random_sums(draw) -> RandomSum:
+    surplus, stride = draw(st.sampled_from([(0, 1), (0, 1), (0, 2), (1, 1), (-2, 1), (-1, 3)]))
+    modules = draw(st.lists(branches(surplus, stride), min_size=2, max_size=5))
+    count = len(modules)
+    signs = draw(st.lists(st.sampled_from([1, 1, -1, -2]), min_size=count, max_size=count))
+    places = draw(st.permutations(range(count)))
+    second = draw(st.lists(st.sampled_from([False, False, False, True]), min_size=count, max_size=count))
+    joins = draw(st.lists(st.integers(0, 9), min_size=count - 1, max_size=count - 1))
+    return RandomSum(modules, signs, [*places], second, joins)
+
+
+@given(random_sums(), SEEDS, st.tuples(st.integers(4, 9), st.integers(4, 9)))
+def test_random_sums_give_what_they_gave(case: RandomSum, seed: int, size: tuple[int, int]) -> None:
+    model = randomise(Written(case, modules_=nn.ModuleList(case.modules)), seed)
+    generator = torch.Generator().manual_seed(seed)
+    x, other = (torch.randn(2, 4, *each, dtype=torch.float64, generator=generator) for each in (size, (8, 7)))
+    try:
+        expected = model(x.clone())
+    except RuntimeError:
+        reject()
+    fused = fxfuse.fuse(model, example_inputs=(x,))
+    report = fxfuse.report(fused)
+    event(f"{len(report.merged)} merges")
+    with torch.no_grad():
+        assert_exact(expected.detach(), fused(x.clone()))
+        try:
+            expected = model(other.clone())
+        except RuntimeError:
+            return
+        assert_exact(expected, fused(other.clone()))
