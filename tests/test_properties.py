@@ -130,7 +130,8 @@ def test_norms_fold_on_both_sides_of_what_certainly_passes(chain: Chain) -> None
 def test_norms_fold_where_operators_are_behind_or_in_front_and_nowhere_else(program: Program) -> None:
     model = program.model()
     report = fxfuse.report(fused_of(program, model))
-    assert len(report.folded) == len(Rule(program, model).folded), report
+    moved = [fold for fold in report.folded if fold.direction != "merged"]
+    assert len(moved) == len(Rule(program, model).folded), report
 
 
 class Rule:
@@ -217,10 +218,10 @@ class Rule:
 
     def _pads(self, value: int) -> bool:
         step = self.makers[value]
-        spec = self.program.operators[step.which] if step.do == "operator" else None
-        return spec is not None and (
-            spec.name == "ConvTranspose2d" or (spec.name == "Conv2d" and spec.kernel > 1)
-        )
+        # The module and not its spec: it may be that of another one.
+        module: Any = self.model.operators[step.which] if step.do == "operator" else None
+        widened = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
+        return isinstance(module, nn.ConvTranspose2d) or widened
 
     def _memory(self, value: int) -> int:
         """The value whose memory this one may have: only what is known to make a new tensor does."""
@@ -262,14 +263,16 @@ def calls(model: nn.Module, inputs: tuple[Any, ...]) -> _Calls:
 
 @given(cases)
 def test_every_norm_that_runs_is_folded_or_refused_and_only_the_refused_still_run(case: Case) -> None:
-    """A fold is one call less, of a constant too: nothing is computed in its place."""
+    """A fold is one call less, of a constant too, and a merge some: nothing is computed in their place."""
     model = case.model()
     fused = fused_of(case, model)
     report = fxfuse.report(fused)
     before, after = calls(model, case.inputs()), calls(fused, case.inputs())
     assert report.norms == before.norms == len(report.folded) + len(report.refused), report
     assert after.norms == len(report.refused), report
-    assert after.all == before.all - len(report.folded) - len(report.constants), report
+    gone = len(report.folded) + len(report.constants)
+    # What is merged takes sums with it, one for each branch.
+    assert after.all == before.all - gone or (report.merged and after.all < before.all - gone), report
 
 
 @FEW
