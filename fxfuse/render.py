@@ -47,12 +47,12 @@ def report_view(report: Report) -> RenderableType:
             into = f"into {_plain(', '.join(fold.into))}{after}"
             table.add_row(_plain(fold.norm), "[green]folded[/green]", into)
         parts.append(table)
-    parts.append(Text(report.summary, style="bold"))
     if report.merged:
         table = Table("operators", "merged into", title="Branches", title_justify="left")
         for merged in report.merged:
             table.add_row(_plain(", ".join(merged.operators) or "identity"), _plain(merged.into))
         parts.append(table)
+    parts.append(Text(report.summary, style="bold"))
     if report.constants:
         parts.append(Text(f"{len(report.constants)} multiplications and additions of constants folded too"))
     parts += [Text(f"note: {one_line(' '.join(note.split()))}") for note in report.notes]
