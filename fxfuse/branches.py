@@ -150,7 +150,9 @@ class _Forms:
             yield from (self._averaged(form, node, op) for form in self.before(op.input, node).values())
         elif isinstance(op, Within) and op.is_identity:
             for form in self.before(op.input, node).values():
-                yield replace(form, node=node, step=None, parts=(form,), nodes=form.nodes | {node})
+                yield replace(
+                    form, node=node, step=None, parts=(form,), depth=form.depth + 1, nodes=form.nodes | {node}
+                )
         elif self.is_sum(node):
             terms, sums = self.terms(node)
             for source in terms[0].forms:
@@ -184,6 +186,7 @@ class _Forms:
             host,
             form.shifts or op.bias is not None or node in self._shifted,
             own + form.cost * prod(axis.stride for axis in op.geometry.axes),
+            depth=form.depth + 1,
             assumed=form.assumed,
         )
 
@@ -206,6 +209,7 @@ class _Forms:
             node=node,
             step=op,
             parts=(form,),
+            depth=form.depth + 1,
             nodes=form.nodes | {node},
             channels=channels,
             in_channels=channels if form.geometry is None else form.in_channels,
@@ -234,6 +238,7 @@ class _Forms:
             node=node,
             step=op.window,
             parts=(form,),
+            depth=form.depth + 1,
             nodes=form.nodes | {node},
             geometry=geometry,
             channels=channels,
@@ -272,6 +277,7 @@ class _Forms:
             known.host,
             any(part.shifts for part in parts),
             sum(part.cost for part in parts) + (len(parts) - 1) * (known.channels or 1),
+            depth=1 + max(part.depth for part in parts),
             assumed=frozenset[tuple[fx.Node, int]]().union(*(part.assumed for part in parts)),
         )
 

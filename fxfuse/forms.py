@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import fx
 
@@ -39,6 +38,7 @@ class Form:
         host: the operator that has that geometry.
         shifts: whether something may be added, by its kind and not by its numbers.
         cost: how many multiplications and additions of channels each place of the output takes.
+        depth: how many steps there are one after another.
         acts: for a norm or a constant, how it acts on the channels.
         assumed: the numbers of axes that are assumed of nodes.
     """
@@ -55,13 +55,9 @@ class Form:
     host: fx.Node | None = None
     shifts: bool = False
     cost: int = 0
+    depth: int = 0
     acts: Channels | None = None
     assumed: frozenset[tuple[fx.Node, int]] = frozenset()
-
-    @cached_property
-    def depth(self) -> int:
-        """How many steps there are one after another."""
-        return 1 + max((part.depth for part in self.parts), default=0)
 
     def steps(self) -> Iterator[Form]:
         """This form and all that it is made of, the parts before the whole."""

@@ -971,7 +971,7 @@ def forget_the_bias_of_the_first_in_a_row() -> None:
 
 @bug(*BRANCHES)
 def merge_whatever_it_costs() -> None:
-    wrap(branches._Merger, "_pays", lambda _, __, form: form.host is not None and form.depth > 2)
+    wrap(branches._Merger, "_pays", lambda _, __, form: form.host is not None and form.depth > 1)
 
 
 @bug(*BRANCHES)
