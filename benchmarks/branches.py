@@ -8,6 +8,7 @@ from the source in float64; and milliseconds of the three, timed in turn in a ra
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections import Counter
@@ -58,7 +59,7 @@ def with_branches(pattern: str) -> list[str]:
     for spec in specs("timm:"):
         families.setdefault(place(spec)[1], []).append(spec)
     found = [each for each in families.values() if has_method(each[0])]
-    return [spec for family in found for spec in family if pattern in spec and has_method(spec)]
+    return [spec for family in found for spec in family if re.search(pattern, spec) and has_method(spec)]
 
 
 @contextmanager
@@ -168,14 +169,14 @@ def main() -> None:
     """Measures, prints the page and writes it beside the numbers."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="counted calls of each form")
-    parser.add_argument("--pattern", default="", help="only models with this in their names")
+    parser.add_argument("--pattern", default="", help="only models whose names this expression matches")
     parser.add_argument("--dry-run", action="store_true", help="print the page, write nothing")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     names = with_branches(options.pattern)
     shown = track(names, description="branches", disable=not sys.stderr.isatty())
     models = {name: measure(name, options.rounds) for name in shown}
-    pattern = f" --pattern {options.pattern}" if options.pattern else ""
+    pattern = f" --pattern '{options.pattern}'" if options.pattern else ""
     record = {**surroundings(COMMAND + pattern), "rounds": options.rounds, "models": models}
     text = page(record)
     print(text)
