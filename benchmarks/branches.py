@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxfuse
 from benchmarks.compiled import timed
-from benchmarks.families import build_without_memory, place, specs
+from benchmarks.families import build_without_memory, specs
 from benchmarks.record import surroundings, write
 from fxfuse import zoo
 
@@ -54,12 +54,8 @@ def has_method(spec: str) -> bool:
 
 
 def with_branches(pattern: str) -> list[str]:
-    """The models of timm that have a method of their own, in families whose first model has one."""
-    families: dict[str, list[str]] = {}
-    for spec in specs("timm:"):
-        families.setdefault(place(spec)[1], []).append(spec)
-    found = [each for each in families.values() if has_method(each[0])]
-    return [spec for family in found for spec in family if re.search(pattern, spec) and has_method(spec)]
+    """The models of timm that have a method of their own."""
+    return [spec for spec in specs("timm:") if re.search(pattern, spec) and has_method(spec)]
 
 
 @contextmanager
