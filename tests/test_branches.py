@@ -82,7 +82,7 @@ def sums(fused: fx.GraphModule) -> int:
     return sum(node.target in adding for node in fused.graph.nodes)
 
 
-def merges(model, *inputs, left, merged=1, example_inputs=None):
+def assert_merged(model, *inputs, left, merged=1, example_inputs=None):
     """Folds `model`: `left` operators are left, of which `merged` do what several did; on odd sizes too."""
     randomise(model)
     before = snapshot(model)
@@ -106,7 +106,7 @@ def merges(model, *inputs, left, merged=1, example_inputs=None):
 @pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 1), (1, 2), (1, 8), (2, 4)])
 def test_repvgg_block_becomes_one_convolution(stride, groups):
     model = repvgg(stride, groups)
-    fused = merges(model, left=1)
+    fused = assert_merged(model, left=1)
     assert len(fxfuse.report(fused).folded) == (3 if stride == 1 else 2)
     assert sums(fused) == 0
     norms = [fold for fold in fxfuse.report(fused).folded if fold.direction == "merged"]
@@ -120,7 +120,7 @@ def test_branches_of_any_number_of_axes_become_one(dims):
     model = Branches(
         nn.Sequential(make(6, 6, 3, padding=1), normal(6)), nn.Sequential(make(6, 6, 1), normal(6)), normal(6)
     )
-    merges(model, torch.randn(2, 6, *(7, 5, 6)[:dims]).double(), left=1)
+    assert_merged(model, torch.randn(2, 6, *(7, 5, 6)[:dims]).double(), left=1)
 
 
 @pytest.mark.parametrize("order", [*itertools.permutations(range(4))])
@@ -131,7 +131,7 @@ def test_order_of_the_branches_does_not_matter(order):
         nn.BatchNorm2d(8),
         nn.Identity(),
     ]
-    merges(Branches(*(branches[place] for place in order)), left=1)
+    assert_merged(Branches(*(branches[place] for place in order)), left=1)
 
 
 # ---- geometry ------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ NOT_HELD = [
 @pytest.mark.parametrize(("wide", "narrow"), HELD)
 def test_kernel_that_holds_the_other_takes_it_in(wide, narrow, swapped):
     pair = [normed(nn.Conv2d(8, 8, **each)) for each in (wide, narrow)]
-    merges(Branches(*pair[:: -1 if swapped else 1]), left=1)
+    assert_merged(Branches(*pair[:: -1 if swapped else 1]), left=1)
 
 
 def size_of(settings, size):
@@ -182,7 +182,7 @@ def size_of(settings, size):
 def test_kernels_neither_of_which_holds_the_other_stay(one, other):
     pair = [normed(nn.Conv2d(8, 8, **each)) for each in (one, other)]
     if size_of(one, 9) == size_of(other, 9):
-        merges(Branches(*pair), torch.randn(2, 8, 9, 9).double(), left=2, merged=0)
+        assert_merged(Branches(*pair), torch.randn(2, 8, 9, 9).double(), left=2, merged=0)
     else:  # their sum fails, or is broadcast by chance
         fused = fxfuse.fuse(randomise(Branches(*pair)))
         assert len(fxfuse.report(fused).merged) == 0
@@ -200,31 +200,31 @@ def test_sizes_that_agree_by_chance_prove_nothing():
 @pytest.mark.parametrize("groups", [(1, 2), (2, 4), (2, 8), (4, 8), (1, 8)])
 def test_finer_groups_go_into_coarser_ones(groups):
     model = Branches(*(normed(nn.Conv2d(8, 16, 3, padding=1, groups=each), channels=16) for each in groups))
-    merges(model, left=1)
+    assert_merged(model, left=1)
 
 
 def test_groups_that_do_not_divide_each_other_stay():
     model = Branches(nn.Conv2d(12, 12, 3, padding=1, groups=4), nn.Conv2d(12, 12, 3, padding=1, groups=6))
-    merges(model, torch.randn(2, 12, 5, 5).double(), left=2, merged=0)
+    assert_merged(model, torch.randn(2, 12, 5, 5).double(), left=2, merged=0)
 
 
 def test_nothing_is_merged_that_would_cost_more():
     """A depthwise 3×3 and a dense 1×1 would be a dense 3×3."""
-    merges(Branches(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)), left=2, merged=0)
+    assert_merged(Branches(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)), left=2, merged=0)
 
 
 def test_depthwise_and_dense_branches_go_into_a_dense_one():
     model = Branches(
         nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
     )
-    merges(model, left=1)
+    assert_merged(model, left=1)
 
 
 def test_average_pooling_with_zeros_goes_into_a_convolution():
     model = Branches(nn.Conv2d(8, 8, 3, padding=1), normed(nn.AvgPool2d(3, 1, 1)))
-    merges(model, left=1)
+    assert_merged(model, left=1)
     strided = Branches(nn.Conv2d(8, 8, 4, 2, padding=1), nn.AvgPool2d(2, divisor_override=3))
-    merges(strided, left=1, example_inputs=(torch.randn(2, 8, 9, 7).double(),))
+    assert_merged(strided, left=1, example_inputs=(torch.randn(2, 8, 9, 7).double(),))
 
 
 @pytest.mark.parametrize(
@@ -246,9 +246,9 @@ def test_average_that_counts_past_the_end_stays():
 def test_transposed_convolutions_of_one_geometry_become_one():
     settings = {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2}
     model = Branches(*(normed(nn.ConvTranspose2d(8, 8, 3, **settings)) for _ in range(3)))
-    merges(model, left=1)
+    assert_merged(model, left=1)
     other = Branches(nn.ConvTranspose2d(8, 8, 3, padding=1), nn.ConvTranspose2d(8, 8, 1))
-    merges(other, left=2, merged=0)
+    assert_merged(other, left=2, merged=0)
 
 
 # ---- sums ----------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ SUMS = {
 @pytest.mark.parametrize("way", SUMS)
 def test_sums_are_read_however_they_are_written(way):
     function, count = SUMS[way]
-    fused = merges(Written(function, **convs(count)), left=1)
+    fused = assert_merged(Written(function, **convs(count)), left=1)
     assert sums(fused) == 0
 
 
@@ -298,33 +298,33 @@ def test_layer_scale_around_branches_and_their_difference():
             total = self.mixer.branches[0](x) + self.mixer.branches[1](x)
             return x + self.gamma * (total - self.norm(x))
 
-    fused = merges(nn.Sequential(Mixer()), left=1)
+    fused = assert_merged(nn.Sequential(Mixer()), left=1)
     assert len(fxfuse.report(fused).folded) == 3
 
 
 def test_norm_after_the_sum_goes_with_it():
     """RepViT: bn(bn(conv3×3(x)) + conv1×1(x) + x)."""
     model = nn.Sequential(repvgg(), nn.BatchNorm2d(8))
-    fused = merges(model, left=1)
+    fused = assert_merged(model, left=1)
     assert len(fxfuse.report(fused).folded) == 4
 
 
 def test_linear_layers_and_a_residual_become_one():
     model = Branches(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8, bias=False)), nn.Identity())
-    merges(model, torch.randn(3, 8).double(), torch.randn(2, 5, 8).double(), left=1)
+    assert_merged(model, torch.randn(3, 8).double(), torch.randn(2, 5, 8).double(), left=1)
 
 
 def test_low_rank_adapter_goes_into_its_linear_layer():
     function = lambda m, x: m.base(x) + 2 * m.up(m.down(x))  # noqa: E731
     model = Written(function, base=nn.Linear(8, 6), down=nn.Linear(8, 2, bias=False), up=nn.Linear(2, 6))
-    fused = merges(model, torch.randn(3, 8).double(), left=1)
+    fused = assert_merged(model, torch.randn(3, 8).double(), left=1)
     (merged,) = fxfuse.report(fused).merged
     assert (merged.name, merged.into, set(merged.operators)) == ("base", "base", {"down", "up"})
 
 
 def test_part_of_a_sum_is_merged_and_the_rest_added():
     function = lambda m, x: F.relu(m.c0(x)) + m.c1(x) + m.c2(x)  # noqa: E731
-    fused = merges(Written(function, **convs()), left=2)
+    fused = assert_merged(Written(function, **convs()), left=2)
     assert sums(fused) == 1
 
 
@@ -336,7 +336,7 @@ def test_two_groups_in_one_sum_are_merged_apart(order):
         one, two, three, four = (terms[place] for place in order)
         return one + two + three + four
 
-    fused = merges(Written(function, **convs(4)), left=2, merged=2)
+    fused = assert_merged(Written(function, **convs(4)), left=2, merged=2)
     assert sums(fused) == 1
 
 
@@ -359,35 +359,41 @@ def test_differences_keep_their_signs_where_a_part_is_merged(order):
 
 
 def test_convolutions_in_a_row_become_one_where_that_is_cheaper():
-    merges(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(64, 4, 1)), left=1)
-    merges(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 1), nn.Conv2d(64, 4, 3)), left=1)
-    merges(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 1, bias=False), nn.Conv2d(64, 4, 3, padding=1)), left=1)
-    merges(nn.Sequential(nn.ReLU(), nn.Linear(8, 64), nn.Linear(64, 4)), torch.randn(3, 8).double(), left=1)
+    assert_merged(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(64, 4, 1)), left=1)
+    assert_merged(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 1), nn.Conv2d(64, 4, 3)), left=1)
+    assert_merged(
+        nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 1, bias=False), nn.Conv2d(64, 4, 3, padding=1)), left=1
+    )
+    assert_merged(
+        nn.Sequential(nn.ReLU(), nn.Linear(8, 64), nn.Linear(64, 4)), torch.randn(3, 8).double(), left=1
+    )
 
 
 def test_convolutions_in_a_row_stay_where_one_would_cost_more_or_see_other_borders():
-    merges(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)), left=2, merged=0)
-    merges(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 1), nn.Conv2d(64, 4, 3, padding=1)), left=2, merged=0)
+    assert_merged(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)), left=2, merged=0)
+    assert_merged(
+        nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 1), nn.Conv2d(64, 4, 3, padding=1)), left=2, merged=0
+    )
     x = torch.randn(2, 8, 7, 6).double()
-    merges(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 3), nn.Conv2d(64, 4, 3)), x, left=2, merged=0)
+    assert_merged(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 64, 3), nn.Conv2d(64, 4, 3)), x, left=2, merged=0)
 
 
 def test_depthwise_point_goes_into_its_neighbour():
     point = nn.Conv2d(8, 8, 1, groups=8)
-    merges(nn.Sequential(nn.ReLU(), point, nn.Conv2d(8, 4, 3)), left=1)
-    merges(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), copy.deepcopy(point)), left=1)
+    assert_merged(nn.Sequential(nn.ReLU(), point, nn.Conv2d(8, 4, 3)), left=1)
+    assert_merged(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), copy.deepcopy(point)), left=1)
 
 
 def test_row_of_convolutions_is_one_branch():
     """The diverse branch block: 1×1 and then k×k beside k×k."""
     row = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 8, 3, padding=1, bias=False))
-    merges(Branches(nn.Conv2d(8, 8, 3, padding=1), normed(row)), left=1)
+    assert_merged(Branches(nn.Conv2d(8, 8, 3, padding=1), normed(row)), left=1)
 
 
 # ---- what stays ----------------------------------------------------------------------------------------
 
 
-def stays(model, *inputs):
+def assert_stays(model, *inputs):
     """That nothing is merged, and the result is right."""
     randomise(model)
     fused = fxfuse.fuse(model)
@@ -413,11 +419,11 @@ STAYING = {
 
 @pytest.mark.parametrize("way", STAYING)
 def test_branches_stay_where_they_are_not_one_function_of_one_value(way):
-    stays(Written(STAYING[way], **convs(2)))
+    assert_stays(Written(STAYING[way], **convs(2)))
 
 
 def test_identity_of_other_channels_is_broadcast_and_stays():
-    stays(Branches(nn.Conv2d(1, 8, 3, padding=1), nn.Identity()), torch.randn(2, 1, 6, 6).double())
+    assert_stays(Branches(nn.Conv2d(1, 8, 3, padding=1), nn.Identity()), torch.randn(2, 1, 6, 6).double())
     scale = Written(lambda m, x: m.c0(m.gamma * x), c0=nn.Conv2d(8, 8, 3, padding=1))
     scale.gamma = nn.Parameter(torch.randn(8, 1, 1))
     randomise(scale)
@@ -440,7 +446,7 @@ def test_shared_module_keeps_its_weights_for_its_other_calls():
     def function(m, x):
         return torch.sigmoid(m.c0(x) + m.c1(x)) + m.c0(torch.tanh(x))
 
-    fused = merges(Written(function, **convs(2)), left=2)
+    fused = assert_merged(Written(function, **convs(2)), left=2)
     (merged,) = fxfuse.report(fused).merged
     assert {merged.name, *merged.operators} == {"c0", "c1"}
 
@@ -563,7 +569,7 @@ def test_exported_branches_are_merged(decomposed, tmp_path):
 # ---- what was once wrong -------------------------------------------------------------------------------
 
 
-def agrees(
+def assert_agrees(
     function, *given: Tensor, merged: int | None = None, ends: bool = True, **layers: nn.Module
 ) -> fx.GraphModule:
     """That the folded model gives what the source gives, and folds no more the second time if it `ends`."""
@@ -588,7 +594,7 @@ def test_source_that_is_written_to_before_the_operator_that_stays_reads_it():
         return (a + m.c1(down)) + z
 
     down = nn.Conv2d(8, 8, 1, bias=False)
-    agrees(function, c0=nn.Conv2d(8, 8, 1), c1=nn.Conv2d(8, 8, 3, padding=1), down=down)
+    assert_agrees(function, c0=nn.Conv2d(8, 8, 1), c1=nn.Conv2d(8, 8, 3, padding=1), down=down)
 
 
 def test_norm_that_gives_a_tuple_may_end_a_sum():
@@ -598,7 +604,7 @@ def test_norm_that_gives_a_tuple_may_end_a_sum():
         y, _, _ = torch.native_batch_norm(m.c0(x) + x, *state, False, 0.1, 1e-5)
         return y
 
-    agrees(function, norm=nn.BatchNorm2d(8), **convs(1))
+    assert_agrees(function, norm=nn.BatchNorm2d(8), **convs(1))
 
 
 @pytest.mark.parametrize("order", [*itertools.permutations(range(4))])
@@ -609,13 +615,13 @@ def test_two_groups_in_a_sum_of_sums_are_merged_apart(order):
         one, two, three, four = (terms[place] for place in order)
         return (one + two) + (three - four)
 
-    agrees(function, merged=2, **convs(4))
+    assert_agrees(function, merged=2, **convs(4))
 
 
 @pytest.mark.parametrize("count", [40, 400])
 def test_long_rows_end(count):
     row = nn.Sequential(*(nn.Linear(2, 2) for _ in range(count)))
-    agrees(lambda m, x: m.row(x), torch.randn(3, 2).double(), ends=count < 50, row=row)
+    assert_agrees(lambda m, x: m.row(x), torch.randn(3, 2).double(), ends=count < 50, row=row)
 
 
 def test_many_constants_in_a_row_end():
@@ -624,7 +630,7 @@ def test_many_constants_in_a_row_end():
             x = x * 0.99
         return m.c0(x) + m.c1(x)
 
-    agrees(function, **convs(2))
+    assert_agrees(function, **convs(2))
 
 
 @pytest.mark.parametrize(
@@ -639,7 +645,9 @@ def test_many_constants_in_a_row_end():
     ],
 )
 def test_wide_borders(make):
-    agrees(lambda m, x: m.c0(x) + m.c1(x), torch.randn(2, 8, 9, 7).double(), merged=1, c0=make(), c1=make())
+    assert_agrees(
+        lambda m, x: m.c0(x) + m.c1(x), torch.randn(2, 8, 9, 7).double(), merged=1, c0=make(), c1=make()
+    )
 
 
 def test_integers_are_not_read_by_a_convolution():
@@ -671,7 +679,7 @@ def test_query_of_a_term_before_the_operator_that_stays():
         axes = a.dim()
         return (a + m.c1(x)) + torch.tanh(x) * axes
 
-    agrees(function, merged=1, c0=nn.Conv2d(8, 8, 1), c1=nn.Conv2d(8, 8, 3, padding=1))
+    assert_agrees(function, merged=1, c0=nn.Conv2d(8, 8, 1), c1=nn.Conv2d(8, 8, 3, padding=1))
 
 
 @pytest.mark.filterwarnings(EXPORT_WARNING)
@@ -716,12 +724,12 @@ def test_any_operator_of_a_merge_can_be_left():
 
 def test_strides_that_give_one_size_by_chance_differ():
     convs = {f"c{stride}": nn.Conv2d(8, 8, 3, stride, 1) for stride in (1, 2)}
-    agrees(lambda m, x: m.c1(x) + m.c2(x), torch.randn(2, 8, 1, 1).double(), merged=0, **convs)
+    assert_agrees(lambda m, x: m.c1(x) + m.c2(x), torch.randn(2, 8, 1, 1).double(), merged=0, **convs)
 
 
 def test_what_is_subtracted_is_not_left_behind_alone():
     layers = {"c0": nn.Conv2d(8, 8, 1), "c1": nn.Conv2d(8, 8, 3, padding=1)}
-    agrees(lambda m, x: (m.c0(x) - torch.sigmoid(x)) + m.c1(x), merged=0, **layers)
+    assert_agrees(lambda m, x: (m.c0(x) - torch.sigmoid(x)) + m.c1(x), merged=0, **layers)
 
 
 WRITES = {
@@ -735,7 +743,7 @@ WRITES = {
 @pytest.mark.parametrize("way", WRITES)
 def test_source_is_written_to(way):
     points = {"p0": nn.Conv2d(8, 8, 1), "p1": nn.Conv2d(8, 8, 1, bias=False)}
-    agrees(WRITES[way], **convs(1), **points)
+    assert_agrees(WRITES[way], **convs(1), **points)
 
 
 def test_two_merges_do_not_bypass_one_sum_twice():
@@ -743,7 +751,7 @@ def test_two_merges_do_not_bypass_one_sum_twice():
         y = torch.sigmoid(x)
         return x + y + m.c0(x) + m.c1(y)
 
-    agrees(function, merged=2, **convs(2))
+    assert_agrees(function, merged=2, **convs(2))
 
 
 def test_query_of_a_sum_that_might_lose_a_term():
@@ -752,7 +760,7 @@ def test_query_of_a_sum_that_might_lose_a_term():
         part = y + m.c0(x)
         return (part + m.c1(x)) * part.dim()
 
-    agrees(function, c0=nn.Conv2d(8, 8, 1), c1=nn.Conv2d(8, 8, 3, padding=1))
+    assert_agrees(function, c0=nn.Conv2d(8, 8, 1), c1=nn.Conv2d(8, 8, 3, padding=1))
 
 
 def test_query_of_a_value_whose_operator_comes_later():
@@ -760,14 +768,14 @@ def test_query_of_a_value_whose_operator_comes_later():
         a = m.c0(x)
         return torch.sigmoid(x).to(a.dtype) + a + m.c1(x)
 
-    agrees(function, merged=1, c0=nn.Conv2d(8, 8, 1), c1=nn.Conv2d(8, 8, 3, padding=1))
+    assert_agrees(function, merged=1, c0=nn.Conv2d(8, 8, 1), c1=nn.Conv2d(8, 8, 3, padding=1))
 
 
 def test_transposed_convolution_with_a_size_of_its_own_stays():
     layers = {name: nn.ConvTranspose2d(8, 8, 1, 2) for name in ("a", "b")}
     x = torch.randn(2, 8, 1, 1).double()
-    agrees(lambda m, x: m.a(x) + m.b(x, output_size=(2, 2)), x, merged=0, **layers)
-    agrees(lambda m, x: m.b(x, output_size=(2, 2)) + m.a(x), x, merged=0, **layers)
+    assert_agrees(lambda m, x: m.a(x) + m.b(x, output_size=(2, 2)), x, merged=0, **layers)
+    assert_agrees(lambda m, x: m.b(x, output_size=(2, 2)) + m.a(x), x, merged=0, **layers)
 
 
 def test_average_over_volumes_and_without_a_batch():
@@ -775,14 +783,14 @@ def test_average_over_volumes_and_without_a_batch():
         return lambda m, x: m.c0(x) + pool(x, 3, 1, 1)
 
     volume, image = torch.randn(1, 8, 5, 4, 6).double(), torch.randn(8, 6, 5).double()
-    agrees(pooled(F.avg_pool3d), volume, merged=1, c0=nn.Conv3d(8, 8, 3, padding=1))
-    agrees(pooled(F.avg_pool2d), image, image[None], merged=1, **convs(1))
+    assert_agrees(pooled(F.avg_pool3d), volume, merged=1, c0=nn.Conv3d(8, 8, 3, padding=1))
+    assert_agrees(pooled(F.avg_pool2d), image, image[None], merged=1, **convs(1))
 
 
 def test_widest_of_three_takes_both_others_beside_another_value():
     wide = nn.Conv2d(8, 8, (1, 3), padding=(0, 1))
     layers = {"a": wide, "b": nn.Conv2d(8, 8, 1), "c": nn.Conv2d(8, 8, 3, padding=1)}
-    fused = agrees(lambda m, x: torch.sigmoid(x) + m.a(x) + m.b(x) + m.c(x), merged=1, **layers)
+    fused = assert_agrees(lambda m, x: torch.sigmoid(x) + m.a(x) + m.b(x) + m.c(x), merged=1, **layers)
     assert operators(fused) == 1
 
 
@@ -792,7 +800,7 @@ def test_branches_inside_of_a_sum_in_place_are_merged():
         y += torch.sigmoid(x)
         return y
 
-    agrees(function, merged=1, norm=nn.BatchNorm2d(8), **convs(1))
+    assert_agrees(function, merged=1, norm=nn.BatchNorm2d(8), **convs(1))
 
 
 class Modes(nn.Module):
@@ -826,7 +834,7 @@ def test_a_sum_of_many_terms_ends():
             total = total + torch.tanh(x + step)
         return total + m.c1(x)
 
-    agrees(function, torch.randn(1, 8, 2, 2).double(), merged=1, **convs(2))
+    assert_agrees(function, torch.randn(1, 8, 2, 2).double(), merged=1, **convs(2))
 
 
 # ---- random sums ---------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def assert_settled(model, *inputs, constants=0, kept=0, folded=0, left=0, exampl
     return fused
 
 
-def exact(model, *inputs, example_inputs=None):
+def assert_same(model, *inputs, example_inputs=None):
     """The folded `model`, which computes the same, whatever was folded."""
     before = snapshot(model)
     fused = fxfuse.fuse(model, example_inputs=example_inputs)
@@ -60,7 +60,7 @@ def exact(model, *inputs, example_inputs=None):
     return fused
 
 
-def unfolded(model, *inputs, example_inputs=None):
+def assert_unfolded(model, *inputs, example_inputs=None):
     """The folded `model`, in which no constant is folded."""
     fused = fxfuse.fuse(model, example_inputs=example_inputs)
     assert not fxfuse.report(fused).constants
@@ -179,8 +179,8 @@ def test_constant_that_is_a_parameter_is_folded(operation, form):
 def test_zero_and_negative_constants_are_exact():
     c = torch.tensor([0.0, -2.0, 1e-3, 5.0], dtype=torch.float64).view(4, 1, 1)
     for operation in ("y * c", "c - y", "y + c"):
-        exact(with_constant(OPERATIONS[operation], c), X)
-    exact(with_constant(OPERATIONS["y * c"], 0), X)
+        assert_same(with_constant(OPERATIONS[operation], c), X)
+    assert_same(with_constant(OPERATIONS["y * c"], 0), X)
 
 
 LINEAR = {
@@ -200,7 +200,7 @@ def test_constant_per_feature_is_folded_into_a_linear_layer(case, form):
     for x in inputs:
         model = form(with_constant(OPERATIONS["c - y"], c, nn.Linear(3, 4)), x)
         assert_settled(model, x, constants=1, example_inputs=(x,))
-        exact(model, x)
+        assert_same(model, x)
 
 
 # 51: what broadcasts along another axis, or makes the value larger, in a convolution's output (4, 4, 4, 4).
@@ -321,12 +321,12 @@ NOT_AFFINE = {
 @GRAPHS
 @table("run", NOT_AFFINE)
 def test_what_is_not_affine_per_channel_is_left(run, form):
-    unfolded(form(model_of(run, c=noise(4, 1, 1)), X), X)
+    assert_unfolded(form(model_of(run, c=noise(4, 1, 1)), X), X)
 
 
 @pytest.mark.parametrize("form", FORMS[:3])
 def test_size_of_the_input_is_no_constant(form):
-    unfolded(form(model_of(lambda m, x: m.conv(x) / x.shape[-1])), X)  # an export makes it one
+    assert_unfolded(form(model_of(lambda m, x: m.conv(x) / x.shape[-1])), X)  # an export makes it one
 
 
 @pytest.mark.parametrize("form", FORMS[::3])
@@ -348,7 +348,7 @@ def test_size_of_the_input_is_no_constant(form):
 )
 def test_other_arithmetic_is_exact(run, form):
     x = noise(2, 4, 4, 4)
-    exact(form(model_of(run, conv=nn.Conv2d(4, 4, 1), c=noise(4, 1, 1)), x), x)
+    assert_same(form(model_of(run, conv=nn.Conv2d(4, 4, 1), c=noise(4, 1, 1)), x), x)
 
 
 # In place.
@@ -375,9 +375,9 @@ def test_constant_in_place_is_exact(used, write):
 
     with torch.no_grad():
         model = model_of(run, c=noise(4, 1, 1))
-        exact(model, X)
+        assert_same(model, X)
         if used == "both":
-            exact(exported(model, X), X)
+            assert_same(exported(model, X), X)
 
 
 # 52
@@ -416,7 +416,7 @@ def _in(dtype, c, operation):
 def test_constant_that_changes_the_dtype_is_left(operation, case, form):
     dtype, c = case
     model = _in(dtype, c, OPERATIONS[operation])
-    assert arithmetic(unfolded(form(model, X.to(dtype)), X.to(dtype))) == 1
+    assert arithmetic(assert_unfolded(form(model, X.to(dtype)), X.to(dtype))) == 1
 
 
 @GRAPHS
@@ -488,12 +488,12 @@ def test_infinite_and_undefined_constants_are_left(operation, value, form):
     c[2] = value
     for constant in (c, value):
         model = with_constant(OPERATIONS[operation], constant)
-        assert arithmetic(unfolded(form(model, X), X)) == 1
+        assert arithmetic(assert_unfolded(form(model, X), X)) == 1
 
 
 @pytest.mark.parametrize("divisor", [0, 0.0, torch.zeros(4, 1, 1, dtype=torch.float64)])
 def test_division_by_zero_is_left(divisor):
-    assert arithmetic(unfolded(with_constant(OPERATIONS["y / c"], divisor), X)) == 1
+    assert arithmetic(assert_unfolded(with_constant(OPERATIONS["y / c"], divisor), X)) == 1
 
 
 @pytest.mark.parametrize("c", [1e308, 1e300, 1e-308, 5e-324])
@@ -511,7 +511,7 @@ def test_constant_that_leaves_the_range_of_float16_is_left(c):
     model = _in(torch.float16, c, OPERATIONS["y * c"])
     with torch.no_grad():
         model.conv.weight.fill_(100 if c > 1 else 1e-2)
-    assert arithmetic(unfolded(model, X.half())) == 1
+    assert arithmetic(assert_unfolded(model, X.half())) == 1
 
 
 # 55
@@ -598,7 +598,7 @@ def test_constants_may_be_expressions_of_parameters_in_every_dialect(form):
 )
 def test_constant_is_left_where_its_value_is_used_elsewhere_or_not_linear(run, kept, form):
     model = form(model_of(run, c=nn.Parameter(noise(4, 1, 1))), X)
-    assert arithmetic(unfolded(model, X)) == kept
+    assert arithmetic(assert_unfolded(model, X)) == kept
 
 
 USED_TWICE = {
@@ -798,7 +798,7 @@ def test_normalisation_of_the_input_is_folded_if_its_dtype_is_known(case, form):
     model = form(normaliser(run), X)
     norms = int(run is NORMALISATIONS["before a norm"][0])
     assert_settled(model, X, constants=constants, folded=norms, example_inputs=(X,))
-    exact(model, X)
+    assert_same(model, X)
 
 
 @pytest.mark.parametrize("form", FORMS[:2])
@@ -812,7 +812,7 @@ def test_normalisation_of_the_input_is_folded_into_padding_that_is_not_zero(mode
 @pytest.mark.parametrize("case", ["tensors", "mul", "from -1 to 1", "numbers"])
 def test_shift_of_the_input_stays_before_zero_padding(case, form):
     model = form(normaliser(NORMALISATIONS[case][0], nn.Conv2d(3, 4, 3, padding=1)), X)
-    fused = exact(model, X, example_inputs=(X,))
+    fused = assert_same(model, X, example_inputs=(X,))
     assert 1 <= arithmetic(fused) == 2 - len(fxfuse.report(fused).constants)
 
 
@@ -828,15 +828,15 @@ def test_shift_of_the_input_stays_before_zero_padding(case, form):
 def test_normalisation_that_makes_floats_of_integers_is_left(run, dtype, form):
     x = (9 * X).abs().to(dtype)
     model = form(normaliser(run).float())
-    unfolded(model, x)
-    unfolded(model, x, example_inputs=(x,))
+    assert_unfolded(model, x)
+    assert_unfolded(model, x, example_inputs=(x,))
 
 
 def test_normalisation_that_promotes_its_input_is_left():
     model = normaliser(_normalised)
     x = X.float()
-    unfolded(model, x, example_inputs=(x,))
-    unfolded(model, x)
+    assert_unfolded(model, x, example_inputs=(x,))
+    assert_unfolded(model, x)
 
 
 # 37: a batch norm that is written as a multiplication and an addition of buffers.
@@ -896,7 +896,7 @@ def test_frozen_norm_is_accounted_for_wherever_it_stands(case):
     report = fxfuse.explain(model)
     assert (len(report.folded), len(report.refused)) == (folded, left)
     assert {record.norm for record in (*report.folded, *report.refused)} <= {"norm", "other"}
-    fused = exact(model, X)
+    fused = assert_same(model, X)
     assert not report.constants
     assert (arithmetic(fused) > 1) == bool(left)
 
@@ -949,7 +949,7 @@ def test_norm_before_a_reparametrised_layer_goes_forward(make):
 
 @table("make", PARAMETRISATIONS)
 def test_reparametrised_layer_without_a_norm_is_exact(make):
-    exact(randomise(nn.Sequential(make(nn.Conv2d(3, 4, 3)), nn.ReLU())), X)
+    assert_same(randomise(nn.Sequential(make(nn.Conv2d(3, 4, 3)), nn.ReLU())), X)
 
 
 def standardised(weight, eps=1e-4):
@@ -1037,7 +1037,7 @@ def test_norms_around_operators_with_computed_weights_are_folded_in_every_dialec
 @GRAPHS
 @table("run", COMPUTED)
 def test_normalisation_of_a_weight_is_no_norm(run, form):
-    fused = exact(form(computed(run), X), X)
+    fused = assert_same(form(computed(run), X), X)
     assert fxfuse.report(fused).norms == 0
 
 
