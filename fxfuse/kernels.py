@@ -9,7 +9,6 @@ everywhere. Nothing is rounded here beyond float64.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class Kernel:
         weight = torch.full(shape, value, dtype=torch.float64, device=device)
         return cls(weight, weight.new_zeros(geometry.groups), geometry)
 
-    @cached_property
+    @property
     def channels(self) -> int:
         """How many channels come out."""
         return self.bias.shape[0]

@@ -24,11 +24,12 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from fxfuse.branches import Surroundings, merges
+from fxfuse.branches import merges
 from fxfuse.calls import torch_name
 from fxfuse.channels import KEPT, Channels, every
 from fxfuse.layers import calls_norm
 from fxfuse.layout import layouts
+from fxfuse.linearity import Surroundings
 from fxfuse.memory import Memory
 from fxfuse.nodes import Affine, LeftNorm, Linear, Norm, Opaque, Split
 from fxfuse.ops import Reader, norms_inside

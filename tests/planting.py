@@ -28,6 +28,7 @@ from fxfuse import (
     inputs,
     keep,
     kernels,
+    linearity,
     match,
     memory,
     ops,
@@ -978,9 +979,9 @@ def merge_whatever_it_costs() -> None:
 def merge_values_that_others_read() -> None:
     def before(_: Any, self: Any, value: fx.Node, __: fx.Node) -> Any:
         value = self.value(value)
-        return {value: branches.Form(value, value)} | self.of(value)
+        return {value: linearity.Form(value, value)} | self.of(value)
 
-    wrap(branches._Forms, "before", before)
+    wrap(linearity.Forms, "before", before)
 
 
 @bug(*BRANCHES)
