@@ -3,7 +3,8 @@
 The source's side is computed as a sum of products and by torch's own batch norm, and not by the arithmetic of
 `fxfuse.affine` and `fxfuse.fold`. Everything is in float64, on a small random input: one that covers the
 kernel once and is zero in all but a few input channels, so that little of a large weight has to be read. All
-output channels are looked at. Two things are asked:
+output channels are looked at. Operators that become one are run by torch's own functions, whole, on an input
+that is as small as may be for every tap and the border to be seen. Two things are asked:
 
 * algebra: folded in float64, does the operator give the same? That does not depend on the model's dtype.
 * rounding: are the folded weight and bias those numbers, each rounded once?
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -93,18 +95,9 @@ class _Trial:
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """The relative L2 distance of the operator with these from the source; infinite if they are wrong."""
-        expected = self._expected(lambda part: part)
-        right_weight, right_bias = absorb_unchecked(self.source)
-        difference = self._run(self.x, right_weight, right_bias) - expected
-        # Where large numbers cancel, it is these that count.
-        if not is_near(difference, expected, _SUMS) and not is_near(difference, self._expected(abs), _SUMS):
-            return math.inf
-        weight_change = self._some(weight) - right_weight
-        bias_change = (0.0 if bias is None else exact(bias)) - right_bias
-        for change, right in ((weight_change, right_weight), (bias_change, right_bias)):
-            if not is_rounded(change, right, weight.dtype):
-                return math.inf
-        return _relative(difference + self._run(self.x, weight_change, bias_change), expected)
+        right = absorb_unchecked(self.source)
+        changes = self._some(weight) - right[0], (0.0 if bias is None else exact(bias)) - right[1]
+        return _error(partial(self._run, self.x), self._expected, right, changes, weight.dtype)
 
     def _expected(self, part: Part) -> Tensor:
         """What the source gives; with ``part=abs`` the magnitudes of what is summed on the way."""
@@ -161,21 +154,10 @@ class _MergeTrial:
 
     def error(self) -> float:
         """The relative L2 distance of the one operator from those of the source; infinite if it is wrong."""
-        expected = self._value(self.form, lambda part: part)
-        right, bias = self.exactly.weight, self.exactly.bias
-        difference = applied(self.host, self.x, right, bias) - expected
-        if not is_near(difference, expected, _SUMS) and not is_near(
-            difference, self._value(self.form, abs), _SUMS
-        ):
-            return math.inf
-        changes = [
-            (0.0 if tensor is None else exact(tensor)) - each
-            for tensor, each in zip(self.folded, (right, bias), strict=True)
-        ]
-        dtype = self.folded[0].dtype
-        if not is_rounded(changes[0], right, dtype) or not is_rounded(changes[1], bias, dtype):
-            return math.inf
-        return _relative(difference + applied(self.host, self.x, *changes), expected)
+        right, (weight, bias) = (self.exactly.weight, self.exactly.bias), self.folded
+        changes = exact(weight) - right[0], (0.0 if bias is None else exact(bias)) - right[1]
+        run, source = partial(applied, self.host, self.x), partial(self._value, self.form)
+        return _error(run, source, right, changes, weight.dtype)
 
     def _value(self, form: Form, part: Part) -> Tensor:
         """What the source makes of x; with ``part=abs`` the magnitudes of what is summed on the way."""
@@ -221,6 +203,29 @@ def _size(axis: Axis, geometry: Geometry) -> int:
     return axis.stride + max(axis.reach, axis.padding) + 1
 
 
-def _relative(difference: Tensor, expected: Tensor) -> float:
+def _error(
+    run: Callable[[Tensor, Tensor], Tensor],
+    source: Callable[[Part], Tensor],
+    right: tuple[Tensor, Tensor],
+    changes: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+) -> float:
+    """The relative L2 distance of a folded operator from the source; infinite if it is wrong.
+
+    Args:
+        run: gives what the operator makes of x with a weight and a bias.
+        source: gives what the source makes of x; of `abs` the magnitudes of what is summed on the way.
+        right: the weight and bias in float64.
+        changes: what rounding added to them.
+        dtype: to which they were rounded.
+    """
+    expected = source(lambda part: part)
+    difference = run(*right) - expected
+    # Where large numbers cancel, it is these that count.
+    if not is_near(difference, expected, _SUMS) and not is_near(difference, source(abs), _SUMS):
+        return math.inf
+    if not all(is_rounded(change, each, dtype) for change, each in zip(changes, right, strict=True)):
+        return math.inf
     size = torch.linalg.vector_norm(expected)
-    return float(torch.linalg.vector_norm(difference) / size) if size else 0.0
+    distance = torch.linalg.vector_norm(difference + run(*changes))
+    return float(distance / size) if size else 0.0
