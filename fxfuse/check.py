@@ -3,8 +3,9 @@
 The source's side is computed as a sum of products and by torch's own batch norm, and not by the arithmetic of
 `fxfuse.affine` and `fxfuse.fold`. Everything is in float64, on a small random input: one that covers the
 kernel once and is zero in all but a few input channels, so that little of a large weight has to be read. All
-output channels are looked at. Operators that become one are run by torch's own functions, whole, on an input
-that is as small as may be for every tap and the border to be seen. Two things are asked:
+output channels are looked at. Operators of one shape are tried together, side by side, which makes them one
+with more groups. Operators that become one are run by torch's own functions, whole, on an input that is as
+small as may be for every tap and the border to be seen. Two things are asked:
 
 * algebra: folded in float64, does the operator give the same? That does not depend on the model's dtype.
 * rounding: are the folded weight and bias those numbers, each rounded once?
@@ -16,14 +17,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxfuse.affine import exact
+from fxfuse.affine import AffineMap, exact
 from fxfuse.channels import Channels
 from fxfuse.eager import Part, applied, averaged, is_near, is_rounded, mapped
 from fxfuse.fold import Absorption, absorb_unchecked
@@ -32,12 +34,16 @@ from fxfuse.geometry import Axis, Geometry, Window
 from fxfuse.nodes import Affine, Linear, Norm
 from fxfuse.ops import Reader
 from fxfuse.plan import Change, Merge, Move, Plan, Site
-from fxfuse.solve import Solution, merged_kernel
+from fxfuse.solve import Folded, Solution, merged_kernel
 
 # In-channels, of each group, in which the input is not zero.
 _CHANNELS = 4
+# So many weights at most are tried together.
+_TOGETHER = 1 << 16
 # Sums in float64 may differ by this, relative to what is summed.
 _SUMS = 2.0**-42
+
+Taken = Mapping[fx.Node, Sequence[tuple[Move, Site]]]
 
 
 def errors(plan: Plan, solution: Solution, reader: Reader) -> dict[Change, float]:
@@ -51,12 +57,9 @@ def errors(plan: Plan, solution: Solution, reader: Reader) -> dict[Change, float
             taken[site.node].append((move, site))
     generator = torch.Generator("cpu").manual_seed(0)
     found: dict[Change, float] = {}
-    hosts = {merge.host for merge in plan.merges}
     with torch.no_grad():
-        for node, (weight, bias) in solution.tensors.items():
-            if not weight.is_meta and node not in hosts:
-                trial = _Trial(solution.absorptions[node], taken[node], reader, generator)
-                error = trial.error(weight, bias)
+        for nodes in _alike(plan, solution):
+            for node, error in _tried(nodes, solution, taken, reader, generator).items():
                 found |= {move: max(error, found.get(move, 0.0)) for move, _ in taken[node]}
         for merge in plan.merges:
             if not solution.tensors[merge.host][0].is_meta:
@@ -68,65 +71,128 @@ def errors(plan: Plan, solution: Solution, reader: Reader) -> dict[Change, float
     return found
 
 
+def _alike(plan: Plan, solution: Solution) -> Iterator[list[fx.Node]]:
+    """The folded operators that can be tried together."""
+    hosts = {merge.host for merge in plan.merges}
+    found: dict[Any, list[fx.Node]] = defaultdict(list)
+    for node, (weight, _) in solution.tensors.items():
+        if not weight.is_meta and node not in hosts:
+            what = solution.absorptions[node]
+            bias = None if what.bias is None or what.bias.dim() < 2 else what.bias.shape
+            maps = what.before is None, what.after is None
+            found[weight.shape, weight.dtype, weight.device, what.transposed, what.groups, bias, maps] += [
+                node
+            ]
+    for nodes in found.values():
+        what = solution.absorptions[nodes[0]]
+        seen = what.weight.numel() * _width(what) // _in_channels(what)
+        count = max(1, _TOGETHER // seen)
+        yield from (nodes[start : start + count] for start in range(0, len(nodes), count))
+
+
+def _in_channels(what: Absorption) -> int:
+    """Of each group."""
+    return what.weight.shape[0] // what.groups if what.transposed else what.weight.shape[1]
+
+
+def _width(what: Absorption) -> int:
+    """In how many in-channels of each group the input is not zero."""
+    # What a shift before the operator adds comes out of all channels.
+    return _in_channels(what) if what.before is not None else min(_in_channels(what), _CHANNELS)
+
+
+def _tried(
+    nodes: Sequence[fx.Node], solution: Solution, taken: Taken, reader: Reader, generator: torch.Generator
+) -> dict[fx.Node, float]:
+    """The errors of folded operators, tried together, or each by itself where that does not hold."""
+    whats, moves = [solution.absorptions[node] for node in nodes], [taken[node] for node in nodes]
+    errors = _Trial(whats, moves, reader, generator).errors([solution.tensors[node] for node in nodes])
+    if len(nodes) > 1 and math.inf in errors:
+        alone = (_tried([node], solution, taken, reader, generator) for node in nodes)
+        return {node: error for each in alone for node, error in each.items()}
+    return dict(zip(nodes, errors, strict=True))
+
+
 class _Trial:
-    """One operator of the source, the norms and constants that it takes up, and an input for it."""
+    """Operators of one shape, side by side, the norms and constants that each takes up, and an input."""
 
     def __init__(
         self,
-        what: Absorption,
-        taken: Sequence[tuple[Move, Site]],
+        whats: Sequence[Absorption],
+        taken: Sequence[Sequence[tuple[Move, Site]]],
         reader: Reader,
         generator: torch.Generator,
     ) -> None:
-        self.operator = taken[0][1].operator
-        self.reader = reader
-        self.before = [each for each in reversed(taken) if each[1].side == "input"]
-        self.after = [each for each in taken if each[1].side == "output"]
-        groups, count = what.groups, self.operator.in_channels // what.groups
-        # What a shift before the operator adds comes out of all channels.
-        size = count if self.before else min(count, _CHANNELS)
-        start = int(torch.randint(count - size + 1, (), generator=generator, device="cpu"))
-        self.channels = slice(start, start + size)
-        bias = None if what.bias is None else exact(what.bias)
-        self.source = replace(what, weight=self._some(what.weight), bias=bias)
-        seen = 1 if what.transposed else math.prod(what.weight.shape[2:])
-        x = torch.rand((1, groups * size, seen), dtype=torch.float64, generator=generator, device="cpu") - 0.5
-        self.x = x.to(self.source.weight.device)
+        self.count, self.reader = len(whats), reader
+        self.before = [[each for each in reversed(moves) if each[1].side == "input"] for moves in taken]
+        self.after = [[each for each in moves if each[1].side == "output"] for moves in taken]
+        first, operator = whats[0], taken[0][0][1].operator
+        self.channels, self.groups = operator.channels, first.groups
+        self.transposed = first.transposed
+        width = _width(first)
+        start = int(torch.randint(_in_channels(first) - width + 1, (), generator=generator, device="cpu"))
+        self.seen = slice(start, start + width)
+        weight = self._weights([what.weight for what in whats])
+        self.device = weight.device
+        self.source = Absorption(
+            weight,
+            self._biases([what.bias for what in whats]),
+            _side_by_side([what.before for what in whats]),
+            _side_by_side([what.after for what in whats]),
+            first.transposed,
+            self.count * first.groups,
+        )
+        places = 1 if first.transposed else math.prod(first.weight.shape[2:])
+        shape = 1, self.source.groups * width, places
+        x = torch.rand(shape, dtype=torch.float64, generator=generator, device="cpu") - 0.5
+        self.x = x.to(self.device)
 
-    def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """The relative L2 distance of the operator with these from the source; infinite if they are wrong."""
+    def errors(self, folded: Sequence[Folded]) -> list[float]:
+        """The relative L2 distance of each operator with these from the source; infinite if one is wrong."""
         right = absorb_unchecked(self.source)
-        changes = self._some(weight) - right[0], (0.0 if bias is None else exact(bias)) - right[1]
-        return _error(partial(self._run, self.x), self._expected, right, changes, weight.dtype)
+        weights = self._weights([weight for weight, _ in folded])
+        changes = weights - right[0], self._biases([bias for _, bias in folded]) - right[1]
+        dtype = folded[0][0].dtype
+        return _errors(partial(self._run, self.x), self._expected, right, changes, dtype, self.count)
 
     def _expected(self, part: Part) -> Tensor:
         """What the source gives; with ``part=abs`` the magnitudes of what is summed on the way."""
-        value = part(self.x)
-        for move, site in self.before:
-            value = mapped(value, move.source, site.channels, self.reader, part)
-        bias = None if self.source.bias is None else part(self.source.bias)
-        value = self._run(value, part(self.source.weight), bias)
-        for move, site in self.after:
-            value = mapped(value, move.source, site.channels, self.reader, part)
-        return value
+        assert self.source.bias is not None
+        value = self._mapped(part(self.x), self.before, part)
+        value = self._run(value, part(self.source.weight), part(self.source.bias))
+        return self._mapped(value, self.after, part)
 
-    def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _mapped(self, value: Tensor, taken: Sequence[Sequence[tuple[Move, Site]]], part: Part) -> Tensor:
+        if not any(taken):
+            return value
+        parts = [*value.chunk(self.count, 1)]
+        for number, moves in enumerate(taken):
+            for move, site in moves:
+                parts[number] = mapped(parts[number], move.source, site.channels, self.reader, part)
+        return torch.cat(parts, 1)
+
+    def _run(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """At one place: (1, in, kernel) → (1, out, 1), or transposed (1, in, 1) → (1, out, kernel)."""
-        groups, channels = self.operator.groups, self.operator.channels
-        if self.operator.transposed:
+        groups = self.source.groups
+        if self.transposed:
             rows = x.view(groups, 1, -1) @ weight.reshape(groups, weight.shape[0] // groups, -1)
         else:
-            rows = weight.reshape(groups, channels // groups, -1) @ x.view(groups, -1, 1)
-        value = rows.view(1, channels, -1)
-        # The bias of a linear function may have a batch axis, or be one number.
-        return value if bias is None else value + bias.view(-1, bias.shape[-1] if bias.dim() else 1, 1)
+            rows = weight.reshape(groups, weight.shape[0] // groups, -1) @ x.view(groups, -1, 1)
+        channels = self.count * self.channels
+        return rows.view(1, channels, -1) + bias.view(-1, channels, 1)
 
-    def _some(self, weight: Tensor) -> Tensor:
-        """The weights of the channels in which the input is not zero, in float64."""
-        if not self.operator.transposed:
-            return exact(weight[:, self.channels])
-        grouped = weight.view(self.operator.groups, -1, *weight.shape[1:])
-        return exact(grouped[:, self.channels].flatten(0, 1))
+    def _weights(self, weights: Sequence[Tensor]) -> Tensor:
+        """Of the channels in which the input is not zero, in float64."""
+        if not self.transposed:
+            return exact(torch.cat([weight[:, self.seen] for weight in weights]))
+        grouped = [weight.view(self.groups, -1, *weight.shape[1:])[:, self.seen] for weight in weights]
+        return exact(torch.cat(grouped).flatten(0, 1))
+
+    def _biases(self, biases: Sequence[Tensor | None]) -> Tensor:
+        """In float64: (out,), or (batch, out), since the bias of a linear function may have a batch axis."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        each = [zero if bias is None else exact(bias) for bias in biases]
+        return torch.cat([bias.expand(*bias.shape[:-1], self.channels) for bias in each], -1)
 
 
 class _MergeTrial:
@@ -136,7 +202,7 @@ class _MergeTrial:
         self,
         merge: Merge,
         solution: Solution,
-        taken: Mapping[fx.Node, Sequence[tuple[Move, Site]]],
+        taken: Taken,
         reader: Reader,
         generator: torch.Generator,
     ) -> None:
@@ -157,7 +223,7 @@ class _MergeTrial:
         right, (weight, bias) = (self.exactly.weight, self.exactly.bias), self.folded
         changes = exact(weight) - right[0], (0.0 if bias is None else exact(bias)) - right[1]
         run, source = partial(applied, self.host, self.x), partial(self._value, self.form)
-        return _error(run, source, right, changes, weight.dtype)
+        return _errors(run, source, right, changes, weight.dtype)[0]
 
     def _value(self, form: Form, part: Part) -> Tensor:
         """What the source makes of x; with ``part=abs`` the magnitudes of what is summed on the way."""
@@ -203,14 +269,24 @@ def _size(axis: Axis, geometry: Geometry) -> int:
     return axis.stride + max(axis.reach, axis.padding) + 1
 
 
-def _error(
+def _side_by_side(maps: Sequence[AffineMap | None]) -> AffineMap | None:
+    each = [affine for affine in maps if affine is not None]
+    if not each:
+        return None
+    return AffineMap(
+        torch.cat([affine.scale for affine in each]), torch.cat([affine.shift for affine in each])
+    )
+
+
+def _errors(
     run: Callable[[Tensor, Tensor], Tensor],
     source: Callable[[Part], Tensor],
     right: tuple[Tensor, Tensor],
     changes: tuple[Tensor, Tensor],
     dtype: torch.dtype,
-) -> float:
-    """The relative L2 distance of a folded operator from the source; infinite if it is wrong.
+    count: int = 1,
+) -> list[float]:
+    """The relative L2 distances of folded operators from the source; all infinite if one is wrong.
 
     Args:
         run: gives what the operator makes of x with a weight and a bias.
@@ -218,14 +294,18 @@ def _error(
         right: the weight and bias in float64.
         changes: what rounding added to them.
         dtype: to which they were rounded.
+        count: how many operators stand side by side.
     """
     expected = source(lambda part: part)
     difference = run(*right) - expected
     # Where large numbers cancel, it is these that count.
     if not is_near(difference, expected, _SUMS) and not is_near(difference, source(abs), _SUMS):
-        return math.inf
+        return [math.inf] * count
     if not all(is_rounded(change, each, dtype) for change, each in zip(changes, right, strict=True)):
-        return math.inf
-    size = torch.linalg.vector_norm(expected)
-    distance = torch.linalg.vector_norm(difference + run(*changes))
-    return float(distance / size) if size else 0.0
+        return [math.inf] * count
+    distances, sizes = (
+        torch.linalg.vector_norm(value.reshape(len(value), count, -1), dim=(0, 2))
+        for value in (difference + run(*changes), expected)
+    )
+    relative: list[float] = (distances / sizes.where(sizes > 0, math.inf)).tolist()
+    return relative
