@@ -81,7 +81,7 @@ def backend(
         gone = rewrite(capture, plan, solution, reader)
         if always and plan.changes:
             inline(lifted, plan, reader, solution, tensors)
-    report = Report(capture.name, gone.norms, plan.refusals, gone.constants, gone.merged)
+    report = Report(capture.name, gone.norms, plan.refusals, gone.constants, gone.merged, plan.apart)
     _LOG.info("%s", report)
     code = dynamo.code_compiled()
     attached = partial(attach_compiled, code=code, report=report, tensors=tensors, places=places)

@@ -19,12 +19,15 @@ from fxfuse.forms import Form, Total
 from fxfuse.linearity import Forms, Surroundings, Term, holds_all
 from fxfuse.memory import Memory
 from fxfuse.nodes import Affine, Linear, Norm
-from fxfuse.plan import Barred, Merge
+from fxfuse.places import place_of
+from fxfuse.plan import Barred, Merge, name_of
+from fxfuse.records import Apart
+from fxfuse.refusals import Code
 from fxfuse.transparent import Sum
 
 
-def merges(graph: fx.Graph, known: Surroundings) -> Iterator[Merge]:
-    """What can be merged in `graph`."""
+def merges(graph: fx.Graph, known: Surroundings) -> tuple[list[Merge], list[Apart]]:
+    """What can be merged in `graph`, and the branches that cannot, both from its end to its beginning."""
     moves = known.moves
     forms = Forms(graph, known)
     for node in graph.nodes:  # in this order no form is asked for before those that it is made of
@@ -32,11 +35,22 @@ def merges(graph: fx.Graph, known: Surroundings) -> Iterator[Merge]:
             forms.of(node)
     merger = _Merger(forms, known.memory, known.barred)
     done = {*moves}
+    merged: list[Merge] = []
+    apart: list[Apart] = []
     for node in reversed(graph.nodes):
         if node not in done:
             found, seen = merger.at(node)
             done |= seen
-            yield from found
+            merged += found
+            if forms.is_sum(node) and not any(merge.node is node for merge in found):
+                apart += merger.apart(node, found)
+    return merged, apart
+
+
+def _told(form: Form) -> str:
+    """A branch by its operators."""
+    operators = [name_of(each.node, each.step) for each in form.steps() if isinstance(each.step, Linear)]
+    return ", ".join(operators) or "identity"
 
 
 def _switches_mode(node: fx.Node) -> bool:
@@ -98,7 +112,7 @@ class _Merger:
         if gives_several(node):  # what is read is its first value
             return [], {node}
         forms = self._forms.of(node).values() if (node, "merged") not in self._barred else ()
-        whole = [form for form in forms if self._pays(form) and self._may(form, node)]
+        whole = [form for form in forms if self._pays(form) and self._hindrance(form, node) is None]
         if whole:
             best = max(whole, key=lambda form: len(form.nodes))
             assert best.host is not None
@@ -144,11 +158,58 @@ class _Merger:
             if form is None or form.host is None or order[form.host] > order[slot.parent]:
                 continue
             reading = [terms[n].parent for n in group]
-            if self._pays(form) and self._may(form, slot.value, reading):
+            if self._pays(form) and self._hindrance(form, slot.value, reading) is None:
                 bypassed = sums.without([terms[n].value for n in group if n != place])
                 if bypassed is not None:
                     return Merge(slot.value, form, form.host, tuple(bypassed.items()))
         return None
+
+    def apart(self, node: fx.Node, found: Sequence[Merge]) -> Iterator[Apart]:
+        """The branches on one value that the sum at `node` adds up, as several operators."""
+        gone = {part.node for merge in found for part in merge.form.parts} - {merge.node for merge in found}
+        terms = [term for term in self._forms.terms(node)[0] if term.value not in gone]
+        shared: dict[fx.Node, list[tuple[Term, Form]]] = defaultdict(list)
+        for term in terms:
+            own = {term.value: Form(term.value, term.value)}
+            for source, form in (own | self._forms.of(term.value)).items():
+                shared[source].append((term, form))
+        groups = [
+            group
+            for group in shared.values()
+            if len(group) > 1 and any(form.geometry is not None for _, form in group)
+        ]
+        if groups:
+            group = max(groups, key=len)
+            code, detail = self._reason(node, *zip(*group, strict=True))
+            hosts = {merge.node: merge.name for merge in found}
+            names = tuple(hosts.get(term.value) or _told(form) for term, form in group)
+            yield Apart(names, code.value.code, code.reason(detail), code.value.hint, place_of(node))
+
+    def _reason(self, node: fx.Node, terms: Sequence[Term], forms: Sequence[Form]) -> tuple[Code, str]:
+        """Why these terms of a sum are not one."""
+        values = [term.value for term in terms]
+        barred = [
+            self._barred[each, "merged"] for each in (node, *values) if (each, "merged") in self._barred
+        ]
+        if barred:
+            return barred[0], node.name
+        read = next(
+            (term.value for term, form in zip(terms, forms, strict=True) if form.source not in term.forms),
+            None,
+        )
+        if read is not None:
+            return Code.READ, read.name
+        pairs = [
+            (wide, each) for wide in forms for each in forms if each is not wide and holds_all(wide, [each])
+        ]
+        if not pairs:
+            kinds = (str(form.geometry) for form in forms if form.geometry is not None)
+            return Code.BRANCHES, "; ".join(dict.fromkeys(kinds))
+        chosen = [terms[forms.index(form)] for form in pairs[0]]
+        total = self._forms.total(node, forms[0].source, [replace(term, factor=1.0) for term in chosen], ())
+        if total is None or not self._pays(total):
+            return Code.COST, node.name
+        return self._hindrance(total, node, [term.parent for term in chosen]) or Code.SUM, node.name
 
     def _pays(self, form: Form) -> bool:
         """Whether there is something to merge, and it costs no more afterwards."""
@@ -160,23 +221,25 @@ class _Merger:
             return operators > 1 and form.merged_cost < form.cost
         return operators > 0 and form.merged_cost <= form.cost
 
-    def _may(self, form: Form, last: fx.Node, parents: Sequence[fx.Node] = ()) -> bool:
-        """Whether nobody writes to what is read, by `parents` too, and all numbers are of one kind."""
+    def _hindrance(self, form: Form, last: fx.Node, parents: Sequence[fx.Node] = ()) -> Code | None:
+        """Why it cannot be merged: somebody writes to what is read, by `parents` too; or kinds of numbers."""
         assert form.host is not None
         order = self._memory.order
         nodes = sorted({*form.nodes, *parents, form.host, last}, key=order.__getitem__)
         if self._memory.writer_between(form.source, nodes[0], [nodes[-1]]) is not None:
-            return False
-        if any(order[nodes[0]] < place < order[nodes[-1]] for place in self._switches):
-            return False
-        terms = [part.node for each in form.steps() if isinstance(each.step, Total) for part in each.parts]
-        if any(self._forms.shapes.changes_dtype(form.host, node) for node in (last, *terms)):
-            return False
-        if not self._has_dtype_of_weights(form):
-            return False
+            return Code.STATE_MUTATED
         written = (each for node in form.nodes for each in self._reader.written_inputs(node))
         if not form.nodes.issuperset(self._forms.value(each) for each in written):
-            return False
+            return Code.STATE_MUTATED
+        if any(order[nodes[0]] < place < order[nodes[-1]] for place in self._switches):
+            return Code.KINDS
+        terms = [part.node for each in form.steps() if isinstance(each.step, Total) for part in each.parts]
+        if any(self._forms.shapes.changes_dtype(form.host, node) for node in (last, *terms)):
+            return Code.KINDS
+        return None if self._has_dtype_of_weights(form) and self._are_alike(form) else Code.KINDS
+
+    def _are_alike(self, form: Form) -> bool:
+        """Whether all weights and statistics are of one dtype and on one device."""
         weights, others = [], []
         for each in form.steps():
             if isinstance(each.step, Linear):

@@ -83,6 +83,18 @@ class Geometry:
     transposed: bool = False
     fill: str = "zeros"
 
+    def __str__(self) -> str:
+        """As "3×3, stride 2, groups 4": what is not 1 or 0."""
+        parts = ["×".join(map(str, self.kernel))] if self.axes else ["linear"]
+        for name, usual in (("stride", 1), ("padding", 0), ("dilation", 1), ("extra", 0)):
+            values = [getattr(axis, name) for axis in self.axes]
+            if any(value != usual for value in values):
+                parts.append(f"{name} {'×'.join(map(str, dict.fromkeys(values)))}")
+        parts += [f"groups {self.groups}"] if self.groups != 1 else []
+        parts += ["transposed"] if self.transposed else []
+        parts += [self.fill] if self.fill != "zeros" else []
+        return ", ".join(parts)
+
     @property
     def kernel(self) -> tuple[int, ...]:
         """The number of taps along each axis."""

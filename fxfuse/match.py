@@ -38,7 +38,7 @@ from fxfuse.plan import Barred, Direction, Merge, Move, Plan, Site
 from fxfuse.records import Refusal
 from fxfuse.refusals import Code
 from fxfuse.shapes import GraphShapes
-from fxfuse.transparent import Rearranged, Slice, Transparent, Within
+from fxfuse.transparent import Rearranged, Slice, Sum, Transparent, Within
 from fxfuse.tree import attribute
 
 
@@ -59,11 +59,14 @@ def match(graph: fx.Graph, reader: Reader, shapes: GraphShapes, barred: Barred) 
         if node not in matcher.moves:
             matcher.place(node, "forward")
     known = Surroundings(reader, shapes, matcher.moves, matcher.memory, matcher.acting, barred)
-    matcher.merged = {merge.node: merge for merge in reversed([*merges(graph, known)])}
+    found_merges, apart = merges(graph, known)
+    matcher.merged = {merge.node: merge for merge in reversed(found_merges)}
     refusals = [refusal for node in graph.nodes for refusal in matcher.refused(node)]
     found = layouts(graph, reader, shapes, matcher.gone, matcher.merged, matcher.memory.is_written_after)
     moves, merged = tuple(matcher.moves.values()), tuple(matcher.merged.values())
-    return Plan(moves, merged, tuple(refusals), found.views, frozenset(found.stuck), matcher.written_out)
+    return Plan(
+        moves, merged, tuple(refusals), tuple(apart), found.views, frozenset(found.stuck), matcher.written_out
+    )
 
 
 class _Stop(Exception):  # noqa: N818
@@ -195,11 +198,19 @@ class _Matcher:
 
     def _reason(self, node: fx.Node) -> _Stop:
         """That of the direction in which there is an operator that could have absorbed the map."""
-        if (node, "merged") in self.barred:
-            return _Stop(self.barred[node, "merged"], node.name)
+        merging = next((each for each in self._sums_of(node) if (each, "merged") in self.barred), None)
+        if merging is not None:
+            return _Stop(self.barred[merging, "merged"], merging.name)
         before, after = self.stopped[node, "backward"], self.stopped[node, "forward"]
         nothing_before = before.code in (Code.OPAQUE_PRODUCER, Code.NOTHING_BEFORE)
         return after if nothing_before and after.code is not Code.OPAQUE_PRODUCER else before
+
+    def _sums_of(self, node: fx.Node) -> Iterator[fx.Node]:
+        """`node`, and the sums of which it is a term."""
+        yield node
+        for user in node.users:
+            if isinstance(self.reader.read(user), Sum):
+                yield from self._sums_of(user)
 
     def _channels(self, source: Norm | Affine) -> Channels:
         """Along which axis the map of `source` acts."""

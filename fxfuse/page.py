@@ -21,7 +21,7 @@ from markupsafe import Markup, escape
 from fxfuse._version import __version__
 from fxfuse.drawing import Drawing, Row
 from fxfuse.picture import ROW, picture
-from fxfuse.records import Fold, Refusal, Report
+from fxfuse.records import Apart, Fold, Merged, Refusal, Report
 from fxfuse.summary import Summary
 from fxfuse.tree import owners
 from fxfuse.verdict import Comparison
@@ -52,6 +52,21 @@ class Entry:
     outcome: Outcome
     record: Fold | Refusal
     rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Branches:
+    """A row of the table of branches.
+
+    Attributes:
+        record: what became of them.
+        branches: what they are.
+        row: where the operator is drawn that does it all now; None if there is none.
+    """
+
+    record: Merged | Apart
+    branches: tuple[str, ...]
+    row: int | None
 
 
 def page(
@@ -86,6 +101,7 @@ def page(
         numbers=_numbers(*summaries),
         is_run=summaries[0].flops is not None,
         entries=entries,
+        branches=_branches(report, () if drawing is None else drawing.rows),
         links={row: number for number, entry in enumerate(entries, 1) for row in entry.rows},
         codes=Counter(refusal.code for refusal in report.refused),
         states={row.state for row in drawing.rows} if drawing else set(),
@@ -149,6 +165,16 @@ def _count(number: float) -> str:
 
 def _memory(mebibytes: float) -> str:
     return f"{mebibytes:,.2f} MiB" if mebibytes >= 1 else f"{1024 * mebibytes:,.2f} KiB"
+
+
+def _branches(report: Report, rows: Sequence[Row]) -> list[Branches]:
+    """Those that were merged, and those that stay apart."""
+    drawn = {row.name: number for number, row in reversed([*enumerate(rows)])}
+    merged = [
+        Branches(each, (each.name, *(each.operators or ["identity"])), drawn.get(each.name))
+        for each in report.merged
+    ]
+    return merged + [Branches(each, each.branches, None) for each in report.apart]
 
 
 def _entries(report: Report, rows: Sequence[Row]) -> list[Entry]:

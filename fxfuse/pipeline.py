@@ -227,7 +227,7 @@ def _graph(model: nn.Module, example_inputs: Sequence[Any] | None, leave: Leave)
     refused = (*plan.refusals, *(refusal for refusal in inside.refused if refusal.norm not in known))
     folded = (*gone.norms, *inside.folded)
     name = type(model).__name__
-    return captured.module(), Report(name, folded, refused, gone.constants, gone.merged)
+    return captured.module(), Report(name, folded, refused, gone.constants, gone.merged, plan.apart)
 
 
 def _kept(model: nn.Module, leave: Leave, *notes: str) -> tuple[nn.Module, Report]:

@@ -11,7 +11,7 @@ from torch import fx
 from fxfuse.channels import Channels
 from fxfuse.forms import Form
 from fxfuse.nodes import Affine, Linear, Norm
-from fxfuse.records import Refusal
+from fxfuse.records import Apart, Refusal
 from fxfuse.refusals import Code
 
 Direction = Literal["backward", "forward", "merged"]
@@ -120,6 +120,7 @@ class Plan:
         moves: in the order in which they were found, each relying on those before it.
         merges: of operators that become one once the moves are made.
         refusals: of norms that neither takes away.
+        apart: branches that could not be merged.
         views: the calls of `view` that have to become `reshape`, by the nodes whose going makes it so.
         stuck: the nodes that have to stay for the sake of the layout of what they give.
         written_out: the norms that forward writes out as a multiplication and an addition of constants:
@@ -129,6 +130,7 @@ class Plan:
     moves: tuple[Move, ...]
     merges: tuple[Merge, ...]
     refusals: tuple[Refusal, ...]
+    apart: tuple[Apart, ...]
     views: Mapping[fx.Node, frozenset[fx.Node]]
     stuck: frozenset[fx.Node]
     written_out: Mapping[fx.Node, tuple[fx.Node, ...]]

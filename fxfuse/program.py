@@ -63,7 +63,7 @@ def fold_program(program: ExportedProgram, leave: Leave) -> tuple[ExportedProgra
     weights = {name: attribute(captured.root, name) for name in lower(copied, inputs.new).values()}
     folded = _program(program, captured.graph, inputs.specs, replaced, tensors | weights)
     name, constants, merged = type(program).__name__, rewritten.constants, rewritten.merged
-    return folded, Report(name, rewritten.norms, plan.refusals, constants, merged)
+    return folded, Report(name, rewritten.norms, plan.refusals, constants, merged, plan.apart)
 
 
 def lifted(program: ExportedProgram, tensors: Mapping[str, Any]) -> Lifted:

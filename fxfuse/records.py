@@ -63,6 +63,26 @@ class Merged:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """Linear branches on one value whose sum is not one operator.
+
+    Attributes:
+        branches: what each of them is: qualified names of its operators, or "identity".
+        code, reason, hint: why they stay several, as in `Refusal`.
+        where: the line of code that adds them up; empty if that is not known.
+    """
+
+    branches: tuple[str, ...]
+    code: str
+    reason: str
+    hint: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        return f"{' + '.join(self.branches)}  {self.code}: {self.reason} ({self.hint})"
+
+
+@dataclass(frozen=True)
 class Refusal:
     """A norm that is left.
 
@@ -83,8 +103,7 @@ class Refusal:
     @classmethod
     def because(cls, norm: str, code: Code, detail: str = "", where: str = "") -> Refusal:
         """The refusal of `norm` with the reason and hint of `code`."""
-        text = code.value
-        return cls(norm, text.code, f"{text.reason}: {detail}" if detail else text.reason, text.hint, where)
+        return cls(norm, code.value.code, code.reason(detail), code.value.hint, where)
 
 
 @dataclass(frozen=True)
@@ -98,6 +117,7 @@ class Report:
         constants: a record for each multiplication or addition of a constant, such as a layer scale, that
             is gone too; in place of a norm it has the name of the operation in the traced graph.
         merged: a record for each operator that does what several did before.
+        apart: a record for each sum of linear branches on one value that stay several operators.
         verification: the comparison with the source on the example inputs; None without them.
         notes: what else the reader should know, such as that numbers were not checked.
     """
@@ -107,6 +127,7 @@ class Report:
     refused: tuple[Refusal, ...]
     constants: tuple[Fold, ...] = ()
     merged: tuple[Merged, ...] = ()
+    apart: tuple[Apart, ...] = ()
     verification: Comparison | None = None
     notes: tuple[str, ...] = ()
 
@@ -142,12 +163,14 @@ class Report:
             for kind in ("folded", "constants")
         )
         merged = (Merged(**{**each, "operators": tuple(each["operators"])}) for each in record["merged"])
+        apart = (Apart(**{**each, "branches": tuple(each["branches"])}) for each in record["apart"])
         return cls(
             record["model"],
             folded,
             tuple(Refusal(**refusal) for refusal in record["refused"]),
             constants,
             tuple(merged),
+            tuple(apart),
             None if verification is None else Comparison.from_dict(verification),
             tuple(record["notes"]),
         )
@@ -161,6 +184,7 @@ class Report:
         lines += [f"  folded  {fold}" for fold in self.folded]
         lines += [f"  also    {fold}" for fold in self.constants]
         lines += [f"  merged  {each}" for each in self.merged]
+        lines += [f"  apart   {each}" for each in self.apart]
         lines += [f"  left    {left.norm}  {left.code}: {left.reason} ({left.hint})" for left in self.refused]
         if self.verification is not None:
             lines.append(f"  verified: {self.verification}")

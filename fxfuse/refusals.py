@@ -1,4 +1,4 @@
-"""Why a norm can be left: one code for each reason, with what it means and what can be done.
+"""Why a norm or branches can be left: one code for each reason, with what it means and what can be done.
 
 ``refusals.md``, beside this file, explains each at length; a test holds the two together.
 """
@@ -21,7 +21,8 @@ class Explanation:
 class Code(Enum):
     """The refusal codes.
 
-    1xx: place; 2xx: the norm; 3xx: the operator; 4xx: numbers; 5xx: kept modules; 6xx: wishes.
+    1xx: place; 2xx: the norm; 3xx: the operator; 4xx: numbers; 5xx: kept modules; 6xx: wishes;
+    7xx: branches that stay several operators.
     """
 
     OTHER_USERS = Explanation(
@@ -204,6 +205,35 @@ class Code(Enum):
         "it was asked to be left",
         "take it out of leave=... to have it folded",
     )
+    BRANCHES = Explanation(
+        "FXF701",
+        "no branch has a kernel that could hold those of the others",
+        "give the branches one stride and one dilation, and pad each by half its kernel, of odd size",
+    )
+    COST = Explanation(
+        "FXF702",
+        "one operator in the place of these branches would cost more than they do",
+        "nothing to do: the branches are the faster form",
+    )
+    KINDS = Explanation(
+        "FXF703",
+        "the branches are of several dtypes or devices, or in several modes of autocast and autograd",
+        "compute all branches in one dtype and in one mode",
+    )
+    SUM = Explanation(
+        "FXF704",
+        "what would be left of the sum is not what it was: a subtraction, or a value whose kind is asked for",
+        "add up the branches on one value first, and the rest after them",
+    )
+    READ = Explanation(
+        "FXF705",
+        "what one of these branches gives, or a step of it, is used elsewhere too",
+        "the other user needs it as it is; nothing to do",
+    )
+
+    def reason(self, detail: str = "") -> str:
+        """What stands in the way, in words."""
+        return f"{self.value.reason}: {detail}" if detail else self.value.reason
 
 
 def by_code(code: str) -> Code:

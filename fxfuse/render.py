@@ -52,12 +52,19 @@ def report_view(report: Report) -> RenderableType:
         for merged in report.merged:
             table.add_row(_plain(", ".join(merged.operators) or "identity"), _plain(merged.into))
         parts.append(table)
+    if report.apart:
+        table = Table("branches", "outcome", "why", title="Branches that stay", title_justify="left")
+        for apart in report.apart:
+            why = f"{_plain(apart.reason)}\n[dim]{_plain(apart.hint)}[/dim]"
+            table.add_row(_plain(" + ".join(apart.branches)), f"[yellow]apart {apart.code}[/yellow]", why)
+        parts.append(table)
     parts.append(Text(report.summary, style="bold"))
     if report.constants:
         parts.append(Text(f"{len(report.constants)} multiplications and additions of constants folded too"))
     parts += [Text(f"note: {one_line(' '.join(note.split()))}") for note in report.notes]
-    if report.refused:
-        parts.append(Text(f"fxfuse explain {min(map(_code, report.refused))} says more", style="dim"))
+    codes = [*(left.code for left in report.refused), *(apart.code for apart in report.apart)]
+    if codes:
+        parts.append(Text(f"fxfuse explain {min(codes)} says more", style="dim"))
     return Group(*parts)
 
 

@@ -16,9 +16,11 @@ from fxfuse.explanations import section
 from fxfuse.refusals import Code
 from tests.forms import EXPORT_WARNING
 
-CODES = [code.value.code for code in Code]
+ALL = [code.value.code for code in Code]
+BRANCHES = [code for code in ALL if code.startswith("FXF7")]
+CODES = [code for code in ALL if code not in BRANCHES]
 # The sum of two values, one normalised, has no other way to be written.
-NO_MEND = {"FXF101"}
+NO_MEND = {"FXF101", "FXF702", "FXF705"}
 # What else an example shows: this code is about the norm before, which is left for a reason of its own.
 BESIDES = {"FXF107": {"FXF102"}}
 
@@ -54,7 +56,21 @@ def test_mended_example_folds_every_norm(code, tmp_path):
     assert re.match(r"\w+: ([1-9]) of \1 norms folded\n", shown), shown
 
 
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("code", BRANCHES)
+def test_example_of_branches_gives_its_code_and_no_other(code, tmp_path):
+    shown = printed(examples(code)[0], tmp_path)
+    assert re.findall(r"^  apart .*  (FXF\d{3}): ", shown, re.MULTILINE) == [code]
+    assert "merged" not in shown
+
+
+@pytest.mark.parametrize("code", [code for code in BRANCHES if code not in NO_MEND])
+def test_mended_example_of_branches_is_one_operator(code, tmp_path):
+    example, mended = examples(code)
+    shown = printed(example + mended, tmp_path).removeprefix(printed(example, tmp_path))
+    assert "branches merged into 1 operators" in shown and "apart" not in shown
+
+
+@pytest.mark.parametrize("code", ALL)
 def test_section_says_what_to_do(code):
     meaning, advice = section(code).split("\nWhat to do: ")
     assert meaning.index("```python") > 50 and len(advice) > 8
@@ -93,7 +109,7 @@ def test_a_code_is_explained_with_its_reason_its_example_and_what_to_do(asked):
 
 
 def test_sections_end_where_the_next_begins():
-    for code in CODES:
+    for code in ALL:
         assert "\n#" not in section(code) and len(section(code)) > 300
     assert section("FXF112").endswith("```\n")  # the last one of its chapter
 
@@ -102,7 +118,7 @@ def test_sections_end_where_the_next_begins():
 def test_the_beginning_of_codes_lists_these_in_one_line_each(beginning):
     reasons = {code.value.code: code.value.reason for code in Code}
     shown = run(beginning).stdout.splitlines()
-    assert shown == [f"- {code}: {reasons[code]}" for code in CODES if code.startswith(beginning.upper())]
+    assert shown == [f"- {code}: {reasons[code]}" for code in ALL if code.startswith(beginning.upper())]
     assert shown
 
 

@@ -71,6 +71,18 @@ def network():
     ).float()  # fmt: skip
 
 
+class Branches(nn.Module):
+    """Of these convolutions two become one, and one stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+        self.far, self.norm = nn.Conv2d(3, 3, 3, padding=2, dilation=2), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.one(x) + self.norm(self.two(x)) + self.far(x) + x
+
+
 def page_of(model, name="net:network", inputs=(X,)):
     fused = fxfuse.fuse(model, example_inputs=inputs)
     report = fxfuse.report(fused)
@@ -150,6 +162,23 @@ def test_the_table_names_every_norm_with_its_outcome(show):
     shown = column(tab, 5)
     assert (shown[0], shown[3]) == ("0", "7") and "ReLU" in shown[1]
     assert "put the norm directly after the convolution" in shown[1]
+
+
+def test_the_branches_are_listed_and_lead_to_the_operator_that_does_it_all(show):
+    tab = show(page_of(randomise(nn.Sequential(Branches(), nn.Conv2d(3, 4, 1), nn.ReLU())).float()))
+    table = tab.locator("#branches-table")
+    merged, apart = [row.split("\t") for row in table.locator("tbody tr").all_inner_texts()]
+    assert merged[:4] == ["0.far + 0.two", "merged", "", "0.far"] and "in Branches.forward" in merged[4]
+    assert float(merged[5]) < 1e-6
+    assert apart[:3] == ["0.far + 0.one", "apart", "FXF701"]
+    assert tab.locator(".verdict").nth(1).inner_text() == "1 operator does what several branches did"
+    link = table.get_by_role("link", name="0.far")
+    link.click()
+    target = link.get_attribute("href")
+    assert "0.far" in tab.locator(target).text_content()
+    assert "folded" in tab.locator(target).get_attribute("class")
+    gone = tab.locator("g.row.gone").all_text_contents()
+    assert any("0.two" in each for each in gone) and any("0.norm" in each for each in gone)
 
 
 def test_the_table_sorts_by_a_column_both_ways_with_empty_cells_last(show):
@@ -253,7 +282,7 @@ def test_the_graph_zooms_by_button_key_and_wheel(show):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_is_readable_in_light_and_dark(show, scheme):
-    tab = show(page_of(network()))
+    tab = show(page_of(nn.Sequential(*randomise(nn.Sequential(Branches())).float(), *network()).eval()))
     tab.emulate_media(color_scheme=scheme)
     tab.locator("details").evaluate("e => e.open = true")
     paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -13,7 +13,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse import cli
-from fxfuse.records import SCHEMA, Fold, Refusal, Report
+from fxfuse.records import SCHEMA, Apart, Fold, Merged, Refusal, Report
 from fxfuse.verdict import Comparison, Worst
 from tests.support import randomise
 
@@ -29,9 +29,21 @@ class Scaled(nn.Module):
         return 2 * x
 
 
+class Branches(nn.Module):
+    """Of these convolutions two become one, and one stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.far = nn.Conv2d(4, 4, 3, padding=2, dilation=2)
+
+    def forward(self, x):
+        return self.one(x) + self.two(x) + self.far(x)
+
+
 def network():
-    """A norm that is folded, one that is left, and a constant."""
-    layers = (nn.Conv2d(3, 4, 3), Scaled(), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+    """A norm that is folded, one that is left, a constant, branches that are merged and some that are not."""
+    layers = (nn.Conv2d(3, 4, 3), Scaled(), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), Branches())
     return randomise(nn.Sequential(*layers)).float()
 
 
@@ -80,7 +92,9 @@ def test_the_schema_is_valid_and_carries_its_version():
     assert DEFINITIONS["schema"]["const"] == SCHEMA
 
 
-@pytest.mark.parametrize("record", [Fold, Refusal, Worst, Comparison, Report], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "record", [Fold, Merged, Apart, Refusal, Worst, Comparison, Report], ids=lambda kind: kind.__name__
+)
 def test_schema_has_the_fields_of_the_record(record):
     expected = {field.name for field in fields(record)} | ADDED.get(record, set())
     assert {*OBJECTS[record.__name__]["properties"]} == expected
