@@ -38,7 +38,7 @@ def merges(graph: fx.Graph, known: Surroundings) -> tuple[list[Merge], list[Apar
     merged: list[Merge] = []
     apart: list[Apart] = []
     for node in reversed(graph.nodes):
-        if node not in done:
+        if node not in done and not known.reader.is_unused(node):
             found, seen = merger.at(node)
             done |= seen
             merged += found
@@ -114,7 +114,7 @@ class _Merger:
         forms = self._forms.of(node).values() if (node, "merged") not in self._barred else ()
         whole = [form for form in forms if self._pays(form) and self._hindrance(form, node) is None]
         if whole:
-            best = max(whole, key=lambda form: len(form.nodes))
+            best = max(whole, key=lambda form: (form.saved, len(form.nodes)))
             assert best.host is not None
             return [Merge(node, best, best.host)], {*best.nodes}
         if not self._forms.is_sum(node):
@@ -218,8 +218,8 @@ class _Merger:
         steps = [each.step for each in form.steps()]
         operators = sum(isinstance(step, Linear) for step in steps)
         if not any(isinstance(step, Total) for step in steps):
-            return operators > 1 and form.merged_cost < form.cost
-        return operators > 0 and form.merged_cost <= form.cost
+            return operators > 1 and form.saved > 0
+        return operators > 0 and form.saved >= 0
 
     def _hindrance(self, form: Form, last: fx.Node, parents: Sequence[fx.Node] = ()) -> Code | None:
         """Why it cannot be merged: somebody writes to what is read, by `parents` too; or kinds of numbers."""

@@ -31,6 +31,7 @@ from fxfuse.eager import Part, applied, averaged, is_near, is_rounded, mapped
 from fxfuse.fold import Absorption, absorb_unchecked
 from fxfuse.forms import Form, Total
 from fxfuse.geometry import Axis, Geometry, Window
+from fxfuse.merging import takes_up
 from fxfuse.nodes import Affine, Linear, Norm
 from fxfuse.ops import Reader
 from fxfuse.plan import Change, Merge, Move, Plan, Site
@@ -66,7 +67,7 @@ def errors(plan: Plan, solution: Solution, reader: Reader) -> dict[Change, float
                 error = _MergeTrial(merge, solution, taken, reader, generator).error()
                 found |= dict.fromkeys((merge, *merge.moves), error)
                 inside = 0.0 if error == math.inf else error
-                for move in (move for node in merge.operators for move, _ in taken[node]):
+                for move in (move for node in merge.form.nodes for move, _ in taken[node]):
                     found[move] = max(inside, found.get(move, 0.0))
     return found
 
@@ -222,19 +223,32 @@ class _MergeTrial:
         """The relative L2 distance of the one operator from those of the source; infinite if it is wrong."""
         right, (weight, bias) = (self.exactly.weight, self.exactly.bias), self.folded
         changes = exact(weight) - right[0], (0.0 if bias is None else exact(bias)) - right[1]
-        run, source = partial(applied, self.host, self.x), partial(self._value, self.form)
+        run = partial(applied, self.host, self.x)
+
+        def source(part: Part) -> Tensor:
+            return self._value(self.form, part(self.x), part)
+
         return _errors(run, source, right, changes, weight.dtype)[0]
 
-    def _value(self, form: Form, part: Part) -> Tensor:
+    def _value(self, form: Form, x: Tensor, part: Part) -> Tensor:
         """What the source makes of x; with ``part=abs`` the magnitudes of what is summed on the way."""
-        step = form.step
         if not form.parts:
-            return part(self.x)
-        values = [self._value(each, part) for each in form.parts]
+            return x
+        value = self._step(form, x, part)
+        for move, site in self.taken.get(form.node, ()) if takes_up(form, self.reader) else ():
+            value = self._mapped(value, move.source, site.channels, part)
+        return value
+
+    def _step(self, form: Form, x: Tensor, part: Part) -> Tensor:
+        """The same without the maps that are absorbed after it."""
+        step = form.step
+        values = [self._value(each, x, part) for each in form.parts]
         if isinstance(step, Total):
             factors = [part(value.new_tensor(each)) for value, each in zip(values, step.factors, strict=True)]
             return torch.stack([f * v for f, v in zip(factors, values, strict=True)]).sum(0)
         (value,) = values
+        if isinstance(step, Form):
+            return self._value(step, value, part)
         if isinstance(step, Linear):
             return self._linear(form.node, step, value, part)
         if isinstance(step, Norm | Affine):

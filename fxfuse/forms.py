@@ -19,9 +19,6 @@ class Total:
     factors: tuple[float, ...]
 
 
-Step = Linear | Norm | Affine | Window | Total
-
-
 @dataclass(frozen=True)
 class Form:
     """The value of `node` as a linear function of that of `source`, but for a shift.
@@ -29,7 +26,8 @@ class Form:
     Attributes:
         node: the node of the last step.
         source: the node that it is a function of.
-        step: the last step; None for the source itself, and for what gives its input as it is.
+        step: the last step: an operator, a sum, or a form, of what its one part gives; None for the source
+            itself, and for what gives its input as it is.
         parts: what the last step is done to: one form, of a sum several.
         nodes: those that compute it, `source` not among them.
         geometry: that of a kernel which can be the same function; None if it maps each element by itself.
@@ -63,7 +61,10 @@ class Form:
         """This form and all that it is made of, the parts before the whole."""
         for part in self.parts:
             yield from part.steps()
-        yield self
+        if isinstance(self.step, Form):
+            yield from self.step.steps()
+        else:
+            yield self
 
     def seen_as(self, dims: int) -> Geometry | None:
         """The geometry among operators with `dims` spatial axes."""
@@ -72,7 +73,15 @@ class Form:
         return point(dims, self.channels)
 
     @property
+    def saved(self) -> int:
+        """How much less than all steps the one operator costs that does it all; more, if it is negative."""
+        return self.cost - self.merged_cost
+
+    @property
     def merged_cost(self) -> int:
         """What the one operator costs that does it all."""
         assert self.geometry is not None and self.channels is not None and self.in_channels is not None
         return multiplications(self.geometry, self.channels, self.in_channels)
+
+
+Step = Linear | Norm | Affine | Window | Total | Form

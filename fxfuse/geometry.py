@@ -101,6 +101,11 @@ class Geometry:
         return tuple(axis.size for axis in self.axes)
 
     @property
+    def is_bordered(self) -> bool:
+        """Whether some outputs are made of fewer inputs than others, or of zeros that are no inputs."""
+        return self.transposed or (self.fill == "zeros" and any(axis.padding for axis in self.axes))
+
+    @property
     def is_point(self) -> bool:
         """Whether every output is made of the one input at its place."""
         return not self.transposed and all(axis == Axis(1) for axis in self.axes)

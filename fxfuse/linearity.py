@@ -110,8 +110,17 @@ class Forms:
     def of(self, node: fx.Node) -> dict[fx.Node, Form]:
         """The value of `node` as functions of others, by these."""
         if node not in self._found:
-            found = (form for form in self._forms(node) if form is not None and form.depth <= _DEPTH)
-            self._found[node] = {form.source: form for form in found}
+            found: dict[fx.Node, Form] = {}
+            waiting = [*self._forms(node)]
+            while waiting:
+                form = waiting.pop(0)
+                if form is not None and form.depth <= _DEPTH and form.source not in found:
+                    form = replace(form, shifts=form.shifts or node in self._shifted)
+                    found[form.source] = form
+                    readers = self._readers[form.source]
+                    if len(readers) > 1 and readers <= form.nodes:
+                        waiting += [self._chained(inner, form) for inner in self.of(form.source).values()]
+            self._found[node] = found
         return self._found[node]
 
     def before(self, value: fx.Node, reader: fx.Node) -> Mapping[fx.Node, Form]:
@@ -131,7 +140,7 @@ class Forms:
             assert isinstance(op, Sum) and op.factors is not None
             for source, factor in zip(op.inputs, op.factors, strict=True):
                 value, total = self.value(source), factor * sums[parent]
-                if self.is_inner(value):
+                if self.is_inner(value) and parent in self._readers[value]:
                     sums[value] = total
                     waiting.append(value)
                 else:
@@ -194,10 +203,46 @@ class Forms:
             in_channels=op.in_channels if form.in_channels is None else form.in_channels,
             axis=-1 - op.dims,
             host=host,
-            shifts=form.shifts or op.bias is not None or node in self._shifted,
+            shifts=form.shifts or op.bias is not None,
             cost=own + form.cost * prod(axis.stride for axis in op.geometry.axes),
             depth=form.depth + 1,
             assumed=form.assumed,
+        )
+
+    def _chained(self, form: Form, after: Form) -> Form | None:
+        """What `after` makes of a value that it alone reads, in several places, as a function of others."""
+        geometry, host = after.geometry or form.geometry, after.host or form.host
+        if form.geometry is not None and after.geometry is not None:
+            geometry = form.geometry.then(after.geometry)
+            if geometry is None or geometry not in (form.geometry, after.geometry):
+                return None
+            host = after.host if geometry == after.geometry else form.host
+        if geometry is not None and geometry.transposed:
+            return None
+        into = after.channels if after.geometry is None else after.in_channels
+        if form.channels not in (None, into) and into is not None:
+            return None
+        if form.axis not in (None, after.axis) and after.axis is not None:
+            return None
+        if after.geometry is not None and after.geometry.is_bordered and form.shifts:
+            return None
+        strides = () if after.geometry is None else (axis.stride for axis in after.geometry.axes)
+        first = form.in_channels if form.channels is not None else into
+        return Form(
+            node=after.node,
+            source=form.source,
+            step=after,
+            parts=(form,),
+            nodes=form.nodes | after.nodes,
+            geometry=geometry,
+            channels=form.channels if after.channels is None else after.channels,
+            in_channels=first,
+            axis=form.axis if after.axis is None else after.axis,
+            host=host,
+            shifts=form.shifts or after.shifts,
+            cost=after.cost + form.cost * prod(strides),
+            depth=form.depth + after.depth,
+            assumed=form.assumed | after.assumed,
         )
 
     def _mapped(self, form: Form, node: fx.Node, op: Norm | Affine) -> Form | None:

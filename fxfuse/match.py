@@ -5,6 +5,7 @@ where that fails, forward, from producer to user, until linear operators absorb 
 
 * a transparent operator lets it pass, as its kind says;
 * what made an earlier map, and has been placed, has become transparent;
+* branches that become one operator absorb it as one;
 * an operator of several inputs, going backward, or a value of several users, going forward, divides it: then
   every branch has to be absorbed, or none is;
 * anything else stops it.
@@ -16,9 +17,8 @@ plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -35,7 +35,7 @@ from fxfuse.nodes import Affine, LeftNorm, Linear, Norm, Opaque, Split
 from fxfuse.ops import Reader, norms_inside
 from fxfuse.places import place_of
 from fxfuse.plan import Barred, Direction, Merge, Move, Plan, Site
-from fxfuse.records import Refusal
+from fxfuse.records import Apart, Refusal
 from fxfuse.refusals import Code
 from fxfuse.shapes import GraphShapes
 from fxfuse.transparent import Rearranged, Slice, Sum, Transparent, Within
@@ -58,9 +58,12 @@ def match(graph: fx.Graph, reader: Reader, shapes: GraphShapes, barred: Barred) 
     for node in reversed(sources):
         if node not in matcher.moves:
             matcher.place(node, "forward")
-    known = Surroundings(reader, shapes, matcher.moves, matcher.memory, matcher.acting, barred)
-    found_merges, apart = merges(graph, known)
-    matcher.merged = {merge.node: merge for merge in reversed(found_merges)}
+    apart = matcher.merge(graph)
+    while matcher.merged and any(matcher.place(node, "backward") for node in matcher.left(sources)):
+        apart = matcher.merge(graph)
+    lost = matcher.lost()
+    if lost:
+        return match(graph, reader, shapes, {**barred, **dict.fromkeys(lost, Code.OPAQUE_PRODUCER)})
     refusals = [refusal for node in graph.nodes for refusal in matcher.refused(node)]
     found = layouts(graph, reader, shapes, matcher.gone, matcher.merged, matcher.memory.is_written_after)
     moves, merged = tuple(matcher.moves.values()), tuple(matcher.merged.values())
@@ -90,8 +93,30 @@ class _Matcher:
         self.written_out = {node: parts for node in graph.nodes if (parts := self._written_out(node))}
         self.memory = Memory(graph, reader, self.gone)
 
-    def place(self, node: fx.Node, direction: Direction) -> None:
-        """Moves the map of `node` in that direction, if it can be."""
+    def merge(self, graph: fx.Graph) -> list[Apart]:
+        """Finds the branches that become one with the moves so far, and gives those that do not."""
+        known = Surroundings(self.reader, self.shapes, self.moves, self.memory, self.acting, self.barred)
+        found, apart = merges(graph, known)
+        self.merged = {merge.node: merge for merge in reversed(found)}
+        return apart
+
+    def left(self, sources: Sequence[fx.Node]) -> list[fx.Node]:
+        """Those of which the map has no place yet."""
+        mapped = self._mapped()
+        return [node for node in sources if node not in self.moves and node not in mapped]
+
+    def lost(self) -> list[tuple[fx.Node, Direction]]:
+        """The moves into branches that have not become one after all."""
+        given = {form.node for merge in self.merged.values() for form in merge.form.steps()}
+        return [
+            (move.node, move.direction)
+            for move in self.moves.values()
+            for site in move.sites
+            if not isinstance(self.reader.read(site.node), Linear) and site.node not in given
+        ]
+
+    def place(self, node: fx.Node, direction: Direction) -> bool:
+        """Moves the map of `node` in that direction, if it can be; gives whether it can."""
         source = self.reader.read(node)
         assert isinstance(source, (Norm, Affine))
         self.shapes.consulted.clear()
@@ -109,11 +134,13 @@ class _Matcher:
                 raise _Stop(self.barred[node, direction], ", ".join(site.node.name for site in sites))
         except _Stop as stop:
             self.stopped[node, direction] = stop
+            return False
         else:
             for each in self.shapes.consulted:
                 assumed |= self.shapes.assumed(each)
             self.moves[node] = Move(node, source, direction, sites, frozenset(assumed))
             self.gone[node] = source.input
+            return True
 
     def _sites(
         self, node: fx.Node, source: Norm | Affine, channels: Channels, direction: Direction
@@ -164,7 +191,7 @@ class _Matcher:
     def refused(self, node: fx.Node) -> Iterator[Refusal]:
         """Why `node`, if it is a norm, is left; and the norms inside of what is called as a whole."""
         op = self.reader.read(node)
-        taken = self.moves.keys() | self._mapped
+        taken = self.moves.keys() | self._mapped()
         if isinstance(op, LeftNorm):
             yield Refusal.because(op.name, op.code, op.detail, place_of(node))
         elif isinstance(op, Norm) and node not in taken:
@@ -184,7 +211,6 @@ class _Matcher:
         elif node.op == "call_function" and torch_name(node.target) is None and calls_norm(node.target):
             yield Refusal.because(node.name, Code.INSIDE_OPAQUE, str(node.target), place_of(node))
 
-    @cached_property
     def _mapped(self) -> frozenset[fx.Node]:
         """The norms and constants that are parts of merges."""
         return frozenset(move.node for merge in self.merged.values() for move in merge.moves)
@@ -248,6 +274,9 @@ class _Matcher:
         elif isinstance(op, Linear):
             self._check_only_reader(value, reader, channels)
             yield self._site(value, "output", op, channels)
+        elif value in self.merged and not self.merged[value].bypassed:
+            self._check_only_reader(value, reader, channels)
+            yield self._site(value, "output", self.merged[value].operator, channels)
         elif isinstance(op, Transparent):
             self._check_only_reader(value, reader, channels)
             parts = op.backward(channels, self.shapes)

@@ -24,7 +24,7 @@ class Merger:
 
     Attributes:
         reader: reads the tensors.
-        absorptions: what operators have absorbed by then, if anything.
+        absorptions: what operators, and sums that become one with others, have absorbed by then.
         dims: number of spatial axes.
         device: where the weights are in float64.
     """
@@ -37,9 +37,16 @@ class Merger:
     def kernel(self, form: Form, channels: int) -> Kernel:
         """The kernel of a form, of whose channels there are so many where that is open."""
         channels = channels if form.channels is None else form.channels
-        step = form.step
         if not form.parts:
             return identity(channels, self.dims, self.device)
+        found, absorbed = self._kernel(form, channels), self.absorptions.get(form.node)
+        if absorbed is None or absorbed.after is None or not takes_up(form, self.reader):
+            return found
+        return found.mapped(absorbed.after)
+
+    def _kernel(self, form: Form, channels: int) -> Kernel:
+        """The same without the maps that are absorbed after it."""
+        step = form.step
         if isinstance(step, Total):
             wide = point(self.dims, channels) if form.geometry is None else form.geometry
             parts = [self.kernel(part, channels).held(wide) for part in form.parts]
@@ -48,6 +55,9 @@ class Merger:
                 total = total.plus(part.times(factor))
             return total
         (inner,) = form.parts
+        if isinstance(step, Form):
+            middle = channels if inner.channels is None else inner.channels
+            return self.kernel(inner, middle).then(self.kernel(step, channels))
         if isinstance(step, Linear):
             return self._linear(form.node, step, inner)
         before = self.kernel(inner, channels)
@@ -74,6 +84,11 @@ class Merger:
             before = None
         kernel = Kernel(*absorb_unchecked(what), linear.geometry)
         return kernel if before is None else before.then(kernel)
+
+
+def takes_up(form: Form, reader: Reader) -> bool:
+    """Whether what is absorbed at its node acts after its last step; that of an operator is a part of it."""
+    return not isinstance(form.step, Form) and not isinstance(reader.read(form.node), Linear)
 
 
 def absorption(linear: Linear, reader: Reader) -> Absorption:

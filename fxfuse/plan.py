@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import fx
@@ -22,7 +22,7 @@ class Site:
     """A linear operator that absorbs a map, or a part of it, on one of its sides.
 
     Attributes:
-        node: the node of the operator.
+        node: the node of the operator; of several that become one that of the value which they give.
         operator: what it reads as.
         side: on which side it absorbs the map.
         channels: what acts there; their index is one entry for each channel of that side.
@@ -95,6 +95,21 @@ class Merge:
     def operators(self) -> dict[fx.Node, Linear]:
         """The linear operators that become one."""
         return {form.node: form.step for form in self.form.steps() if isinstance(form.step, Linear)}
+
+    @property
+    def operator(self) -> Linear:
+        """The one that does it all, as if it stood in the place of `node`."""
+        form, host = self.form, self.operators[self.host]
+        assert form.geometry is not None and form.channels is not None and form.in_channels is not None
+        return replace(
+            host,
+            input=form.source,
+            channels=form.channels,
+            in_channels=form.in_channels,
+            groups=form.geometry.groups,
+            bordered=form.geometry.is_bordered,
+            geometry=form.geometry,
+        )
 
     @property
     def moves(self) -> tuple[Move, ...]:

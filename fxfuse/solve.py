@@ -37,7 +37,7 @@ class Solution:
 
     Attributes:
         tensors: the folded weight and bias of every operator that changes.
-        absorptions: what they are computed from; also those of operators that go, with what is merged.
+        absorptions: what they are computed from; also those of what goes when operators become one.
         failed: the moves and merges that cannot be made, with the reason.
         errors: how far the folds of each are from the source, as `fxfuse.check` measures it.
     """
@@ -76,7 +76,7 @@ def solve(plan: Plan, reader: Reader, solved: dict[tuple[Any, ...], Folded | Cod
         return solution
     composed = _composed(pieces)
     solution.absorptions = {node: _absorption(parts, reader) for node, parts in composed.items()}
-    merged = frozenset[fx.Node]().union(*(merge.operators for merge in plan.merges))
+    merged = frozenset[fx.Node]().union(*(merge.form.nodes for merge in plan.merges))
     for operator, parts in composed.items():
         if operator in merged:
             continue
@@ -91,7 +91,9 @@ def solve(plan: Plan, reader: Reader, solved: dict[tuple[Any, ...], Folded | Cod
     for merge in plan.merges:
         found = _merged(merge, solution.absorptions, reader)
         if isinstance(found, Code):
-            solution.failed[merge] = found
+            whole = [node for node in merge.form.nodes - {*merge.operators} if node in composed]
+            last: list[Change] = [composed[node].moves[-1] for node in whole]
+            solution.failed |= dict.fromkeys(last or [merge], found)
         else:
             solution.tensors[merge.host] = found
     return solution
@@ -104,7 +106,7 @@ def solve_unchecked(plan: Plan, reader: Reader) -> dict[fx.Node, tuple[Tensor, T
     """
     composed = _composed(_pieces(plan, reader))
     absorptions = {node: _absorption(parts, reader) for node, parts in composed.items()}
-    merged = frozenset[fx.Node]().union(*(merge.operators for merge in plan.merges))
+    merged = frozenset[fx.Node]().union(*(merge.form.nodes for merge in plan.merges))
     found = {node: absorb_unchecked(what) for node, what in absorptions.items() if node not in merged}
     for merge in plan.merges:
         kernel = merged_kernel(merge, absorptions, reader)

@@ -897,6 +897,118 @@ def test_a_sum_of_many_terms_ends():
     assert_agrees(function, torch.randn(1, 8, 2, 2).double(), merged=1, **convs(2))
 
 
+# ---- values that several steps of one merge read ---------------------------------------------------------
+
+
+def shared(function):
+    modules = {"c": conv(), "d": conv(1), "g": conv(1, groups=2), "n": nn.BatchNorm2d(8)}
+    return Written(function, **modules)
+
+
+SHARED = {
+    "norm and identity": (lambda m, x: torch.tanh((y := m.c(x)) + m.n(y)), 1),
+    "norm before an operator and its identity": (lambda m, x: torch.tanh((y := m.n(x)) + m.d(y)), 1),
+    "one after the other": (lambda m, x: torch.tanh((z := (y := x + m.d(x)) + m.n(y)) + m.g(z)), 1),
+    "unused sum": (lambda m, x: (y := m.c(x), z := x + y, z + y, torch.tanh(z - m.d(x)))[3], 1),
+    "norm behind a pooling": (lambda m, x: torch.tanh(m.n(F.avg_pool2d(x + m.c(x), 3))), 1),
+    "norm behind a concatenation": (
+        lambda m, x: torch.tanh(m.n(torch.cat([(h := x[:, :4]) + m.part(h), m.other(x)], 1))),
+        2,
+    ),
+    "norm behind a flattening": (lambda m, x: torch.tanh(m.n((x + m.c(x)).flatten(2)[..., None])), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", SHARED)
+def test_a_value_that_only_one_merge_reads_is_a_part_of_it(way):
+    function, left = SHARED[way]
+    model = shared(function)
+    model.part, model.other = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 1)
+    randomise(model)
+    x, other = torch.randn(2, 8, 9, 7).double(), torch.randn(1, 8, 6, 6).double()
+    fused = fxfuse.fuse(model, example_inputs=(x,))
+    report = fxfuse.report(fused)
+    with torch.no_grad():
+        assert_exact(model(x.clone()), fused(x.clone()))
+        assert_exact(model(other.clone()), fused(other.clone()))
+    assert (operators(fused), len(report.merged)) == (left, 1), f"{report}\n{fused.graph}"
+    assert not report.refused and all(fold.error < 1e-12 for fold in report.folded)
+    again = fxfuse.report(fxfuse.fuse(fused, example_inputs=(x,)))
+    assert not (again.merged or again.folded or again.constants), again
+
+
+def test_a_map_that_does_not_fit_into_the_merged_operator_leaves_the_merge():
+    model = randomise(shared(lambda m, x: torch.tanh(m.n(F.avg_pool2d(x + m.c(x), 3)))))
+    with torch.no_grad():
+        model.n.weight.fill_(3e38)
+    model.float()
+    report = fxfuse.explain(model)
+    assert len(report.merged) == 1 and [left.code for left in report.refused] == ["FXF401"]
+
+
+@st.composite
+def random_graphs(draw) -> list[tuple[str, int, int]]:
+    """Steps, and how many values before each the two values lie that it reads."""
+    kinds = [
+        "conv",
+        "point",
+        "depthwise",
+        "norm",
+        "norm",
+        "add",
+        "add",
+        "add",
+        "sub",
+        "scale",
+        "relu",
+        "pool",
+    ]
+    back = st.sampled_from([0, 0, 0, 1, 1, 2, 3, 5])
+    return draw(st.lists(st.tuples(st.sampled_from(kinds), back, back), min_size=3, max_size=9))
+
+
+class RandomGraph(nn.Module):
+    """Its values are read again and again, and some of them never."""
+
+    def __init__(self, steps: list[tuple[str, int, int]]) -> None:
+        super().__init__()
+        made = {
+            "conv": lambda: nn.Conv2d(4, 4, 3, padding=1),
+            "point": lambda: nn.Conv2d(4, 4, 1, groups=2, bias=False),
+            "depthwise": lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4),
+            "norm": lambda: nn.BatchNorm2d(4),
+            "pool": lambda: nn.MaxPool2d(3, 1, 1),
+        }
+        self.steps = steps
+        self.parts = nn.ModuleList(made[kind]() if kind in made else nn.Identity() for kind, *_ in steps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [torch.relu(x)]
+        for part, (kind, *back) in zip(self.parts, self.steps, strict=True):
+            one, other = (values[max(0, len(values) - 1 - each)] for each in back)
+            written_out = {
+                "add": lambda a, b: a + b,
+                "sub": lambda a, b: a - b,
+                "scale": lambda a, _: a * -0.5,
+                "relu": lambda a, _: a.relu(),
+            }
+            values.append(written_out[kind](one, other) if kind in written_out else part(one))
+        return torch.sigmoid(values[-1])
+
+
+@given(random_graphs(), SEEDS)
+def test_random_graphs_give_what_they_gave(steps: list[tuple[str, int, int]], seed: int) -> None:
+    model = randomise(RandomGraph(steps), seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64, generator=generator)
+    fused = fxfuse.fuse(model)
+    report = fxfuse.report(fused)
+    event(f"{len(report.merged)} merges, {len(report.folded)} folds")
+    with torch.no_grad():
+        assert_exact(model(x), fused(x))
+    assert "FXF403" not in [each.code for each in (*report.refused, *report.apart)]
+
+
 # ---- random sums ---------------------------------------------------------------------------------------
 
 SIZES = st.integers(1, 4)

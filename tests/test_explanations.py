@@ -19,7 +19,7 @@ from tests.forms import EXPORT_WARNING
 ALL = [code.value.code for code in Code]
 BRANCHES = [code for code in ALL if code.startswith("FXF7")]
 CODES = [code for code in ALL if code not in BRANCHES]
-# The sum of two values, one normalised, has no other way to be written.
+# There is no other way to write these.
 NO_MEND = {"FXF101", "FXF702", "FXF705"}
 # What else an example shows: this code is about the norm before, which is left for a reason of its own.
 BESIDES = {"FXF107": {"FXF102"}}

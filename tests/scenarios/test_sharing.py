@@ -69,9 +69,18 @@ def test_each_call_of_a_conv_takes_the_norm_behind_it(forward, folded, form):
 def test_two_norms_on_one_value_are_both_left(form):
     def forward(m, x):
         y = m.conv(x)
-        return m.norm1(y) + m.norm2(y)
+        return m.norm1(y) * m.norm2(y)
 
     check(form(model_of(forward, "conv", "norm1", "norm2")), X, left=["FXF101", "FXF101"])
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_two_norms_on_one_value_that_are_added_up_are_both_folded(form):
+    def forward(m, x):
+        y = m.conv(x)
+        return m.norm1(y) + m.norm2(y)
+
+    check(form(model_of(forward, "conv", "norm1", "norm2")), X, folded=2)
 
 
 @pytest.mark.parametrize("form", WRITTEN)
