@@ -154,6 +154,8 @@ fxfuse leaves more operators than timm in {_named(more)}; it is more than 5 % sl
             f"{m['distance']['timm']:.0e}, {m['distance']['fxfuse']:.0e}",
         ]
         text += f"| {' | '.join(cells)} |\n"
+    for name, reason in record["failures"].items():
+        text += f"\n{name} was not measured: {reason}\n"
     return text
 
 
@@ -171,9 +173,20 @@ def main() -> None:
     warnings.simplefilter("ignore")
     names = with_branches(options.pattern)
     shown = track(names, description="branches", disable=not sys.stderr.isatty())
-    models = {name: measure(name, options.rounds) for name in shown}
+    models, failures = {}, {}
+    for name in shown:
+        try:
+            models[name] = measure(name, options.rounds)
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            print(name, failures[name], file=sys.stderr)
     pattern = f" --pattern '{options.pattern}'" if options.pattern else ""
-    record = {**surroundings(COMMAND + pattern), "rounds": options.rounds, "models": models}
+    record = {
+        **surroundings(COMMAND + pattern),
+        "rounds": options.rounds,
+        "models": models,
+        "failures": failures,
+    }
     text = page(record)
     print(text)
     if not options.dry_run:

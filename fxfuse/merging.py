@@ -56,7 +56,7 @@ class Merger:
             return total
         (inner,) = form.parts
         if isinstance(step, Form):
-            middle = channels if inner.channels is None else inner.channels
+            middle = next(each for each in (inner.channels, step.in_channels, channels) if each is not None)
             return self.kernel(inner, middle).then(self.kernel(step, channels))
         if isinstance(step, Linear):
             return self._linear(form.node, step, inner)

@@ -39,6 +39,8 @@ class Rewritten:
     merged: tuple[Merged, ...]
 
 
+# Methods after which the elements are the same, in the same order.
+_RESHAPES = {"flatten", "reshape", "view", "unflatten"}
 # What compilers note of a node's value.
 _OF_VALUES = {"val", "example_value", "tensor_meta"}
 
@@ -61,6 +63,7 @@ def rewrite(capture: Capture, plan: Plan, solution: Solution, reader: Reader) ->
     for view in plan.views:
         _as_reshape(view)
     replaced = gone(plan)
+    restored = _restored(capture.graph, reader, replaced)
     _redirect(capture.graph, plan)
     bypass(capture.graph, replaced)
     leftover = hosts.keys() - replaced.keys()
@@ -68,6 +71,13 @@ def rewrite(capture: Capture, plan: Plan, solution: Solution, reader: Reader) ->
         for unused in [*node.users]:
             capture.graph.erase_node(unused)
         capture.graph.erase_node(node)
+    for node, value in restored.items():
+        node.replace_all_uses_with(value)
+        unused = node
+        while not unused.users and unused is not value:
+            before = unused.all_input_nodes[0]
+            capture.graph.erase_node(unused)
+            unused = before
     drop_unused(capture.graph, reader)
     moves = [(move, [into[site.node] for site in move.sites]) for move in plan.moves]
     moves += [(move, [into[merge.host]]) for merge in plan.merges for move in merge.moves]
@@ -111,6 +121,22 @@ def _redirect(graph: fx.Graph, plan: Plan) -> None:
             merge.host.replace_input_with(read, merge.form.source)
         for key in _OF_VALUES & merge.node.meta.keys():
             merge.host.meta[key] = merge.node.meta[key]
+
+
+def _restored(graph: fx.Graph, reader: Reader, replaced: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """What was reshaped for a norm that goes, and got its shape back; with the value that it has been."""
+    found = {}
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target in ("reshape_as", "view_as") and len(node.args) == 2:
+            value, passed = node.args[0], False
+            while value in replaced or (value.op == "call_method" and value.target in _RESHAPES):
+                passed |= value in replaced
+                value = replaced[value] if value in replaced else value.args[0]
+            operator = reader.read(value)
+            # What a linear layer gives is contiguous, as is what has been reshaped.
+            if passed and value is node.args[1] and isinstance(operator, Linear) and operator.dims == 0:
+                found[node] = value
+    return found
 
 
 def gone(plan: Plan) -> dict[fx.Node, fx.Node]:

@@ -910,6 +910,10 @@ SHARED = {
     "norm before an operator and its identity": (lambda m, x: torch.tanh((y := m.n(x)) + m.d(y)), 1),
     "one after the other": (lambda m, x: torch.tanh((z := (y := x + m.d(x)) + m.n(y)) + m.g(z)), 1),
     "unused sum": (lambda m, x: (y := m.c(x), z := x + y, z + y, torch.tanh(z - m.d(x)))[3], 1),
+    "identity, and fewer channels": (
+        lambda m, x: torch.tanh(m.other(y := m.same(x)) + m.other(y) + m.part(m.narrow(y))),
+        1,
+    ),
     "norm behind a pooling": (lambda m, x: torch.tanh(m.n(F.avg_pool2d(x + m.c(x), 3))), 1),
     "norm behind a concatenation": (
         lambda m, x: torch.tanh(m.n(torch.cat([(h := x[:, :4]) + m.part(h), m.other(x)], 1))),
@@ -924,6 +928,7 @@ def test_a_value_that_only_one_merge_reads_is_a_part_of_it(way):
     function, left = SHARED[way]
     model = shared(function)
     model.part, model.other = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 1)
+    model.same, model.narrow = nn.Identity(), nn.Conv2d(8, 4, 1)
     randomise(model)
     x, other = torch.randn(2, 8, 9, 7).double(), torch.randn(1, 8, 6, 6).double()
     fused = fxfuse.fuse(model, example_inputs=(x,))

@@ -892,6 +892,26 @@ def test_norm_over_all_tokens_of_a_batch_reaches_the_linear_layer(shape, ahead, 
     assert_settled(form(model, x), x, folded=1, direction="backward")
 
 
+@pytest.mark.parametrize(
+    ("forward", "left"),
+    [
+        (levit, 0),
+        (lambda m, x: (y := m.linear(x), m.norm(y.flatten(0, 1)).view_as(y).relu())[1], 0),
+        (lambda m, x: (y := m.linear(x), m.norm(y.flatten(0, 1)).relu().reshape_as(y))[1], 2),
+        (lambda m, x: (y := m.linear(x), m.norm(y.flatten(0, 1)).reshape_as(x))[1], 2),
+        (lambda m, x: (y := m.linear(x).relu(), m.norm(y.flatten(0, 1)).reshape_as(y))[1], 2),
+    ],
+)
+def test_a_shape_that_only_a_norm_needed_is_given_up_with_it(forward, left):
+    model = randomise(Forward(forward, linear=nn.Linear(4, 4), norm=nn.BatchNorm1d(4)))
+    x, other = noise(2, 3, 4), noise(5, 1, 4)
+    fused = fxfuse.fuse(model, example_inputs=(x,))
+    assert_exact(model(x), fused(x))
+    assert_exact(model(other), fused(other))
+    assert sum(node.target in ("flatten", "reshape_as", "view_as") for node in fused.graph.nodes) == left
+    assert fused(x).is_contiguous()
+
+
 @SIZES_FORM
 @pytest.mark.parametrize("counted", [True, False])
 def test_norm_over_all_tokens_goes_forward_into_the_next_linear_layer(counted, form):
