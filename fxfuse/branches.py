@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import permutations
 
 import torch
 from torch import fx
@@ -173,20 +174,22 @@ class _Merger:
             own = {term.value: Form(term.value, term.value)}
             for source, form in (own | self._forms.of(term.value)).items():
                 shared[source].append((term, form))
-        groups = [
-            group
-            for group in shared.values()
-            if len(group) > 1 and any(form.geometry is not None for _, form in group)
-        ]
-        if groups:
-            group = max(groups, key=len)
-            code, detail = self._reason(node, *zip(*group, strict=True))
-            hosts = {merge.node: merge.name for merge in found}
-            names = tuple(hosts.get(term.value) or _told(form) for term, form in group)
-            yield Apart(names, code.value.code, code.reason(detail), code.value.hint, place_of(node))
+        hosts = {merge.node: merge.name for merge in found}
+        told: set[fx.Node] = set()
+        for group in sorted(shared.values(), key=len, reverse=True):
+            more = [(term, form) for term, form in group if term.value not in told]
+            if len(more) > 1 and any(form.geometry is not None for _, form in more):
+                told |= {term.value for term, _ in more}
+                names = tuple(hosts.get(term.value) or _told(form) for term, form in more)
+                yield Apart.because(names, *self._reason(node, *zip(*more, strict=True)), place_of(node))
 
     def _reason(self, node: fx.Node, terms: Sequence[Term], forms: Sequence[Form]) -> tuple[Code, str]:
         """Why these terms of a sum are not one."""
+        writing = next(
+            (each for each in self._forms.terms(node)[1] if self._reader.written_inputs(each)), None
+        )
+        if writing is not None:
+            return Code.STATE_MUTATED, writing.name
         values = [term.value for term in terms]
         barred = [
             self._barred[each, "merged"] for each in (node, *values) if (each, "merged") in self._barred
@@ -199,15 +202,17 @@ class _Merger:
         )
         if read is not None:
             return Code.READ, read.name
-        pairs = [
-            (wide, each) for wide in forms for each in forms if each is not wide and holds_all(wide, [each])
-        ]
-        if not pairs:
+        pairs = (
+            [terms[one], terms[other]]
+            for one, other in permutations(range(len(forms)), 2)
+            if holds_all(forms[one], [forms[other]])
+        )
+        chosen = [replace(term, factor=1.0) for term in next(pairs, [])]
+        total = self._forms.total(node, forms[0].source, chosen, ()) if chosen else None
+        if total is None:
             kinds = (str(form.geometry) for form in forms if form.geometry is not None)
             return Code.BRANCHES, "; ".join(dict.fromkeys(kinds))
-        chosen = [terms[forms.index(form)] for form in pairs[0]]
-        total = self._forms.total(node, forms[0].source, [replace(term, factor=1.0) for term in chosen], ())
-        if total is None or not self._pays(total):
+        if not self._pays(total):
             return Code.COST, node.name
         return self._hindrance(total, node, [term.parent for term in chosen]) or Code.SUM, node.name
 
@@ -226,6 +231,9 @@ class _Merger:
         assert form.host is not None
         order = self._memory.order
         nodes = sorted({*form.nodes, *parents, form.host, last}, key=order.__getitem__)
+        for value in form.sources - {form.source}:
+            if self._memory.writer_between(value, value, [nodes[-1]]) not in (None, nodes[-1]):
+                return Code.STATE_MUTATED
         if self._memory.writer_between(form.source, nodes[0], [nodes[-1]]) is not None:
             return Code.STATE_MUTATED
         written = (each for node in form.nodes for each in self._reader.written_inputs(node))
@@ -258,8 +266,7 @@ class _Merger:
     def _has_dtype_of_weights(self, form: Form) -> bool:
         """Whether the source certainly has it: an operator reads what keeps its dtype, or it is known."""
         assert form.host is not None
-        read = [each.parts[0] for each in form.steps() if isinstance(each.step, Linear)]
-        if any(not any(isinstance(inner.step, Affine) for inner in value.steps()) for value in read):
+        if form.is_read_by_an_operator:
             return True
         host = self._reader.read(form.host)
         assert isinstance(host, Linear)

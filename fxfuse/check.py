@@ -284,9 +284,11 @@ def _size(axis: Axis, geometry: Geometry) -> int:
 
 
 def _side_by_side(maps: Sequence[AffineMap | None]) -> AffineMap | None:
-    each = [affine for affine in maps if affine is not None]
-    if not each:
+    """Of maps that are there for all, or for none."""
+    if maps[0] is None:
         return None
+    each = [affine for affine in maps if affine is not None]
+    assert len(each) == len(maps)
     return AffineMap(
         torch.cat([affine.scale for affine in each]), torch.cat([affine.shift for affine in each])
     )

@@ -66,6 +66,29 @@ class Form:
         else:
             yield self
 
+    @property
+    def sources(self) -> frozenset[fx.Node]:
+        """The source, and the values on the way that several steps read."""
+        inner = [each.sources for each in (*self.parts, self.step) if isinstance(each, Form)]
+        return frozenset({self.source}).union(*inner)
+
+    @property
+    def has_constants(self) -> bool:
+        """Whether something is multiplied by a constant on the way, or one is added."""
+        return any(isinstance(form.step, Affine) for form in self.steps())
+
+    @property
+    def is_read_by_an_operator(self) -> bool:
+        """Whether an operator reads what has the dtype of the source, and not what constants made of it."""
+        if isinstance(self.step, Linear) and not self.parts[0].has_constants:
+            return True
+        if isinstance(self.step, Form):
+            inner = self.parts[0]
+            return inner.is_read_by_an_operator or (
+                not inner.has_constants and self.step.is_read_by_an_operator
+            )
+        return any(part.is_read_by_an_operator for part in self.parts)
+
     def seen_as(self, dims: int) -> Geometry | None:
         """The geometry among operators with `dims` spatial axes."""
         if self.geometry is not None or self.channels is None:

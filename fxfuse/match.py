@@ -59,7 +59,7 @@ def match(graph: fx.Graph, reader: Reader, shapes: GraphShapes, barred: Barred) 
         if node not in matcher.moves:
             matcher.place(node, "forward")
     apart = matcher.merge(graph)
-    while matcher.merged and any(matcher.place(node, "backward") for node in matcher.left(sources)):
+    while matcher.merged and [node for node in matcher.left(sources) if matcher.place(node, "backward")]:
         apart = matcher.merge(graph)
     lost = matcher.lost()
     if lost:
@@ -107,7 +107,8 @@ class _Matcher:
 
     def lost(self) -> list[tuple[fx.Node, Direction]]:
         """The moves into branches that have not become one after all."""
-        given = {form.node for merge in self.merged.values() for form in merge.form.steps()}
+        forms = (form for merge in self.merged.values() for form in merge.form.steps())
+        given = {form.node for form in forms if form.parts}
         return [
             (move.node, move.direction)
             for move in self.moves.values()
@@ -233,10 +234,16 @@ class _Matcher:
 
     def _sums_of(self, node: fx.Node) -> Iterator[fx.Node]:
         """`node`, and the sums of which it is a term."""
-        yield node
-        for user in node.users:
-            if isinstance(self.reader.read(user), Sum):
-                yield from self._sums_of(user)
+        seen = {node: None}
+        waiting = [node]
+        while waiting:
+            each = waiting.pop()
+            yield each
+            more = [
+                user for user in each.users if isinstance(self.reader.read(user), Sum) and user not in seen
+            ]
+            seen |= dict.fromkeys(more)
+            waiting += more
 
     def _channels(self, source: Norm | Affine) -> Channels:
         """Along which axis the map of `source` acts."""

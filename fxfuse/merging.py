@@ -87,8 +87,12 @@ class Merger:
 
 
 def takes_up(form: Form, reader: Reader) -> bool:
-    """Whether what is absorbed at its node acts after its last step; that of an operator is a part of it."""
-    return not isinstance(form.step, Form) and not isinstance(reader.read(form.node), Linear)
+    """Whether what is absorbed at its node acts after its last step.
+
+    What an operator has absorbed is a part of it, and what a part with the same node has, of that part.
+    """
+    inside = isinstance(form.step, Form) or any(part.node is form.node for part in form.parts)
+    return not inside and not isinstance(reader.read(form.node), Linear)
 
 
 def absorption(linear: Linear, reader: Reader) -> Absorption:

@@ -98,18 +98,9 @@ class Merge:
 
     @property
     def operator(self) -> Linear:
-        """The one that does it all, as if it stood in the place of `node`."""
-        form, host = self.form, self.operators[self.host]
-        assert form.geometry is not None and form.channels is not None and form.in_channels is not None
-        return replace(
-            host,
-            input=form.source,
-            channels=form.channels,
-            in_channels=form.in_channels,
-            groups=form.geometry.groups,
-            bordered=form.geometry.is_bordered,
-            geometry=form.geometry,
-        )
+        """The one that does it all, for who looks at its outputs."""
+        assert self.form.channels is not None
+        return replace(self.operators[self.host], channels=self.form.channels)
 
     @property
     def moves(self) -> tuple[Move, ...]:

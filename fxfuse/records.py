@@ -78,6 +78,11 @@ class Apart:
     hint: str
     where: str = ""
 
+    @classmethod
+    def because(cls, branches: tuple[str, ...], code: Code, detail: str, where: str) -> Apart:
+        """The branches that stay for the reason of `code`."""
+        return cls(branches, code.value.code, code.reason(detail), code.value.hint, where)
+
     def __str__(self) -> str:
         return f"{' + '.join(self.branches)}  {self.code}: {self.reason} ({self.hint})"
 
@@ -146,7 +151,12 @@ class Report:
     def summary(self) -> str:
         """How many norms are gone, in words, and how many operators do what several did."""
         folded = f"{len(self.folded)} of {self.norms} norms folded"
-        merged = f", branches merged into {len(self.merged)} operators" if self.merged else ""
+        several = len(self.merged) > 1
+        merged = (
+            f", {len(self.merged)} operator{'s do' if several else ' does'} what several did"
+            if self.merged
+            else ""
+        )
         return (folded if self.norms else "there are no norms to fold") + merged
 
     def to_dict(self) -> dict[str, Any]:

@@ -222,7 +222,7 @@ class Code(Enum):
     )
     SUM = Explanation(
         "FXF704",
-        "what would be left of the sum is not what it was: a subtraction, or a value whose kind is asked for",
+        "they cannot leave the sum: a term is subtracted, or comes too late, or its kind is asked for",
         "add up the branches on one value first, and the rest after them",
     )
     READ = Explanation(

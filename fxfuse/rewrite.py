@@ -40,7 +40,7 @@ class Rewritten:
 
 
 # Methods after which the elements are the same, in the same order.
-_RESHAPES = {"flatten", "reshape", "view", "unflatten"}
+_RESHAPES = {"flatten", "reshape", "unflatten"}
 # What compilers note of a node's value.
 _OF_VALUES = {"val", "example_value", "tensor_meta"}
 

@@ -474,7 +474,31 @@ def assert_stays(model, *inputs):
     return fused
 
 
+def written_and_read(m, x):
+    v = m.c0(x)
+    out = v
+    out += m.c1(v)
+    return out + v
+
+
+def written_and_convolved(m, x):
+    v = m.c0(x)
+    out = v
+    out += m.c1(v)
+    return out + m.c1(v)
+
+
+def written_through_an_identity(m, x):
+    v = m.c0(x)
+    d = F.dropout(v, training=False)
+    d += m.c1(v)
+    return d + v
+
+
 STAYING = {
+    "a value on the way is written to": written_and_read,
+    "a value on the way is written to before an operator": written_and_convolved,
+    "a value on the way is written to by another name": written_through_an_identity,
     "read elsewhere": lambda m, x: ((y := m.c0(x)) + m.c1(x)) * y,
     "other input": lambda m, x: m.c0(x) + m.c1(x + 1).relu(),
     "other values": lambda m, x: m.c0(x) + m.c1(torch.sigmoid(x)),
@@ -595,6 +619,37 @@ def test_compiled_branches_are_merged_and_follow_their_weights(options):
             assert_exact(model(x), compiled(x))
 
 
+@pytest.mark.parametrize("options", [{}, {"refold": "always"}])
+def test_compiled_merge_follows_a_norm_that_it_has_taken_up_through_a_pooling(options):
+    def function(m, x):
+        y = m.c(x)
+        return torch.tanh(m.n(F.avg_pool2d(x + y + m.g(x), 3)))
+
+    model = randomise(shared(function)).requires_grad_(False)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="fxfuse", options={"then": "aot_eager", **options})
+    x = torch.randn(2, 8, 9, 9).double()
+    assert_exact(model(x), compiled(x))
+    report = fxfuse.report(compiled)
+    assert (len(report.merged), len(report.folded)) == (1, 1), report
+    for change in (model.n.running_var, model.n.bias, model.g.weight, model.c.bias):
+        change.mul_(1.5).add_(0.1)
+        assert_exact(model(x), compiled(x))
+
+
+def test_program_whose_merge_takes_up_a_norm_keeps_its_signature():
+    model = randomise(shared(lambda m, x: torch.tanh(m.n(F.max_pool2d(x + m.c(x), 3)))))
+    with torch.no_grad():
+        model.n.weight.abs_()
+    x = torch.randn(2, 8, 9, 9).double()
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    fused = fxfuse.fuse(program)
+    report = fxfuse.report(fused)
+    assert (len(report.merged), len(report.folded)) == (1, 1), report
+    for batch in (x, x[:1].repeat(5, 1, 1, 1)):
+        assert_exact(model(batch), fused.module()(batch))
+
+
 def test_gradients_get_through_a_merge():
     model = randomise(repvgg())
     torch._dynamo.reset()
@@ -710,18 +765,59 @@ def test_wide_borders(make):
     )
 
 
-def test_integers_are_not_read_by_a_convolution():
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.c0(x / 255.0) + m.c1(x / 127.0),
+        lambda m, x: m.c0(v := x / 255.0) + m.c1(v),
+        lambda m, x: m.c0(v := x / 255.0) + v,
+        lambda m, x: m.c0(w := (v := x / 255.0) + 2 * v) + w,
+    ],
+)
+def test_integers_are_not_read_by_a_convolution(function):
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
             self.c0, self.c1 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
 
         def forward(self, x):
-            return self.c0(x / 255.0) + self.c1(x / 127.0)
+            return function(self, x)
 
     model = randomise(Scaled()).float()
     x = torch.randint(0, 255, (2, 8, 4, 4), dtype=torch.uint8)
     torch.testing.assert_close(fxfuse.fuse(model)(x), model(x))
+
+
+@torch.no_grad()
+def test_a_map_is_not_applied_twice_where_a_merge_becomes_a_part_of_another():
+    """All at once overflows in float16; then the norm on top finds the smaller merge, which grows again."""
+
+    def function(m, x):
+        return m.bn1(m.bn2(m.c0(x) + m.bn0(x))) + m.c1(x) + torch.tanh(x)
+
+    model = randomise(Written(function, **convs(2), **{f"bn{n}": nn.BatchNorm2d(8) for n in range(3)})).half()
+    for norm in (model.bn0, model.bn1, model.bn2):
+        nn.BatchNorm2d.reset_parameters(norm)
+    model.bn1.weight.fill_(0.5)
+    model.c0.weight.fill_(3e4)
+    model.c1.weight.fill_(6e4)
+    fused = fxfuse.fuse(model)
+    x = torch.randn(2, 8, 4, 4).double()
+    exact, found = model.double()(x), fused.double()(x)
+    assert float((found - exact).abs().max() / exact.abs().max()) < 1e-3
+    assert "FXF401" in [left.code for left in fxfuse.report(fused).refused]
+
+
+def test_a_norm_before_many_sums_is_judged_in_time():
+    def function(m, x):
+        y = m.n(torch.sigmoid(x))
+        one, other = y, y + x
+        for _ in range(80):
+            one, other = other, one + other
+        return torch.tanh(other * x)
+
+    report = fxfuse.explain(randomise(shared(function)))
+    assert len(report.refused) == 1
 
 
 def test_autocast_keeps_its_dtype_in_a_compiler():

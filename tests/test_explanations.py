@@ -67,7 +67,7 @@ def test_example_of_branches_gives_its_code_and_no_other(code, tmp_path):
 def test_mended_example_of_branches_is_one_operator(code, tmp_path):
     example, mended = examples(code)
     shown = printed(example + mended, tmp_path).removeprefix(printed(example, tmp_path))
-    assert "branches merged into 1 operators" in shown and "apart" not in shown
+    assert "1 operator does what several did" in shown and "apart" not in shown
 
 
 @pytest.mark.parametrize("code", ALL)
