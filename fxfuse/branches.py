@@ -171,8 +171,9 @@ class _Merger:
         terms = [term for term in self._forms.terms(node)[0] if term.value not in gone]
         shared: dict[fx.Node, list[tuple[Term, Form]]] = defaultdict(list)
         for term in terms:
-            own = {term.value: Form(term.value, term.value)}
-            for source, form in (own | self._forms.of(term.value)).items():
+            forms = {term.value: Form(term.value, term.value)} | self._forms.of(term.value)
+            forms |= {merge.form.source: merge.form for merge in found if merge.node is term.value}
+            for source, form in forms.items():
                 shared[source].append((term, form))
         hosts = {merge.node: merge.name for merge in found}
         told: set[fx.Node] = set()

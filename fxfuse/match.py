@@ -89,6 +89,7 @@ class _Matcher:
         self.moves: dict[fx.Node, Move] = {}
         self.gone: dict[fx.Node, fx.Node] = {}
         self.merged: dict[fx.Node, Merge] = {}
+        self.mapped: set[fx.Node] = set()  # the norms and constants that are parts of merges
         self.stopped: dict[tuple[fx.Node, Direction], _Stop] = {}
         self.written_out = {node: parts for node in graph.nodes if (parts := self._written_out(node))}
         self.memory = Memory(graph, reader, self.gone)
@@ -98,12 +99,12 @@ class _Matcher:
         known = Surroundings(self.reader, self.shapes, self.moves, self.memory, self.acting, self.barred)
         found, apart = merges(graph, known)
         self.merged = {merge.node: merge for merge in reversed(found)}
+        self.mapped = {move.node for merge in found for move in merge.moves}
         return apart
 
     def left(self, sources: Sequence[fx.Node]) -> list[fx.Node]:
         """Those of which the map has no place yet."""
-        mapped = self._mapped()
-        return [node for node in sources if node not in self.moves and node not in mapped]
+        return [node for node in sources if node not in self.moves and node not in self.mapped]
 
     def lost(self) -> list[tuple[fx.Node, Direction]]:
         """The moves into branches that have not become one after all."""
@@ -192,7 +193,7 @@ class _Matcher:
     def refused(self, node: fx.Node) -> Iterator[Refusal]:
         """Why `node`, if it is a norm, is left; and the norms inside of what is called as a whole."""
         op = self.reader.read(node)
-        taken = self.moves.keys() | self._mapped()
+        taken = self.moves.keys() | self.mapped
         if isinstance(op, LeftNorm):
             yield Refusal.because(op.name, op.code, op.detail, place_of(node))
         elif isinstance(op, Norm) and node not in taken:
@@ -211,10 +212,6 @@ class _Matcher:
                 yield Refusal.because(full, Code.INSIDE_OPAQUE, place, place_of(node))
         elif node.op == "call_function" and torch_name(node.target) is None and calls_norm(node.target):
             yield Refusal.because(node.name, Code.INSIDE_OPAQUE, str(node.target), place_of(node))
-
-    def _mapped(self) -> frozenset[fx.Node]:
-        """The norms and constants that are parts of merges."""
-        return frozenset(move.node for merge in self.merged.values() for move in merge.moves)
 
     def _written_out(self, node: fx.Node) -> tuple[fx.Node, ...]:
         op = self.reader.read(node)

@@ -457,6 +457,14 @@ def test_what_is_left_of_a_sum_is_listed_once():
     assert report.apart[0].branches == ("branches.2", "branches.0")
 
 
+def test_what_is_left_of_a_sum_does_not_fit_wherever_the_merged_operator_stands():
+    report = fxfuse.explain(randomise(Branches(conv(), conv(padding=2, dilation=2), conv(1))))
+    assert len(report.merged) == 1
+    assert [(sorted(apart.branches), apart.code) for apart in report.apart] == [
+        (["branches.0", "branches.1"], "FXF701")
+    ]
+
+
 def test_residuals_that_are_not_linear_are_not_listed():
     block = nn.Sequential(conv(), nn.BatchNorm2d(8), nn.ReLU(), conv(), nn.BatchNorm2d(8))
     report = fxfuse.explain(randomise(Branches(nn.Identity(), block)))
