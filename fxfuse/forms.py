@@ -33,7 +33,7 @@ class Form:
         geometry: that of a kernel which can be the same function; None if it maps each element by itself.
         channels, in_channels: how many come out and go in; None if any number may.
         axis: that of the channels, counted from the end; None if any may be.
-        host: the operator that has that geometry.
+        host: the operator that has that geometry; None if none has.
         shifts: whether something may be added, by its kind and not by its numbers.
         cost: how many multiplications and additions of channels each place of the output takes.
         depth: how many steps there are one after another.

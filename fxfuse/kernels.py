@@ -79,6 +79,11 @@ class Kernel:
 
     def then(self, after: Kernel) -> Kernel:
         """What `after` makes of what this one gives; see `Geometry.then`."""
+        if self._is_map:
+            before = replace(after.operator, before=AffineMap(self.weight.flatten(), self.bias))
+            return Kernel(*absorb_unchecked(before), after.geometry)
+        if after._is_map:
+            return self.mapped(AffineMap(after.weight.flatten(), after.bias))
         geometry = self.geometry.then(after.geometry)
         assert geometry is not None
         groups = geometry.groups
@@ -89,6 +94,11 @@ class Kernel:
         return Kernel(
             weight.reshape(after.channels, first.shape[2], *geometry.kernel).contiguous(), bias, geometry
         )
+
+    @property
+    def _is_map(self) -> bool:
+        """Whether it maps each channel by itself."""
+        return self.geometry.is_point and self.weight.shape[:2] == (self.geometry.groups, 1)
 
     def _grouped(self, groups: int) -> Tensor:
         """The weight (groups, out/groups, in/groups, taps) with fewer groups."""

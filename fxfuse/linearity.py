@@ -119,7 +119,7 @@ class Forms:
                     found[form.source] = form
                     readers = self._readers[form.source]
                     if len(readers) > 1 and readers <= form.nodes:
-                        waiting += [self._chained(inner, form) for inner in self.of(form.source).values()]
+                        waiting += [self._joined(inner, form) for inner in self.of(form.source).values()]
             self._found[node] = found
         return self._found[node]
 
@@ -179,55 +179,40 @@ class Forms:
                     yield self.total(node, source, terms, sums)
 
     def _convolved(self, form: Form, node: fx.Node, op: Linear) -> Form | None:
-        if op.geometry is None or form.axis not in (None, -1 - op.dims):
+        if op.geometry is None:
             return None
-        if form.channels not in (None, op.in_channels) or (op.bordered and form.shifts):
-            return None
-        geometry: Geometry = op.geometry
-        host: fx.Node | None = node
-        if form.geometry is not None:
-            joined = form.geometry.then(op.geometry)
-            if joined is None or joined not in (op.geometry, form.geometry):
-                return None
-            geometry = joined
-            host = node if joined == op.geometry else form.host
-        own = multiplications(op.geometry, op.channels, op.in_channels)
-        return Form(
+        own = Form(
             node=node,
-            source=form.source,
+            source=form.node,
             step=op,
-            parts=(form,),
-            nodes=form.nodes | {node},
-            geometry=geometry,
+            nodes=frozenset({node}),
+            geometry=op.geometry,
             channels=op.channels,
-            in_channels=op.in_channels if form.in_channels is None else form.in_channels,
+            in_channels=op.in_channels,
             axis=-1 - op.dims,
-            host=host,
-            shifts=form.shifts or op.bias is not None,
-            cost=own + form.cost * prod(axis.stride for axis in op.geometry.axes),
-            depth=form.depth + 1,
-            assumed=form.assumed,
+            host=node,
+            shifts=op.bias is not None,
+            cost=multiplications(op.geometry, op.channels, op.in_channels),
+            depth=1,
         )
+        joined = self._joined(form, own)
+        return None if joined is None else replace(joined, step=op)
 
-    def _chained(self, form: Form, after: Form) -> Form | None:
-        """What `after` makes of a value that it alone reads, in several places, as a function of others."""
-        geometry, host = after.geometry or form.geometry, after.host or form.host
-        if form.geometry is not None and after.geometry is not None:
-            geometry = form.geometry.then(after.geometry)
-            if geometry is None or geometry not in (form.geometry, after.geometry):
-                return None
-            host = after.host if geometry == after.geometry else form.host
-        if geometry is not None and geometry.transposed:
-            return None
-        into = after.channels if after.geometry is None else after.in_channels
-        if form.channels not in (None, into) and into is not None:
+    def _joined(self, form: Form, after: Form) -> Form | None:
+        """What `after` makes of what `form` gives."""
+        if form.channels not in (None, after.in_channels) and after.in_channels is not None:
             return None
         if form.axis not in (None, after.axis) and after.axis is not None:
             return None
+        geometry = after.geometry or form.geometry
+        if form.geometry is not None and after.geometry is not None:
+            geometry = form.geometry.then(after.geometry)
+            if geometry is None:
+                return None
         if after.geometry is not None and after.geometry.is_bordered and form.shifts:
             return None
+        hosts = (each.host for each in (after, form) if each.geometry == geometry)
         strides = () if after.geometry is None else (axis.stride for axis in after.geometry.axes)
-        first = form.in_channels if form.channels is not None else into
         return Form(
             node=after.node,
             source=form.source,
@@ -236,9 +221,9 @@ class Forms:
             nodes=form.nodes | after.nodes,
             geometry=geometry,
             channels=form.channels if after.channels is None else after.channels,
-            in_channels=first,
+            in_channels=after.in_channels if form.in_channels is None else form.in_channels,
             axis=form.axis if after.axis is None else after.axis,
-            host=host,
+            host=next((host for host in hosts if host is not None), None),
             shifts=form.shifts or after.shifts,
             cost=after.cost + form.cost * prod(strides),
             depth=form.depth + after.depth,
@@ -278,29 +263,28 @@ class Forms:
     def _averaged(self, form: Form, node: fx.Node, op: Within) -> Form | None:
         assert op.window is not None
         dims = len(op.window.axes)
-        # Counted from the end; and a convolution of so many channels reads the same value, or this one.
-        shape = self.shapes.of(op.input)
-        channels = None if shape is None or len(shape) <= dims else shape[-1 - dims]
-        if not isinstance(channels, int) or form.channels not in (None, channels):
-            return None
-        if form.geometry is not None or form.axis not in (None, -1 - dims):
+        channels: object = form.channels
+        if channels is None:
+            # Counted from the end; and a convolution of so many channels reads the same value, or this one.
+            shape = self.shapes.of(op.input)
+            channels = None if shape is None or len(shape) <= dims else shape[-1 - dims]
+        if not isinstance(channels, int):
             return None
         geometry = Geometry(op.window.axes, channels)
-        if form.shifts and any(axis.padding for axis in geometry.axes):
-            return None
-        return replace(
-            form,
+        own = Form(
             node=node,
+            source=form.node,
             step=op.window,
-            parts=(form,),
-            depth=form.depth + 1,
-            nodes=form.nodes | {node},
+            nodes=frozenset({node}),
             geometry=geometry,
             channels=channels,
             in_channels=channels,
             axis=-1 - dims,
-            cost=form.cost + multiplications(geometry, channels, channels),
+            cost=multiplications(geometry, channels, channels),
+            depth=1,
         )
+        joined = self._joined(form, own)
+        return None if joined is None else replace(joined, step=op.window)
 
     def _assumed(self) -> frozenset[tuple[fx.Node, int]]:
         """What has to be assumed for what was asked of shapes."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from fxfuse.affine import AffineMap, exact
+from fxfuse.affine import exact
 from fxfuse.fold import Absorption, absorb_unchecked
 from fxfuse.forms import Form, Total
 from fxfuse.geometry import Geometry, Window, point
@@ -59,7 +59,7 @@ class Merger:
             middle = next(each for each in (inner.channels, step.in_channels, channels) if each is not None)
             return self.kernel(inner, middle).then(self.kernel(step, channels))
         if isinstance(step, Linear):
-            return self._linear(form.node, step, inner)
+            return self.kernel(inner, step.in_channels).then(self._linear(form.node, step))
         before = self.kernel(inner, channels)
         if isinstance(step, Norm | Affine):
             assert form.acts is not None
@@ -71,19 +71,13 @@ class Merger:
             return before.then(window)
         return before
 
-    def _linear(self, node: fx.Node, linear: Linear, inner: Form) -> Kernel:
-        """What the operator at `node`, with all that it absorbs, makes of a form."""
+    def _linear(self, node: fx.Node, linear: Linear) -> Kernel:
+        """The operator at `node`, with all that it absorbs."""
         assert linear.geometry is not None
         what = self.absorptions.get(node) or absorption(linear, self.reader)
         bias = what.weight.new_zeros(linear.channels) if what.bias is None else what.bias
-        what = replace(what, weight=exact(what.weight), bias=exact(bias))
-        before = self.kernel(inner, linear.in_channels) if inner.parts else None
-        if before is not None and inner.geometry is None:  # a map of each channel by itself
-            own = AffineMap(before.weight.flatten(), before.bias)
-            what = replace(what, before=own if what.before is None else own.then(what.before))
-            before = None
-        kernel = Kernel(*absorb_unchecked(what), linear.geometry)
-        return kernel if before is None else before.then(kernel)
+        exactly = replace(what, weight=exact(what.weight), bias=exact(bias))
+        return Kernel(*absorb_unchecked(exactly), linear.geometry)
 
 
 def takes_up(form: Form, reader: Reader) -> bool:

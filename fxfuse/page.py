@@ -21,7 +21,7 @@ from markupsafe import Markup, escape
 from fxfuse._version import __version__
 from fxfuse.drawing import Drawing, Row
 from fxfuse.picture import ROW, picture
-from fxfuse.records import Apart, Fold, Merged, Refusal, Report
+from fxfuse.records import Fold, Refusal, Report
 from fxfuse.summary import Summary
 from fxfuse.tree import owners
 from fxfuse.verdict import Comparison
@@ -54,21 +54,6 @@ class Entry:
     rows: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Branches:
-    """A row of the table of branches.
-
-    Attributes:
-        record: what became of them.
-        branches: what they are.
-        row: where the operator is drawn that does it all now; None if there is none.
-    """
-
-    record: Merged | Apart
-    branches: tuple[str, ...]
-    row: int | None
-
-
 def page(
     subject: Subject,
     report: Report,
@@ -93,7 +78,8 @@ def page(
     )
     environment.filters["breakable"] = _breakable
     style, script = (Markup((_FILES / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
-    entries = _entries(report, () if drawing is None else drawing.rows)
+    rows = () if drawing is None else drawing.rows
+    entries = _entries(report, rows)
     return environment.get_template("page.html").render(
         subject=subject,
         report=report,
@@ -101,10 +87,10 @@ def page(
         numbers=_numbers(*summaries),
         is_run=summaries[0].flops is not None,
         entries=entries,
-        branches=_branches(report, () if drawing is None else drawing.rows),
+        drawn={row.name: number for number, row in reversed([*enumerate(rows)])},
         links={row: number for number, entry in enumerate(entries, 1) for row in entry.rows},
         codes=Counter(refusal.code for refusal in report.refused),
-        states={row.state for row in drawing.rows} if drawing else set(),
+        states={row.state for row in rows},
         picture=None if drawing is None else picture(drawing),
         row_height=ROW,
         style=style,
@@ -165,16 +151,6 @@ def _count(number: float) -> str:
 
 def _memory(mebibytes: float) -> str:
     return f"{mebibytes:,.2f} MiB" if mebibytes >= 1 else f"{1024 * mebibytes:,.2f} KiB"
-
-
-def _branches(report: Report, rows: Sequence[Row]) -> list[Branches]:
-    """Those that were merged, and those that stay apart."""
-    drawn = {row.name: number for number, row in reversed([*enumerate(rows)])}
-    merged = [
-        Branches(each, (each.name, *(each.operators or ["identity"])), drawn.get(each.name))
-        for each in report.merged
-    ]
-    return merged + [Branches(each, each.branches, None) for each in report.apart]
 
 
 def _entries(report: Report, rows: Sequence[Row]) -> list[Entry]:

@@ -10,6 +10,7 @@ from torch import fx
 
 from fxfuse.channels import Channels
 from fxfuse.forms import Form
+from fxfuse.geometry import Window
 from fxfuse.nodes import Affine, Linear, Norm
 from fxfuse.records import Apart, Refusal
 from fxfuse.refusals import Code
@@ -155,6 +156,18 @@ def name_of(node: fx.Node, operator: Linear) -> str:
     if node.op == "call_module":
         return str(node.target)
     return operator.weight.removesuffix(".weight") if isinstance(operator.weight, str) else node.name
+
+
+def names_in(form: Form) -> list[str]:
+    """The operators and poolings of a form; none if it is the value itself, but for norms and constants."""
+    steps = [(each.node, each.step) for each in form.steps()]
+    return [
+        name_of(node, step)
+        if isinstance(step, Linear)
+        else str(node.target if node.op == "call_module" else node)
+        for node, step in steps
+        if isinstance(step, Linear | Window)
+    ]
 
 
 Barred = Mapping[tuple[fx.Node, Direction], Code]

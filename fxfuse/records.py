@@ -46,7 +46,7 @@ class Merged:
     Attributes:
         name: qualified name of the operator that stays, with another weight and bias.
         into: the name that it has in the result: another one where other calls share its weight.
-        operators: qualified names of the operators that are gone; an identity has none.
+        operators: qualified names of the operators and poolings that are gone; an identity has none.
         where: the line of code of the last of them, as in `Fold`.
         error: relative L2 distance of what the operator gives from what those of the source gave, in float64,
             on a small random input; None where that was not measured.
@@ -67,7 +67,7 @@ class Apart:
     """Linear branches on one value whose sum is not one operator.
 
     Attributes:
-        branches: what each of them is: qualified names of its operators, or "identity".
+        branches: what each of them is: qualified names of its operators and poolings, or "identity".
         code, reason, hint: why they stay several, as in `Refusal`.
         where: the line of code that adds them up; empty if that is not known.
     """

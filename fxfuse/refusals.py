@@ -200,6 +200,11 @@ class Code(Enum):
         "modules are kept, and a method other than forward gives the value between it and the operator",
         "leave out keep_modules=True if it was given, or call the norm and the operator in one method",
     )
+    KEPT_BRANCHES = Explanation(
+        "FXF505",
+        "modules are kept, and its branch could only become a part of the operator of another one",
+        "leave out keep_modules=True to have the branches merged",
+    )
     ASKED = Explanation(
         "FXF601",
         "it was asked to be left",
@@ -208,7 +213,7 @@ class Code(Enum):
     BRANCHES = Explanation(
         "FXF701",
         "no branch has a kernel that could hold those of the others",
-        "give the branches one stride and one dilation, and pad each by half its kernel, of odd size",
+        "give one of them the stride, groups and dilation of all, and taps wherever the others have some",
     )
     COST = Explanation(
         "FXF702",

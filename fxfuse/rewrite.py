@@ -24,7 +24,7 @@ from fxfuse.layout import VIEWS
 from fxfuse.nodes import Linear, Norm
 from fxfuse.ops import Reader
 from fxfuse.places import place_of
-from fxfuse.plan import Plan, name_of
+from fxfuse.plan import Plan, names_in
 from fxfuse.records import Fold, Merged
 from fxfuse.solve import Solution
 from fxfuse.tree import attribute, owners, put
@@ -48,7 +48,7 @@ _OF_VALUES = {"val", "example_value", "tensor_meta"}
 def rewrite(capture: Capture, plan: Plan, solution: Solution, reader: Reader) -> Rewritten:
     """Carries out all of `plan` on `capture`, in place."""
     editor = _Editor(capture)
-    names = [merge.name for merge in plan.merges]
+    names = [(merge.name, names_in(merge.form)) for merge in plan.merges]
     into = {}
     for node, tensors in solution.tensors.items():
         linear = reader.read(node)
@@ -94,8 +94,8 @@ def rewrite(capture: Capture, plan: Plan, solution: Solution, reader: Reader) ->
         elif move.node not in rest:
             constants.append(Fold(move.node.name, absorbers, move.direction, where, error))
     merged = []
-    for name, merge in zip(names, plan.merges, strict=True):
-        others = tuple(name_of(*each) for each in merge.operators.items() if each[0] is not merge.host)
+    for (name, every), merge in zip(names, plan.merges, strict=True):
+        others = tuple(dict.fromkeys(each for each in every if each != name))
         error = solution.errors.get(merge)
         merged.append(Merged(name, into[merge.host], others, place_of(merge.node), error))
     return Rewritten(tuple(norms), tuple(constants), tuple(merged))

@@ -225,7 +225,7 @@ def _captures(module: nn.Module) -> list[tuple[dict[str, Any], Capture]]:
 def _needs_a_graph(plan: Plan, move: Change) -> Code | None:
     """Why it cannot be made where forward is kept, which can neither assert anything nor be changed."""
     if isinstance(move, Merge):
-        return Code.NO_MODULE
+        return Code.KEPT_BRANCHES
     if move.assumed:
         return Code.RANK_UNKNOWN
     return Code.LAYOUT if any(move.node in nodes for nodes in plan.views.values()) else None

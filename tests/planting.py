@@ -31,6 +31,7 @@ from fxfuse import (
     linearity,
     match,
     memory,
+    mergeable,
     ops,
     options,
     pipeline,
@@ -972,7 +973,10 @@ def forget_the_bias_of_the_first_in_a_row() -> None:
 
 @bug(*BRANCHES)
 def merge_whatever_it_costs() -> None:
-    wrap(branches._Merger, "_pays", lambda _, __, form: form.host is not None and form.depth > 1)
+    def pays(_: Any, form: Any) -> bool:
+        return form.host is not None and form.depth > 1
+
+    wrap(branches, "pays", pays)
 
 
 @bug(*BRANCHES)
@@ -991,7 +995,7 @@ def merge_across_writes() -> None:
 
 @bug(*BRANCHES)
 def merge_what_has_another_dtype() -> None:
-    wrap(branches._Merger, "_has_dtype_of_weights", lambda *_: True)
+    wrap(mergeable.Judge, "_has_dtype_of_weights", lambda *_: True)
 
 
 @bug(*BRANCHES)

@@ -391,6 +391,19 @@ def test_row_of_convolutions_is_one_branch():
     assert_merged(Branches(nn.Conv2d(8, 8, 3, padding=1), normed(row)), left=1)
 
 
+def test_row_whose_kernel_neither_part_has_is_one_branch():
+    """1×1 and then a pooling that pads, or a depthwise 3×3, beside a dense 3×3."""
+    pooled = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.AvgPool2d(3, 1, 1), nn.BatchNorm2d(8))
+    fused = assert_merged(Branches(nn.Conv2d(8, 8, 3, padding=1), pooled), left=1)
+    (merged,) = fxfuse.report(fused).merged
+    assert merged.operators == ("branches.1.0", "branches.1.1")
+    separable = nn.Sequential(
+        nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+    )
+    assert_merged(Branches(nn.Conv2d(8, 8, 3, padding=1), normed(separable)), left=1)
+    assert_merged(separable, left=2, merged=0)
+
+
 # ---- what stays ----------------------------------------------------------------------------------------
 
 
@@ -603,7 +616,9 @@ def test_kept_modules_keep_their_branches():
     fused = fxfuse.fuse(model, keep_modules=True)
     x = torch.randn(2, 8, 5, 5).double()
     assert_exact(model(x), fused(x))
-    assert not fxfuse.report(fused).merged and len(fxfuse.report(fused).folded) == 2
+    report = fxfuse.report(fused)
+    assert not report.merged and len(report.folded) == 2
+    assert [(left.norm, left.code) for left in report.refused] == [("branches.2", "FXF505")]
 
 
 # ---- the other ways in ---------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ LAYERS = [
     ["shapes", "maps"],
     ["layout", "memory", "plan", "merging", "eager"],
     ["linearity", "solve", "leave"],
+    ["mergeable"],
+    ["apart"],
     ["branches"],
     ["match", "check", "inline", "dynamo"],
     ["planner"],

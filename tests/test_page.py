@@ -168,7 +168,7 @@ def test_the_branches_are_listed_and_lead_to_the_operator_that_does_it_all(show)
     tab = show(page_of(randomise(nn.Sequential(Branches(), nn.Conv2d(3, 4, 1), nn.ReLU())).float()))
     table = tab.locator("#branches-table")
     merged, apart = [row.split("\t") for row in table.locator("tbody tr").all_inner_texts()]
-    assert merged[:4] == ["0.far + 0.two", "merged", "", "0.far"] and "in Branches.forward" in merged[4]
+    assert merged[:4] == ["0.far, 0.two", "merged", "", "0.far"] and "in Branches.forward" in merged[4]
     assert float(merged[5]) < 1e-6
     assert apart[:3] == ["0.far + 0.one", "apart", "FXF701"]
     assert tab.locator(".verdict").nth(1).inner_text() == "1 operator does what several did"

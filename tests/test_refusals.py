@@ -94,6 +94,11 @@ def called_as_a_function(m, x):
     return m.norm(F.conv2d(x, m.conv.weight))
 
 
+def beside(m, x):
+    x = m.conv(x).relu()
+    return m.norm(x) + m.last(x)
+
+
 class WithOption(nn.Module):
     def __init__(self):
         super().__init__()
@@ -163,6 +168,7 @@ KEPT = {
     Code.NO_MODULE: (lambda: written(called_as_a_function), X),
     Code.OPTIONS: (lambda: randomise(WithOption()), X),
     Code.METHODS: (lambda: randomise(WithMethod()), X),
+    Code.KEPT_BRANCHES: (lambda: written(beside, last=nn.Conv2d(4, 4, 1)), X),
 }
 
 
