@@ -8,6 +8,8 @@ from fxfuse._version import __version__
 from fxfuse.comparison import verify
 from fxfuse.culprits import Bisection, bisect
 from fxfuse.errors import CaptureError, FxfuseError, UsageError, VerificationError
+from fxfuse.lowering.lower import lower
+from fxfuse.lowering.lowered import Lowered
 from fxfuse.pipeline import explain, fuse
 from fxfuse.records import Fold, Refusal, Report
 from fxfuse.reports import report
@@ -19,6 +21,7 @@ __all__ = [
     "Comparison",
     "Fold",
     "FxfuseError",
+    "Lowered",
     "Refusal",
     "Report",
     "UsageError",
@@ -27,6 +30,7 @@ __all__ = [
     "bisect",
     "explain",
     "fuse",
+    "lower",
     "report",
     "verify",
 ]

@@ -154,6 +154,12 @@ def attribute_name(value: Any) -> str | None:
     return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
 
 
+def switches_mode(node: fx.Node) -> bool:
+    """Whether what comes after it computes in another way: with gradients or without, in another dtype."""
+    name = getattr(node.target, "__name__", "")
+    return node.op == "call_function" and name.endswith(("_grad_enabled", "_autocast", "_inference_mode"))
+
+
 def written_inputs(node: fx.Node) -> list[fx.Node]:
     """The inputs that `node` may write to. A function that is not torch's own may write to any."""
     if node.op not in ("call_function", "call_method") or not _may_write(node):

@@ -82,6 +82,41 @@ def verify(
     return compared(as_module(reference), as_module(candidate), inputs, (rtol, atol), seed)
 
 
+def same_numbers(
+    folded: nn.Module, candidate: Callable[..., Any], inputs: Sequence[Any], reference: Callable[..., Any]
+) -> Comparison:
+    """Whether two functions are about equally near to `folded` in float64; see `verify` on rounding.
+
+    Args:
+        folded: the module that both compute.
+        candidate: the function that is to be checked.
+        inputs: positional inputs.
+        reference: the function that counts as right but for rounding.
+    """
+    with precise():
+        expected, actual = (
+            run(reference, inputs, seed=0, is_own=True),
+            run(candidate, inputs, seed=0, is_own=True),
+        )
+        mismatch = _structural_mismatch(expected, actual)
+        if mismatch:
+            return _unmeasured(mismatch, ok=False)
+        exact: Outputs = {}
+        notes = []
+        try:
+            exact = Truth(folded, inputs, 0, expected).outputs
+        except UnmeasurableError as error:
+            notes = [f"{error}, so rounding could not be measured"]
+        measured = [
+            measure(place, value, actual[place], exact.get(place), None, (None, None))
+            for place, value in expected.items()
+            if isinstance(value, Tensor) and value.numel()
+        ]
+        found = _summary(measured, [*_doubts(folded, expected)], notes)
+        label = f"given: {_shapes(inputs)}"
+        return replace(found, ulps=units(expected, actual), top1=top1(expected, actual), inputs=(label,))
+
+
 def compared(
     reference: nn.Module,
     candidate: nn.Module,

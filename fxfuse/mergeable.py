@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from fxfuse.calls import switches_mode
 from fxfuse.forms import Form, Total
 from fxfuse.linearity import Forms
 from fxfuse.memory import Memory
@@ -25,12 +26,6 @@ def pays(form: Form) -> bool:
     return operators > 0 and form.saved >= 0
 
 
-def _switches_mode(node: fx.Node) -> bool:
-    """Whether what comes after it computes in another way: with gradients or without, in another dtype."""
-    name = getattr(node.target, "__name__", "")
-    return node.op == "call_function" and name.endswith(("_grad_enabled", "_autocast", "_inference_mode"))
-
-
 class Judge:
     """Decides what may be merged."""
 
@@ -39,7 +34,7 @@ class Judge:
         self._value = forms.value
         self._reader = forms.reader
         self._memory = memory
-        self._switches = [place for node, place in memory.order.items() if _switches_mode(node)]
+        self._switches = [place for node, place in memory.order.items() if switches_mode(node)]
 
     def hindrance(self, form: Form, last: fx.Node, parents: Sequence[fx.Node] = ()) -> Code | None:
         """Why it cannot be merged: somebody writes to what is read, by `parents` too; or kinds of numbers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,11 @@ def clean_run(inputs: Sequence[Any], seed: int) -> Iterator[list[Any]]:
         yield pytree.tree_map_only(Tensor, torch.clone, list(inputs))
 
 
-def run(model: nn.Module, inputs: Sequence[Any], seed: int, *, is_own: bool = False) -> Outputs:
+def run(model: Callable[..., Any], inputs: Sequence[Any], seed: int, *, is_own: bool = False) -> Outputs:
     """What `model` gives for copies of the inputs; unless it is the caller's own, a copy of it runs."""
     with clean_run(inputs, seed) as copies:
-        leaves, _ = pytree.tree_flatten_with_path((model if is_own else isolated(model))(*copies))
+        own = model if is_own or not isinstance(model, nn.Module) else isolated(model)
+        leaves, _ = pytree.tree_flatten_with_path(own(*copies))
     return {place: value for path, leaf in leaves for place, value in _parts(pytree.keystr(path), leaf)}
 
 

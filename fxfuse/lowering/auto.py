@@ -1,0 +1,48 @@
+"""The engine "auto": those that are installed are timed on the example inputs, and the fastest is taken."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxfuse.lowering.engines import ENGINES
+from fxfuse.lowering.lowered import Lowered, lowered
+from fxfuse.lowering.records import Timing
+from fxfuse.lowering.timing import medians
+
+
+def fastest(folded: nn.Module, inputs: Sequence[Any], dtype: torch.dtype | None, seconds: float) -> Lowered:
+    """The fastest of the engines that are installed, for inputs like these.
+
+    Engines are tried in the order of their table, until the time is over; the first is tried in any case.
+    """
+    started = time.perf_counter()
+    ready: dict[str, Lowered] = {}
+    timings: list[Timing] = []
+    for name, engine in ENGINES.items():
+        if engine.missing or (dtype is not None and dtype not in engine.dtypes):
+            continue
+        if timings and time.perf_counter() - started > seconds:
+            timings.append(Timing(name, math.nan, math.nan, "not tried: the time was over"))
+            continue
+        candidate = lowered(folded, inputs, name, dtype)
+        ready[name] = candidate
+        timings.append(Timing(name, math.nan, candidate.lowering.seconds, candidate.lowering.reason))
+    running = {name: candidate for name, candidate in ready.items() if not candidate.lowering.reason}
+    if not running:
+        chosen = next(iter(ready.values()))
+    else:
+        times = medians({name: partial(each, *inputs) for name, each in running.items()})
+        timings = [replace(each, milliseconds=times.get(each.engine, math.nan)) for each in timings]
+        chosen = running[min(times, key=times.__getitem__)]
+    timings.sort(key=lambda each: (math.isnan(each.milliseconds), each.milliseconds))
+    seconds = time.perf_counter() - started
+    chosen.lowering = replace(chosen.lowering, seconds=seconds, timings=tuple(timings))
+    return chosen

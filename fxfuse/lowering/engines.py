@@ -1,0 +1,70 @@
+"""The engines, in a table: a new one is a function and one entry.
+
+An engine gets a graph for inputs of one kind (`fxfuse.lowering.specialised`), from tensors to a tuple of
+tensors, examples of these, and the dtype to compute in, if that is another one; it gives a function of the
+tensors. It raises an UnsupportedError for what
+it cannot do, and may raise whatever its package raises.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxfuse.errors import UsageError
+from fxfuse.lowering import inductor, onednn, onnxruntime, openvino
+
+Program = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+Compile = Callable[[fx.GraphModule, Sequence[Tensor], torch.dtype | None], Program]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What compiles a graph.
+
+    Attributes:
+        compile: does it.
+        packages: those that it needs beside torch; the extra of fxfuse that brings them is called as it is.
+        dtypes: in which it can compute, besides float32.
+    """
+
+    compile: Compile
+    packages: tuple[str, ...] = ()
+    dtypes: frozenset[torch.dtype] = frozenset({torch.bfloat16})
+
+    @property
+    def missing(self) -> list[str]:
+        """The packages that are not installed."""
+        return [name for name in self.packages if importlib.util.find_spec(name) is None]
+
+
+ENGINES = {
+    "torch": Engine(onednn.compile),
+    "inductor": Engine(inductor.compile),
+    "openvino": Engine(openvino.compile, packages=("openvino",)),
+    "onnxruntime": Engine(
+        onnxruntime.compile, packages=("onnxruntime", "onnx", "onnxscript"), dtypes=frozenset()
+    ),
+}
+
+
+def engine(name: str, dtype: torch.dtype | None) -> Engine:
+    """The engine of that name.
+
+    Raises:
+        UsageError: there is none, it is not installed, or it cannot compute in `dtype`.
+    """
+    if name not in ENGINES:
+        raise UsageError(f"there is no engine {name!r}; use one of: {', '.join([*ENGINES, 'auto'])}")
+    found = ENGINES[name]
+    if found.missing:
+        raise UsageError(
+            f"the engine {name!r} needs {' and '.join(found.missing)}: pip install 'fxfuse[{name}]'"
+        )
+    if dtype is not None and dtype not in found.dtypes:
+        raise UsageError(f"the engine {name!r} does not compute in {dtype}; leave out dtype=...")
+    return found

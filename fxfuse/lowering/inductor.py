@@ -1,0 +1,24 @@
+"""The engine "inductor": torch's own compiler, with weights as constants that it may lay out anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxfuse.lowering.specialised import in_dtype
+
+
+def compile(module: fx.GraphModule, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Any:
+    """A function of a list of tensors, for inputs like these; needs a C++ compiler."""
+    module = module if dtype is None else in_dtype(module, dtype)
+    compiled = torch.compile(module, fullgraph=True, dynamic=False, options={"freezing": True})
+
+    def run(tensors: Sequence[Tensor]) -> Any:
+        with torch.no_grad():
+            return compiled(*tensors)
+
+    run(inputs)
+    return run

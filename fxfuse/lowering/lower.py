@@ -1,0 +1,56 @@
+"""``fxfuse.lower``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxfuse.arguments import check_eval, check_inputs, check_module
+from fxfuse.inputs import sample
+from fxfuse.lowering.auto import fastest
+from fxfuse.lowering.engines import engine as engine_of
+from fxfuse.lowering.lowered import Lowered, lowered
+
+
+def lower(
+    folded: nn.Module,
+    example_inputs: Sequence[Any],
+    engine: str = "torch",
+    *,
+    dtype: torch.dtype | None = None,
+    tune_seconds: float = 60.0,
+) -> Lowered:
+    """A module that computes what `folded` does, on the fused kernels of an engine.
+
+    It takes the same inputs and gives the same outputs, of any batch size; the first call with inputs of a
+    new kind compiles for these, which takes as long as this call. Before a program is used, it is compared
+    with `folded` on the inputs that it was compiled for: it may be about as far from a float64 run of
+    `folded` as that is itself. What an engine cannot do is not lowered: then `folded` runs, and
+    ``lowered.lowering.reason`` says why. Gradients do not get through.
+
+    Args:
+        folded: what ``fxfuse.fuse`` gave; a graph, in eval mode.
+        example_inputs: positional inputs; a ``torch.Size`` stands for a random tensor of that shape.
+        engine: "torch": the kernels of oneDNN that torch has, for CPUs. "inductor", "openvino" or
+            "onnxruntime": those of another compiler or runtime, which fxfuse's extra of that name installs.
+            "auto": the fastest of those that are installed, timed on the example inputs;
+            ``lowered.engine`` is its name, which can be given here the next time.
+        dtype: ``torch.bfloat16`` to compute in that, with more rounding: ``lowered.lowering`` tells how much.
+            Inputs and outputs keep their dtypes.
+        tune_seconds: how long "auto" may go on with engines that it has not tried yet.
+
+    Raises:
+        UsageError: `folded` is no module or in training mode, an engine is not known or not installed, or
+            cannot compute in `dtype`.
+    """
+    check_module(folded, "folded module")
+    check_eval(folded, "folded module")
+    check_inputs(example_inputs, "example_inputs")
+    inputs = sample(folded, example_inputs, seed=0)
+    if engine == "auto":
+        return fastest(folded, inputs, dtype, tune_seconds)
+    engine_of(engine, dtype)
+    return lowered(folded, inputs, engine, dtype)

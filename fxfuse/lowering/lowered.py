@@ -1,0 +1,140 @@
+"""A module that runs another one's function on the programs of an engine, one for each kind of inputs."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxfuse.errors import UsageError
+from fxfuse.lowering.engines import ENGINES
+from fxfuse.lowering.programs import Compiled, compiled
+from fxfuse.lowering.records import Lowering
+
+_LOG = logging.getLogger("fxfuse")
+# How many kinds of inputs have a program at a time.
+_KINDS = 16
+
+
+class Lowered(nn.Module):
+    """The function of a folded module, on the kernels of an engine.
+
+    What it takes and gives is what the folded module does, without gradients. For each new kind of inputs
+    (structure, shapes, strides, dtypes, values that are no tensors, and the number of threads) the first call
+    compiles a program and compares it with the folded module; that of the example inputs is there from the
+    beginning. Where the engine cannot do that, and under autocast, the folded module answers. Weights are
+    constants of the programs: they are compiled anew after ``to`` and ``load_state_dict``, and blind to what
+    is written to the weights otherwise.
+
+    Attributes:
+        folded: the folded module.
+        engine: the name of the engine.
+        dtype: in which it computes; None: in that of the weights.
+        lowering: what `fxfuse.lower` saw of it.
+    """
+
+    def __init__(self, folded: nn.Module, engine: str, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.folded = folded
+        self.engine = engine
+        self.dtype = dtype
+        self.lowering = Lowering(engine)
+        self._forget()
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the folded module gives."""
+        inputs = self._positional(args, kwargs) if kwargs else args
+        leaves, structure = pytree.tree_flatten(inputs)
+        compiled = self._programs.get(kind := _kind(structure, leaves)) or self._compiled(kind, inputs)
+        if compiled.run is None or torch.is_autocast_enabled("cpu"):
+            with torch.no_grad():
+                return self.folded(*args, **kwargs)
+        if torch.is_grad_enabled() and any(
+            isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves
+        ):
+            raise UsageError("a lowered module gives no gradients; call it under torch.no_grad()")
+        return compiled.run(leaves)
+
+    def train(self, mode: bool = True) -> Lowered:
+        """Stays in eval mode.
+
+        Raises:
+            UsageError: it is to train.
+        """
+        if mode:
+            raise UsageError("a lowered module cannot train; train the model that it was made of")
+        return super().train(mode)
+
+    def prepare(self, inputs: Sequence[Any]) -> Compiled:
+        """What answers for inputs like these."""
+        leaves, structure = pytree.tree_flatten(tuple(inputs))
+        return self._compiled(_kind(structure, leaves), tuple(inputs))
+
+    def _compiled(self, kind: Hashable, inputs: tuple[Any, ...]) -> Compiled:
+        with self._lock:
+            if kind not in self._programs:
+                while len(self._programs) >= _KINDS:
+                    self._programs.popitem(last=False)
+                found = compiled(self.folded, inputs, ENGINES[self.engine].compile, self.dtype)
+                if found.reason:
+                    _LOG.warning("%s runs as it was folded: %s", type(self.folded).__name__, found.reason)
+                self._programs[kind] = found
+            return self._programs[kind]
+
+    def _positional(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        bound = inspect.signature(self.folded.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        if bound.kwargs:
+            raise UsageError(
+                f"{', '.join(bound.kwargs)} can only be given by keyword, which engines do not know"
+            )
+        return bound.args
+
+    def _forget(self) -> None:
+        self._programs: OrderedDict[Hashable, Compiled] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._forget()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_programs", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
+
+
+def lowered(folded: nn.Module, inputs: Sequence[Any], engine: str, dtype: torch.dtype | None) -> Lowered:
+    """`folded` on the kernels of an engine, ready for inputs like these."""
+    started = time.perf_counter()
+    made = Lowered(folded, engine, dtype)
+    first = made.prepare(inputs)
+    seconds = time.perf_counter() - started
+    made.lowering = Lowering(engine, first.reason, seconds, first.comparison)
+    return made
+
+
+def _kind(structure: pytree.TreeSpec, leaves: Sequence[Any]) -> Hashable:
+    """What a program depends on, of its inputs and of torch."""
+    return (structure, torch.get_num_threads(), *map(_kind_of_leaf, leaves))
+
+
+def _kind_of_leaf(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return type(leaf), leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    return type(leaf), repr(leaf)  # which tells 0.0 from -0.0

@@ -1,0 +1,88 @@
+"""A folded module and inputs → a program that has been compared with it; or the reason why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxfuse.comparison import same_numbers
+from fxfuse.lowering.engines import Compile
+from fxfuse.lowering.specialised import UnsupportedError, in_dtype, specialised
+from fxfuse.verdict import Comparison
+
+_SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What answers for inputs of one kind.
+
+    Attributes:
+        run: gives the outputs for the leaves of the inputs; None if the folded module has to.
+        reason: why it has to.
+        comparison: of the program with the folded module; None if it did not come to that.
+    """
+
+    run: Callable[[Sequence[Any]], Any] | None
+    reason: str = ""
+    comparison: Comparison | None = None
+
+
+def compiled(
+    folded: nn.Module, inputs: Sequence[Any], compile_: Compile, dtype: torch.dtype | None
+) -> Compiled:
+    """A program of an engine for inputs like these, on which it is compared with `folded`.
+
+    Of both the outputs are held against a run of `folded` in float64. The program may be about as far from it
+    as `folded` is, in `dtype` if one is given: see ``fxfuse.verify`` on rounding.
+    """
+    # Tensors of inference mode could not become constants, nor be asked whether they were written to.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        try:
+            given = pytree.tree_map(_usable, tuple(inputs))
+            return _compiled(folded, given, compile_, dtype)
+        except UnsupportedError as error:
+            return Compiled(None, str(error))
+        except Exception as error:
+            return Compiled(None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+
+
+def _compiled(
+    folded: nn.Module, inputs: tuple[Any, ...], compile_: Compile, dtype: torch.dtype | None
+) -> Compiled:
+    if not isinstance(folded, fx.GraphModule):
+        raise UnsupportedError(
+            f"{type(folded).__name__} is no graph: it could not be traced whole, or was kept"
+        )
+    graph = specialised(folded, inputs)
+    program = compile_(graph.module, graph.tensors(pytree.tree_leaves(inputs)), dtype)
+
+    def run(leaves: Sequence[Any]) -> Any:
+        return graph.result(program(graph.tensors(leaves)))
+
+    def candidate(*again: Any) -> Any:
+        return run(pytree.tree_leaves(again))
+
+    reference = graph.module if dtype is None else in_dtype(graph.module, dtype)
+
+    def rounded(*again: Any) -> Any:
+        return graph.result(reference(*graph.tensors(pytree.tree_leaves(again))))
+
+    comparison = same_numbers(folded, candidate, inputs, folded if dtype is None else rounded)
+    if not comparison.ok:
+        return Compiled(None, f"it gives other numbers: {comparison}", comparison)
+    return Compiled(run, comparison=comparison)
+
+
+def _usable(leaf: Any) -> Any:
+    """A tensor of its own memory; raises for what may change without notice."""
+    if type(leaf) in (Tensor, nn.Parameter):
+        return leaf.detach().clone()
+    if isinstance(leaf, _SIMPLE):
+        return leaf
+    raise UnsupportedError(f"an input is a {type(leaf).__name__}")
