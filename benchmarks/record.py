@@ -19,7 +19,7 @@ def surroundings(command: str) -> dict[str, Any]:
     """The command, the commit, the versions and the machine."""
     describe = ["git", "-C", str(RESULTS.parents[1]), "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True, check=False)
-    packages = ("fxfuse", "torch", "torchvision", "timm")
+    packages = ("fxfuse", "torch", "torchvision", "timm", "onnxruntime", "openvino")
     return {
         "command": command,
         "commit": commit.stdout.strip(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,14 +35,18 @@ def fastest(folded: nn.Module, inputs: Sequence[Any], dtype: torch.dtype | None,
         candidate = lowered(folded, inputs, name, dtype)
         ready[name] = candidate
         timings.append(Timing(name, math.nan, candidate.lowering.seconds, candidate.lowering.reason))
-    running = {name: candidate for name, candidate in ready.items() if not candidate.lowering.reason}
-    if not running:
-        chosen = next(iter(ready.values()))
-    else:
-        times = medians({name: partial(each, *inputs) for name, each in running.items()})
-        timings = [replace(each, milliseconds=times.get(each.engine, math.nan)) for each in timings]
-        chosen = running[min(times, key=times.__getitem__)]
+    chosen, times = fastest_of(ready, inputs)
+    timings = [replace(each, milliseconds=times.get(each.engine, math.nan)) for each in timings]
     timings.sort(key=lambda each: (math.isnan(each.milliseconds), each.milliseconds))
     seconds = time.perf_counter() - started
     chosen.lowering = replace(chosen.lowering, seconds=seconds, timings=tuple(timings))
     return chosen
+
+
+def fastest_of(ready: Mapping[str, Lowered], inputs: Sequence[Any]) -> tuple[Lowered, dict[str, float]]:
+    """The fastest of some, and the times of those that their engines run; the first if that is none."""
+    running = {name: each for name, each in ready.items() if not each.lowering.reason}
+    if not running:
+        return next(iter(ready.values())), {}
+    times = medians({name: partial(each, *inputs) for name, each in running.items()})
+    return running[min(times, key=times.__getitem__)], times

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fxfuse.errors import UsageError
 from fxfuse.lowering import inductor, onednn, onnxruntime, openvino
+from fxfuse.lowering.specialised import Specialised
 
 Program = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-Compile = Callable[[fx.GraphModule, Sequence[Tensor], torch.dtype | None], Program]
+Compile = Callable[[Specialised, Sequence[Tensor], torch.dtype | None], Program]
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from fxfuse.lowering.specialised import in_dtype
+from fxfuse.lowering.specialised import Specialised, in_dtype
 
 
-def compile(module: fx.GraphModule, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Any:
+def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Any:
     """A function of a list of tensors, for inputs like these; needs a C++ compiler."""
-    module = module if dtype is None else in_dtype(module, dtype)
+    module = graph.module if dtype is None else in_dtype(graph.module, dtype)
     compiled = torch.compile(module, fullgraph=True, dynamic=False, options={"freezing": True})
 
     def run(tensors: Sequence[Tensor]) -> Any:

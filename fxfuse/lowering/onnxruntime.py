@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
+
+from fxfuse.lowering.specialised import Specialised
 
 
-def compile(module: fx.GraphModule, inputs: Sequence[Tensor], _: torch.dtype | None) -> Any:
+def compile(graph: Specialised, inputs: Sequence[Tensor], _: torch.dtype | None) -> Any:
     """A function of a list of tensors, for inputs like these."""
     import onnxruntime  # noqa: PLC0415 - it need not be installed
 
     with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # of the exporter
-        kinds = [(tensor.shape, tensor.dtype) for tensor in module(*inputs)]
-        program = torch.onnx.export(module, tuple(inputs), dynamo=True, verbose=False)
+        program = torch.onnx.export(graph.module, tuple(inputs), dynamo=True, verbose=False)
     assert program is not None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -31,7 +32,7 @@ def compile(module: fx.GraphModule, inputs: Sequence[Tensor], _: torch.dtype | N
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         given = [tensor.detach().contiguous() for tensor in tensors]
-        results = [torch.empty(shape, dtype=dtype) for shape, dtype in kinds]
+        results = [torch.empty(like.shape, dtype=like.dtype) for like in graph.results]
         binding = session.io_binding()
         for bind, places, values in zip(
             (binding.bind_input, binding.bind_output), names, (given, results), strict=True

@@ -8,18 +8,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
+
+from fxfuse.lowering.specialised import Specialised
 
 
-def compile(module: fx.GraphModule, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Any:
+def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Any:
     """A function of a list of tensors, for inputs like these."""
     import openvino  # noqa: PLC0415 - it need not be installed
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of TorchScript, which openvino uses
-        kinds = [(tensor.shape, tensor.dtype) for tensor in module(*inputs)]
         model = openvino.convert_model(
-            module, example_input=tuple(inputs), input=[list(tensor.shape) for tensor in inputs]
+            graph.module, example_input=tuple(inputs), input=[list(tensor.shape) for tensor in inputs]
         )
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16" if dtype is torch.bfloat16 else "f32",
@@ -34,7 +35,7 @@ def compile(module: fx.GraphModule, inputs: Sequence[Tensor], dtype: torch.dtype
     runs = threading.Lock()  # a request runs once at a time
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        results = [torch.empty(shape, dtype=dtype) for shape, dtype in kinds]
+        results = [torch.empty(like.shape, dtype=like.dtype) for like in graph.results]
         with runs:
             for number, tensor in enumerate(tensors):
                 request.set_input_tensor(number, shared(tensor))

@@ -60,7 +60,7 @@ def _compiled(
             f"{type(folded).__name__} is no graph: it could not be traced whole, or was kept"
         )
     graph = specialised(folded, inputs)
-    program = compile_(graph.module, graph.tensors(pytree.tree_leaves(inputs)), dtype)
+    program = compile_(graph, graph.tensors(pytree.tree_leaves(inputs)), dtype)
 
     def run(leaves: Sequence[Any]) -> Any:
         return graph.result(program(graph.tensors(leaves)))

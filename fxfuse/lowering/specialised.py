@@ -34,12 +34,14 @@ class Specialised:
         module: takes the tensors among the leaves of the inputs, gives a tuple of the tensors among those of
             the outputs.
         places: where these tensors are among the leaves of the inputs.
-        outputs: the leaves of the outputs; an int is the number of a tensor that `module` gives, in a list.
+        results: tensors like those that `module` gives, on the meta device.
+        outputs: the leaves of the outputs, with places for these tensors.
         structure: that of the outputs.
     """
 
     module: fx.GraphModule
     places: tuple[int, ...]
+    results: tuple[Tensor, ...]
     outputs: tuple[Any, ...]
     structure: pytree.TreeSpec
 
@@ -98,6 +100,7 @@ class _Writer(fx.Interpreter):
         self._places: list[int] = []
         self._constants: list[tuple[Tensor, int]] = []
         self._outputs: Any = None
+        self._results: list[Tensor] = []
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs it; writes down what becomes of it."""
@@ -122,7 +125,8 @@ class _Writer(fx.Interpreter):
         ]
         self._written.eliminate_dead_code(is_impure_node=_is_needed)
         module = fx.GraphModule(self._root, self._written).eval()
-        return Specialised(module, tuple(self._places), tuple(outputs), structure)
+        places, results = tuple(self._places), tuple(self._results)
+        return Specialised(module, places, results, tuple(outputs), structure)
 
     def _become(self, node: fx.Node, value: Any) -> Any:
         """What stands for `value`: nodes of the second graph, constants and plain Python values."""
@@ -136,6 +140,9 @@ class _Writer(fx.Interpreter):
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._standing)
         if node.op == "output":
             (self._outputs,) = args
+            self._results = [
+                each.to("meta") for each in pytree.tree_leaves(value) if isinstance(each, Tensor)
+            ]
             return None
         if node.target is operator.getitem and isinstance(args[0], (tuple, list, dict)):
             return args[0][args[1]]

@@ -1,0 +1,206 @@
+"""How fast networks run: as they are, in compilers and runtimes, and in these behind fxfuse.
+
+Every peer runs the source (*alone*) and what ``fxfuse.fuse`` made of it (*behind*); the engine "torch" is
+fxfuse's own, and "auto" the one that fxfuse chooses by its own timing. One process for each model and batch.
+First each way is made ready, which is timed, and its outputs are compared with a float64 run of the source.
+Then all are called in an order that is drawn anew in every round, each after a pause and an uncounted call,
+since the threads of the one before may still spin (`fxfuse.lowering.timing`).
+
+The run is resumable: a model and batch is kept in ``docs/results/inference.json`` as soon as it is done, with
+the commit that it was measured at, and not measured again unless ``--again`` says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse as fx_fuse
+from torch.utils import _pytree as pytree
+
+import fxfuse
+from benchmarks.inference_page import AUTO, Record, page, picture
+from benchmarks.record import RESULTS, surroundings, write
+from fxfuse import zoo
+from fxfuse.lowering.auto import fastest_of
+from fxfuse.lowering.engines import ENGINES
+from fxfuse.lowering.lowered import Lowered, lowered
+from fxfuse.lowering.specialised import Specialised
+from fxfuse.lowering.timing import samples
+
+COMMAND = "python -m benchmarks.inference"
+TORCHVISION = (
+    *("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "regnet_y_400mf"),
+    *("densenet121", "inception_v3", "shufflenet_v2_x1_0", "vgg16_bn", "convnext_tiny", "deeplabv3_resnet50"),
+)
+TIMM = ("repvgg_a2", "mobileone_s1", "fastvit_t8", "repvit_m1", "levit_128s", "maxvit_tiny_tf_224")
+MODELS = (*(f"torchvision:{name}" for name in TORCHVISION), *(f"timm:{name}" for name in TIMM))
+QUICK = ("torchvision:mobilenet_v2", "timm:repvgg_a2")
+SMALLER = {"torchvision:deeplabv3_resnet50": 128}  # side of the image, else 224
+BATCHES = (1, 8, 32)
+# An output that is relatively further (L2) than this from a float64 run of the source is wrong.
+WRONG = {None: 1e-4, torch.bfloat16: 0.5}
+SECONDS = 60.0  # after which no round of a model begins
+Call = Callable[[], Any]
+
+
+class _Tensors(nn.Module):
+    """A module that gives a tuple of the tensors that another one gives."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(pytree.tree_leaves(self.model(x)))
+
+
+def in_runtime(engine: str, model: nn.Module, x: Tensor) -> Call:
+    """`model` as it is, in the way in which fxfuse calls that engine."""
+    module = cast(fx.GraphModule, _Tensors(model).eval())
+    results = tuple(result.to("meta") for result in module(x))
+    graph = Specialised(module, (0,), results, (), pytree.tree_structure(0))
+    return partial(ENGINES[engine].compile(graph, [x], None), [x])
+
+
+def compiled(model: nn.Module, x: Tensor, *, freezing: bool) -> Call:
+    """`model` in Inductor."""
+    call = torch.compile(model, fullgraph=False, dynamic=False, options={"freezing": freezing})
+    with torch._inductor.config.patch(freezing=freezing):  # Dynamo asks this one too
+        call(x)
+    return partial(call, x)
+
+
+def last(model: nn.Module, x: Tensor) -> Call:
+    """`model` with channels last."""
+    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return partial(twin, x.contiguous(memory_format=torch.channels_last))
+
+
+def peers(prefix: str, model: nn.Module, x: Tensor) -> dict[str, Callable[[], Call]]:
+    """How each peer is made ready for `model`."""
+    return {
+        f"{prefix}eager": lambda: partial(model, x),
+        f"{prefix}eager, channels_last": lambda: last(model, x),
+        f"{prefix}inductor": lambda: compiled(model, x, freezing=False),
+        f"{prefix}inductor, freezing": lambda: compiled(model, x, freezing=True),
+        f"{prefix}onnxruntime": lambda: in_runtime("onnxruntime", model, x),
+        f"{prefix}openvino": lambda: in_runtime("openvino", model, x),
+    }
+
+
+@torch.no_grad()
+def measure(name: str, batch: int, rounds: int, without: str) -> Record:
+    """Everything about one model and batch, but for ways that have `without` in their names."""
+    warnings.simplefilter("ignore")
+    torch._inductor.config.force_disable_caches = (
+        True  # so that the time until ready is that of the first time
+    )
+    source = zoo.load(name, seed=0).model
+    assert isinstance(source, nn.Module)
+    side = SMALLER.get(name, 224)
+    x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+    exact = [each.double() for each in pytree.tree_leaves(copy.deepcopy(source).double()(x.double()))]
+    started = time.perf_counter()
+    folded = fxfuse.fuse(source)
+    fold_seconds = time.perf_counter() - started
+    made: dict[str, Lowered] = {}
+
+    def lower(engine: str, dtype: torch.dtype | None) -> Call:
+        found = lowered(folded, (x,), engine, dtype)
+        if found.lowering.reason:
+            raise RuntimeError(found.lowering.reason)
+        if dtype is None:
+            made[engine] = found
+        return partial(found, x)
+
+    ways = peers("", source, x) | {"torch.fx": lambda: partial(fx_fuse(source), x)}
+    ways |= peers("fxfuse + ", folded, x)
+    for engine in ENGINES:
+        ways[f"fxfuse, {engine}"] = partial(lower, engine, None)
+    for engine in ("torch", "openvino"):
+        ways[f"fxfuse, {engine}, bfloat16"] = partial(lower, engine, torch.bfloat16)
+    found: Record = {"fold_seconds": fold_seconds, "ways": {}}
+    calls: dict[str, Call] = {}
+    for way, make in ways.items():
+        if without and without in way:
+            continue
+        torch.compiler.reset()
+        started = time.perf_counter()
+        try:
+            call = make()
+            result = call()
+        except Exception as error:  # a peer raises what it likes; the table names it
+            found["ways"][way] = {
+                "failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+            }
+            continue
+        seconds = time.perf_counter() - started
+        far = max(distance(a, b) for a, b in zip(pytree.tree_leaves(result), exact, strict=True))
+        found["ways"][way] = {"ready_seconds": seconds, "error": far}
+        if far <= WRONG[torch.bfloat16 if "bfloat16" in way else None]:
+            calls[way] = call
+    chosen, _ = fastest_of(made, (x,))
+    for way, times in samples(calls, rounds, SECONDS).items():
+        found["ways"][way] |= {"milliseconds": times, "median": statistics.median(times)}
+    found["ways"][AUTO] = found["ways"][f"fxfuse, {chosen.engine}"] | {"chosen": chosen.engine}
+    return found
+
+
+def distance(tensor: Tensor, exact: Tensor) -> float:
+    """Relative L2."""
+    return float((tensor.double() - exact).norm() / exact.norm())
+
+
+def main() -> None:
+    """Measures what is missing, and writes the page of all that is there."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="two models, one image, without Inductor, nothing is written"
+    )
+    parser.add_argument("--model", action="append", help="torchvision:NAME or timm:NAME, once for each")
+    parser.add_argument("--batch", action="append", type=int, help="images in a call, once for each")
+    parser.add_argument("--rounds", type=int, default=15, help="counted calls of each way")
+    parser.add_argument("--again", action="store_true", help="measure anew what is there")
+    options = parser.parse_args()
+    names = options.model or (QUICK if options.quick else MODELS)
+    batches = options.batch or ((1,) if options.quick else BATCHES)
+    file = RESULTS / "inference.json"
+    record: Record = {"models": {}}
+    if file.exists() and not options.quick:
+        record = json.loads(file.read_text())
+    cells = [(f"{name}, batch {batch}", name, batch) for batch in batches for name in names]
+    with Progress(disable=not sys.stderr.isatty()) as bar:
+        for key, name, batch in bar.track(cells):
+            if key in record["models"] and not options.again:
+                continue
+            # A process of its own: what engines leave behind is gone with it.
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found = pool.apply(measure, (name, batch, options.rounds, "inductor" * options.quick))
+            made = surroundings(COMMAND)
+            record["models"][key] = found | {"name": name, "batch": batch, "made": made}
+            record |= {"command": COMMAND}
+            if not options.quick:
+                write("inference", record, page(record))
+    if options.quick:
+        print(page(record))
+        return
+    for batch in sorted({each["batch"] for each in record["models"].values()}):
+        picture(record, batch, RESULTS / f"inference-{batch}.svg")
+    write("inference", record, page(record))
+
+
+if __name__ == "__main__":
+    main()
