@@ -188,7 +188,8 @@ def main() -> None:
                 continue
             # A process of its own: what engines leave behind is gone with it.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found = pool.apply(measure, (name, batch, options.rounds, "inductor" * options.quick))
+                without = "inductor" if options.quick else ""
+                found = pool.apply(measure, (name, batch, options.rounds, without))
             made = surroundings(COMMAND)
             record["models"][key] = found | {"name": name, "batch": batch, "made": made}
             record |= {"command": COMMAND}

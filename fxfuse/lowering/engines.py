@@ -45,11 +45,11 @@ class Engine:
 
 ENGINES = {
     "torch": Engine(onednn.compile),
-    "inductor": Engine(inductor.compile),
     "openvino": Engine(openvino.compile, packages=("openvino",)),
     "onnxruntime": Engine(
         onnxruntime.compile, packages=("onnxruntime", "onnx", "onnxscript"), dtypes=frozenset()
     ),
+    "inductor": Engine(inductor.compile),
 }
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,10 +20,10 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from fxfuse.lowering.specialised import Specialised, UnsupportedError, in_dtype
+from fxfuse.lowering.traces import followed
 
 _COMPILES = threading.Lock()  # oneDNN Graph is switched on for the whole process, so for one at a time
 _KERNEL = "prim::oneDNNFusionGroup"
-_TracerWarning = torch.jit._trace.TracerWarning
 
 
 def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Any:
@@ -40,12 +39,9 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
         raise UnsupportedError("its kernels are for CPUs")
     module = graph.module if dtype is None else in_dtype(graph.module, dtype)
     module = _channels_last(module, [result.is_contiguous() for result in graph.results])
-    try:
-        with torch.no_grad(), _tracing(), _Rewritten():
-            traced: Any = torch.jit.trace(module, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
-            frozen = torch.jit.freeze(traced)
-    except _TracerWarning as warning:
-        raise UnsupportedError(f"forward reads numbers: {str(warning).partition('.')[0]}") from warning
+    with torch.no_grad(), followed(graph.module), _Rewritten():
+        traced: Any = torch.jit.trace(module, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
+        frozen = torch.jit.freeze(traced)
     with torch.no_grad(), _COMPILES, _onednn_graph():
         for _ in range(2):
             frozen(*inputs)
@@ -63,7 +59,8 @@ def _channels_last(module: fx.GraphModule, contiguous: Sequence[bool]) -> fx.Gra
         contiguous: which of its outputs are.
     """
     twin = copy.deepcopy(module)
-    twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        tensor.data = _with_channels_last(tensor.data)
     graph = twin.graph
     for node in graph.find_nodes(op="placeholder"):
         with graph.inserting_before(node.next):
@@ -104,16 +101,23 @@ def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
-_BY_OTHERS = {"hardsigmoid": _hardsigmoid, "gelu": _gelu}
+_POOLINGS = [f"{kind}_pool{dims}d" for kind in ("max", "avg") for dims in (1, 2, 3)]
 
 
-@contextmanager
-def _tracing() -> Iterator[None]:
-    """With what a trace cannot follow as an error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit.*", DeprecationWarning)
-        warnings.filterwarnings("error", category=_TracerWarning)
-        yield
+def _with_stride(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """oneDNN Graph does not know that the stride of a pooling is its size where none is given."""
+
+    def call(x: Tensor, kernel_size: Any, stride: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        return pool(x, kernel_size, stride or kernel_size, *args, **kwargs)
+
+    return call
+
+
+_BY_OTHERS: dict[str, Callable[..., Tensor]] = {
+    "hardsigmoid": _hardsigmoid,
+    "gelu": _gelu,
+    **{name: _with_stride(getattr(F, name)) for name in _POOLINGS},
+}
 
 
 @contextmanager

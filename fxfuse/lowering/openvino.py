@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fxfuse.lowering.specialised import Specialised
+from fxfuse.lowering.traces import followed
 
 
 def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Any:
     """A function of a list of tensors, for inputs like these."""
     import openvino  # noqa: PLC0415 - it need not be installed
 
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of TorchScript, which openvino uses
+    with torch.no_grad(), followed(graph.module):
         model = openvino.convert_model(
             graph.module, example_input=tuple(inputs), input=[list(tensor.shape) for tensor in inputs]
         )
@@ -29,18 +28,15 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     }
     request = openvino.compile_model(model, "CPU", settings).create_infer_request()
 
-    def shared(tensor: Tensor) -> Any:
-        return openvino.Tensor(tensor.detach().contiguous().numpy(), shared_memory=True)
-
     runs = threading.Lock()  # a request runs once at a time
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        given = [tensor.detach().contiguous() for tensor in tensors]  # which openvino does not keep alive
         results = [torch.empty(like.shape, dtype=like.dtype) for like in graph.results]
         with runs:
-            for number, tensor in enumerate(tensors):
-                request.set_input_tensor(number, shared(tensor))
-            for number, tensor in enumerate(results):
-                request.set_output_tensor(number, shared(tensor))
+            for put, values in ((request.set_input_tensor, given), (request.set_output_tensor, results)):
+                for number, tensor in enumerate(values):
+                    put(number, openvino.Tensor(tensor.numpy(), shared_memory=True))
             request.infer()
         return results
 

@@ -139,7 +139,7 @@ class _Writer(fx.Interpreter):
         args: Any
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._standing)
         if node.op == "output":
-            (self._outputs,) = args
+            self._outputs = _plain(args[0])
             self._results = [
                 each.to("meta") for each in pytree.tree_leaves(value) if isinstance(each, Tensor)
             ]
@@ -198,6 +198,16 @@ class _Writer(fx.Interpreter):
         name = f"constant_{len(self._root)}"
         self._root[name] = value.tensor
         return self._written.get_attr(name)
+
+
+def _plain(value: Any) -> Any:
+    """`value` with lists and dicts, as forward gives them, in the place of those that arguments of nodes are."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if type(value) in (tuple, fx.immutable_collections.immutable_list):
+        parts = map(_plain, value)
+        return tuple(parts) if isinstance(value, tuple) else list(parts)
+    return value
 
 
 def _is_needed(node: fx.Node) -> bool:

@@ -1,0 +1,494 @@
+"""The folded network on fast kernels: the same function, for any inputs, or the reason why not."""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+import pickle
+import time
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import fxfuse
+from fxfuse.lowering import auto, engines, onednn, timing
+from fxfuse.lowering.specialised import UnsupportedError, specialised
+from tests.support import randomise
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the engines; their numbers are what is looked at
+
+ENGINES = ("torch", "openvino", "onnxruntime")
+X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    """Convolutions of several kinds, a residual, a pooling and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.deep = nn.Sequential(
+            nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16), nn.Hardswish()
+        )
+        self.point = nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = F.relu(x + self.point(self.deep(x)))
+        return self.head(F.max_pool2d(x, 2).mean((2, 3)))
+
+
+class Written(nn.Module):
+    """A convolution, and then a function."""
+
+    def __init__(self, function, **modules):
+        super().__init__()
+        self.function = function
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.function(self, self.conv(x))
+
+
+class WithSecond(Written):
+    """The same with a second input."""
+
+    def forward(self, x, z):
+        return self.function(self, self.conv(x), z)
+
+
+def folded(model, seed=0):
+    return fxfuse.fuse(randomise(model, seed).float())
+
+
+def near(lowered, *inputs, limit=2e-5):
+    """Holds it against a float64 run of what it was made of."""
+    with torch.no_grad():
+        exact = copy.deepcopy(lowered.folded).double()(*(x.double() for x in inputs))
+        result = lowered(*inputs)
+        again = lowered(*(x + 0.1 for x in inputs))  # a constant would not notice
+    leaves, exact = (torch.utils._pytree.tree_leaves(each) for each in (result, exact))
+    assert len(leaves) == len(exact)
+    for one, other in zip(leaves, exact, strict=True):
+        assert one.shape == other.shape and one.dtype is torch.float32 and not one.requires_grad
+        assert float((one - other).abs().max()) <= limit * float(other.abs().max())
+    assert not all(map(torch.equal, leaves, torch.utils._pytree.tree_leaves(again))), (
+        "it does not depend on its inputs"
+    )
+
+
+def kernels():
+    """The operators of each kernel of oneDNN that the last program had, and those that are left."""
+    graph = torch.jit.last_executed_optimized_graph()
+    inside = [
+        tuple(
+            each.kind().removeprefix("aten::")
+            for each in kernel.g("Subgraph").nodes()
+            if "aten" in each.kind()
+        )
+        for kernel in graph.findAllNodes("prim::oneDNNFusionGroup")
+    ]
+    return inside, Counter(node.kind() for node in graph.nodes() if node.kind().startswith("aten::"))
+
+
+# ---- every engine --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "inductor"])
+def test_every_engine_computes_what_the_folded_model_does(engine):
+    lowered = fxfuse.lower(folded(Net()), (X,), engine)
+    assert not lowered.lowering.reason and lowered.engine == engine
+    near(lowered, X)
+    assert lowered.lowering.comparison.ok and 0 < lowered.lowering.comparison.candidate_error < 1e-5
+    assert f"engine {engine}, ready after" in str(lowered.lowering)
+    near(lowered, torch.randn(3, 3, 12, 12))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sizes_layouts_and_slices_that_were_not_in_the_examples(engine):
+    lowered = fxfuse.lower(folded(Net()), (X,), engine)
+    wide = torch.randn(2, 3, 16, 24)
+    near(lowered, wide)
+    near(lowered, X.contiguous(memory_format=torch.channels_last))
+    near(lowered, wide[:, :, ::2, 4:18])
+    assert len(lowered._programs) == 5 and all(each.run for each in lowered._programs.values())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_structured_outputs_and_several_inputs(engine):
+    def function(_, y, z):
+        y = y + F.interpolate(z, scale_factor=2.0)
+        return {"all": y.relu(), "parts": [y[:, :2], (y.mean(1), 3)], "size": y.shape[2]}
+
+    z = torch.randn(2, 8, 6, 6)
+    model = folded(WithSecond(function))
+    lowered = fxfuse.lower(model, (X, z), engine)
+    assert not lowered.lowering.reason
+    result, expected = lowered(X, z), model(X, z)
+    assert result["size"] == 12 and result["parts"][1][1] == 3
+    assert torch.utils._pytree.tree_structure(result) == torch.utils._pytree.tree_structure(expected)
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_bfloat16_is_asked_for_and_its_error_told(engine):
+    lowered = fxfuse.lower(folded(Net()), (X,), engine, dtype=torch.bfloat16)
+    assert not lowered.lowering.reason
+    near(lowered, X, limit=0.05)
+    assert 1e-4 < lowered.lowering.comparison.candidate_error < 0.05
+
+
+def test_half_of_a_model_in_its_own_dtype_stays_in_it():
+    model = folded(Net()).bfloat16()
+    lowered = fxfuse.lower(model, (X.bfloat16(),))
+    assert lowered(X.bfloat16()).dtype is torch.bfloat16
+
+
+# ---- the engine "torch" --------------------------------------------------------------------------------
+
+POST_OPS = {
+    "relu": nn.ReLU(),
+    "relu6": nn.ReLU6(),
+    "hardtanh": nn.Hardtanh(-0.5, 0.7),
+    "hardswish": nn.Hardswish(),
+    "silu": nn.SiLU(),
+    "sigmoid": nn.Sigmoid(),
+    "gelu": nn.GELU(),
+    "leaky relu": nn.LeakyReLU(0.2),
+    "tanh": nn.Tanh(),
+    "elu": nn.ELU(0.7),
+    "relu in place": nn.ReLU(inplace=True),
+}
+OPERATORS = {
+    "conv": (lambda: nn.Conv2d(3, 8, 3, padding=1), X),
+    "depthwise": (lambda: nn.Conv2d(3, 6, 3, groups=3, dilation=2), X),
+    "strided": (lambda: nn.Conv2d(3, 8, 3, stride=2, bias=False), X),
+    "point": (lambda: nn.Conv2d(3, 8, 1), X),
+    "conv1d": (lambda: nn.Conv1d(3, 8, 3, padding=1), X[..., 0]),
+    "linear": (lambda: nn.Linear(12, 8), X),
+}
+
+
+@pytest.mark.parametrize("operator_", OPERATORS)
+@pytest.mark.parametrize("post", POST_OPS)
+def test_operators_and_what_is_done_to_their_results_are_one_kernel(operator_, post):
+    make, x = OPERATORS[operator_]
+    lowered = fxfuse.lower(folded(nn.Sequential(make(), copy.deepcopy(POST_OPS[post]))), (x,))
+    assert not lowered.lowering.reason
+    inside, left = kernels()
+    assert len(inside) == 1 and len(inside[0]) >= 2 and not left - Counter({"aten::contiguous": 2})
+    near(lowered, x)
+
+
+@pytest.mark.parametrize("post", ["gelu by tanh", "hardsigmoid"])
+def test_what_onednn_does_not_know_is_written_in_what_it_knows(post):
+    layer = nn.GELU(approximate="tanh") if post == "gelu by tanh" else nn.Hardsigmoid()
+    lowered = fxfuse.lower(folded(nn.Sequential(nn.Conv2d(3, 8, 3), layer)), (X,))
+    assert not lowered.lowering.reason
+    near(lowered, X)
+
+
+def test_wrong_kernels_are_found_and_not_used(monkeypatch):
+    """Without the mend oneDNN Graph computes the exact gelu in the place of the approximation."""
+    monkeypatch.setattr(onednn, "_BY_OTHERS", {})
+    model = folded(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(approximate="tanh")))
+    lowered = fxfuse.lower(model, (X,))
+    assert "other numbers" in lowered.lowering.reason
+    assert torch.equal(lowered(X), model(X))
+
+
+def test_addition_and_relu_join_the_convolution():
+    lowered = fxfuse.lower(
+        folded(Written(lambda m, y: F.relu(m.other(y) + y.relu()), other=nn.Conv2d(8, 8, 3, padding=1))), (X,)
+    )
+    inside, left = kernels()
+    assert ("_convolution", "add", "relu") in inside and set(left) <= {"aten::contiguous"}
+    near(lowered, X)
+
+
+@pytest.mark.parametrize("make", [nn.ConvTranspose2d, nn.Conv3d])
+def test_operators_without_a_kernel_run_as_they_are_among_others(make):
+    if make is nn.ConvTranspose2d:
+        model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), make(8, 4, 3, stride=2), nn.ReLU()), X
+    else:
+        model, x = (
+            nn.Sequential(make(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 3)),
+            torch.randn(2, 3, 3, 12, 12),
+        )
+    lowered = fxfuse.lower(folded(model), (x,))
+    assert not lowered.lowering.reason
+    near(lowered, x)
+
+
+def test_results_have_the_layout_that_they_had():
+    model = folded(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+    lowered = fxfuse.lower(model, (X,))
+    assert model(X).is_contiguous() and lowered(X).is_contiguous()
+    lowered(X).view(-1)
+
+
+def test_the_process_is_left_as_it_was():
+    model = folded(Net())
+    before = torch._C._jit_llga_enabled(), torch.get_num_threads(), torch.random.get_rng_state()
+    fxfuse.lower(model, (X,))
+    after = torch._C._jit_llga_enabled(), torch.get_num_threads(), torch.random.get_rng_state()
+    assert before[:2] == after[:2] and torch.equal(before[2], after[2])
+
+
+def test_a_torch_without_onednn_graph_runs_the_folded_module_and_says_why(monkeypatch):
+    monkeypatch.delattr(torch._C, "_jit_set_llga_enabled")
+    model = folded(Net())
+    lowered = fxfuse.lower(model, (X,))
+    assert lowered.lowering.reason == "this build of torch is without oneDNN Graph"
+    assert "runs as it is" in str(lowered.lowering)
+    assert torch.equal(lowered(X), model(X))
+
+
+# ---- what a graph for one kind of inputs is ------------------------------------------------------------
+
+
+def test_sizes_constants_assertions_and_containers_are_gone():
+    def function(m, y):
+        assert_(y.shape[1] == 8, "channels")
+        batch, channels, height, width = y.shape
+        y = y.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, -1, height, width)
+        first, second = y.chunk(2, 1)
+        table = m.table.softmax(0)[torch.arange(4)].sum()
+        return first * table + second
+
+    model = folded(Written(function, table=nn.Parameter(torch.randn(4, 3))))
+    graph = specialised(model, (X,))
+    names = Counter(str(getattr(node.target, "__name__", node.target)) for node in graph.module.graph.nodes)
+    assert not {"getattr", "size", "floordiv", "_assert", "softmax", "arange", "eq", "sum"} & set(names), (
+        names
+    )
+    assert len(names) < len([*model.graph.nodes])
+    with torch.no_grad():
+        assert torch.equal(graph.result(graph.module(X)), model(X))
+
+
+def assert_(condition, message):
+    torch._assert(condition, message)
+
+
+fx.wrap("assert_")
+
+UNSUPPORTED = {
+    "numbers": (lambda m, y: y * y.amax().item(), "reads numbers"),
+    "random numbers": (lambda m, y: F.dropout(y, 0.5, training=True), "random numbers"),
+    "input is written to": (lambda m, y, z: (z.add_(y), z.relu())[1], "writes to"),
+    "state is written to": (lambda m, y: y * m.count.copy_(y.mean()), "writes to"),
+    "constant is written to": (lambda m, y: (m.count + 1).add_(y.sum()), "writes to"),
+}
+
+
+@pytest.mark.parametrize("way", UNSUPPORTED)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_no_program_can_hold_runs_as_it_was_folded(way, engine):
+    function, reason = UNSUPPORTED[way]
+    has_second = way == "input is written to"
+    model = randomise((WithSecond if has_second else Written)(function)).float()
+    model.register_buffer("count", torch.zeros(()))
+    graph = fx.GraphModule(model, fx.Tracer().trace(model))
+    inputs = (X, torch.randn(2, 8, 12, 12)) if has_second else (X,)
+    lowered = fxfuse.lower(graph, inputs, engine)
+    assert reason in lowered.lowering.reason, lowered.lowering
+    twin = copy.deepcopy(graph)
+    torch.manual_seed(0)
+    result = lowered(*copy.deepcopy(inputs))
+    torch.manual_seed(0)
+    assert torch.equal(result, twin(*copy.deepcopy(inputs)))
+
+
+def test_kept_modules_are_no_graph():
+    model = fxfuse.fuse(randomise(Net()).float(), keep_modules=True)
+    lowered = fxfuse.lower(model, (X,))
+    assert "no graph" in lowered.lowering.reason
+    assert torch.equal(lowered(X), model(X))
+
+
+# ---- a module like others ------------------------------------------------------------------------------
+
+
+def test_it_is_copied_pickled_converted_and_loaded():
+    model = folded(Net())
+    lowered = fxfuse.lower(model, (X,))
+    for twin in (copy.deepcopy(lowered), pickle.loads(pickle.dumps(lowered))):
+        near(twin, X)
+        assert all(each.run for each in twin._programs.values())
+    other = folded(Net(), seed=5)
+    state = {f"folded.{name}": tensor for name, tensor in other.state_dict().items()}
+    lowered.load_state_dict(state)
+    near(lowered, X)
+    torch.testing.assert_close(lowered(X), other(X), rtol=1e-3, atol=1e-3)
+    near(nn.Sequential(lowered).double().float()[0], X)
+    parent = nn.ModuleDict({"inner": lowered})
+    parent.load_state_dict(
+        {f"inner.folded.{name}": 0.5 * tensor for name, tensor in other.state_dict().items()}
+    )
+    near(lowered, X)
+
+
+def test_arguments_by_name_and_those_that_are_no_tensors():
+    model = folded(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+    lowered = fxfuse.lower(model, (X,))
+    name = next(node.target for node in model.graph.nodes if node.op == "placeholder")
+    torch.testing.assert_close(lowered(**{name: X}), model(X))
+    assert len(lowered._programs) == 1
+    graph = fx.Graph()
+    x, scale = graph.placeholder("x"), graph.placeholder("scale", default_value=2.0)
+    graph.output(graph.call_function(operator.mul, (graph.call_module("conv", (x,)), scale)))
+    module = fx.GraphModule({"conv": randomise(nn.Conv2d(3, 4, 3)).float()}, graph).eval()
+    lowered = fxfuse.lower(module, (X,))
+    for given in ({}, {"scale": 0.5}, {"scale": -0.0}, {"scale": 0.0}, {"scale": 3}):
+        result, expected = lowered(X, **given), module(X, **given)
+        torch.testing.assert_close(result, expected)
+    assert len(lowered._programs) == 5
+
+
+def test_gradients_training_and_autocast():
+    model = folded(Net())
+    lowered = fxfuse.lower(model, (X,))
+    with pytest.raises(fxfuse.UsageError, match="no gradients"):
+        lowered(X.clone().requires_grad_())
+    with torch.no_grad():
+        lowered(X.clone().requires_grad_())
+    with pytest.raises(fxfuse.UsageError, match="cannot train"):
+        lowered.train()
+    with torch.inference_mode():
+        torch.testing.assert_close(lowered(X.clone()), model(X))
+        near(lowered, torch.randn(5, 3, 12, 12))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(lowered(X), model(X))
+
+
+def test_an_input_that_is_no_plain_tensor_gets_the_folded_module():
+    class Own(Tensor):
+        pass
+
+    lowered = fxfuse.lower(folded(Net()), (X,))
+    own = lowered(X.as_subclass(Own))
+    torch.testing.assert_close(own.as_subclass(Tensor), lowered(X), rtol=1e-4, atol=1e-4)
+    (reason,) = [each.reason for each in lowered._programs.values() if not each.run]
+    assert "Own" in reason
+
+
+def test_programs_of_many_sizes_do_not_pile_up():
+    lowered = fxfuse.lower(folded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())), (X,))
+    for size in range(5, 25):
+        near(lowered, torch.randn(1, 3, size, 7))
+    assert len(lowered._programs) == 16
+
+
+def test_another_number_of_threads_gets_a_program_of_its_own():
+    lowered = fxfuse.lower(folded(Net()), (X,))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        near(lowered, X)
+    finally:
+        torch.set_num_threads(before)
+    assert len(lowered._programs) == 2
+
+
+# ---- which engine --------------------------------------------------------------------------------------
+
+
+def test_engines_that_are_not_there_are_told(monkeypatch):
+    model = folded(Net())
+    with pytest.raises(fxfuse.UsageError, match="no engine 'fast'; use one of: torch, openvino, onnx"):
+        fxfuse.lower(model, (X,), "fast")
+    with pytest.raises(fxfuse.UsageError, match=r"does not compute in torch\.bfloat16"):
+        fxfuse.lower(model, (X,), "onnxruntime", dtype=torch.bfloat16)
+    with pytest.raises(fxfuse.UsageError, match=r"does not compute in torch\.float16"):
+        fxfuse.lower(model, (X,), dtype=torch.float16)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(fxfuse.UsageError, match=r"needs openvino: pip install 'fxfuse\[openvino\]'"):
+        fxfuse.lower(model, (X,), "openvino")
+
+
+def test_wrong_use_is_told():
+    with pytest.raises(fxfuse.UsageError, match="training mode"):
+        fxfuse.lower(Net(), (X,))
+    with pytest.raises(fxfuse.UsageError, match="example_inputs"):
+        fxfuse.lower(folded(Net()), X)
+    with pytest.raises(fxfuse.UsageError, match="folded module"):
+        fxfuse.lower(None, (X,))
+
+
+def test_an_engine_that_fails_or_is_wrong_is_not_used(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no such operator\nand a long trace")
+
+    def is_wrong(graph, *_):
+        return lambda tensors: [1.001 * result for result in graph.module(*tensors)]
+
+    def has_another_shape(graph, *_):
+        return lambda tensors: [result[None] for result in graph.module(*tensors)]
+
+    model = folded(Net())
+    for make, reason in (
+        (fails, "no such operator"),
+        (is_wrong, "other numbers"),
+        (has_another_shape, "other shape"),
+    ):
+        monkeypatch.setitem(engines.ENGINES, "torch", engines.Engine(make))
+        lowered = fxfuse.lower(model, (X,))
+        assert reason in lowered.lowering.reason.replace("another shape", "other shape")
+        assert torch.equal(lowered(X), model(X))
+
+
+def delayed(seconds, broken=False):
+    def make(graph, *_):
+        if broken:
+            raise UnsupportedError("it cannot do this")
+
+        def run(tensors):
+            time.sleep(seconds)
+            return graph.module(*tensors)
+
+        return run
+
+    return engines.Engine(make)
+
+
+def test_auto_takes_the_fastest_and_says_what_it_saw(monkeypatch):
+    table = {"slow": delayed(0.03), "broken": delayed(0, broken=True), "fast": delayed(0.003)}
+    monkeypatch.setattr(auto, "ENGINES", table)
+    for name, engine in table.items():
+        monkeypatch.setitem(engines.ENGINES, name, engine)
+    model = folded(Net())
+    lowered = fxfuse.lower(model, (X,), "auto")
+    assert lowered.engine == "fast"
+    assert [each.engine for each in lowered.lowering.timings] == ["fast", "slow", "broken"]
+    times = [each.milliseconds for each in lowered.lowering.timings]
+    assert 3 <= times[0] < 30 <= times[1] and math.isnan(times[2])
+    assert "it cannot do this" in str(lowered.lowering)
+    near(lowered, X)
+    hasty = fxfuse.lower(model, (X,), "auto", tune_seconds=0)
+    assert hasty.engine == "slow"
+    assert [each.reason for each in hasty.lowering.timings[1:]] == ["not tried: the time was over"] * 2
+
+
+def test_auto_of_real_engines():
+    lowered = fxfuse.lower(folded(Net()), (X,), "auto", tune_seconds=4)
+    assert lowered.engine in {"torch", "openvino", "onnxruntime", "inductor"}
+    assert {each.engine for each in lowered.lowering.timings} == set(engines.ENGINES)
+    near(lowered, X)
+
+
+def test_timing_draws_an_order_and_counts_second_calls():
+    calls = []
+    functions = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    found = timing.samples(functions, rounds=8)
+    assert {name: len(times) for name, times in found.items()} == dict.fromkeys("abc", 8)
+    assert calls[::2] == calls[1::2]
+    assert len({tuple(calls[start : start + 6]) for start in range(0, 48, 6)}) > 1
+    assert len(timing.samples({"a": lambda: None}, rounds=8, seconds=0)["a"]) == 3
