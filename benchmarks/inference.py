@@ -89,15 +89,12 @@ def last(model: nn.Module, x: Tensor) -> Call:
     return partial(twin, x.contiguous(memory_format=torch.channels_last))
 
 
-def peers(prefix: str, model: nn.Module, x: Tensor) -> dict[str, Callable[[], Call]]:
-    """How each peer is made ready for `model`."""
+def in_torch(prefix: str, model: nn.Module, x: Tensor) -> dict[str, Callable[[], Call]]:
+    """How `model` is made ready in ways that keep its weights where they are."""
     return {
         f"{prefix}eager": lambda: partial(model, x),
         f"{prefix}eager, channels_last": lambda: last(model, x),
         f"{prefix}inductor": lambda: compiled(model, x, freezing=False),
-        f"{prefix}inductor, freezing": lambda: compiled(model, x, freezing=True),
-        f"{prefix}onnxruntime": lambda: in_runtime("onnxruntime", model, x),
-        f"{prefix}openvino": lambda: in_runtime("openvino", model, x),
     }
 
 
@@ -126,10 +123,17 @@ def measure(name: str, batch: int, rounds: int, without: str) -> Record:
             made[engine] = found
         return partial(found, x)
 
-    ways = peers("", source, x) | {"torch.fx": lambda: partial(fx_fuse(source), x)}
-    ways |= peers("fxfuse + ", folded, x)
-    for engine in ENGINES:
-        ways[f"fxfuse, {engine}"] = partial(lower, engine, None)
+    ways = in_torch("", source, x) | {
+        "torch.fx": lambda: partial(fx_fuse(source), x),
+        "inductor, freezing": lambda: compiled(source, x, freezing=True),
+        "onnxruntime": lambda: in_runtime("onnxruntime", source, x),
+        "openvino": lambda: in_runtime("openvino", source, x),
+    }
+    ways |= in_torch("fxfuse, ", folded, x)
+    # The engine is Inductor with freezing.
+    names = {engine: "inductor, freezing" if engine == "inductor" else engine for engine in ENGINES}
+    for engine, called in names.items():
+        ways[f"fxfuse, {called}"] = partial(lower, engine, None)
     for engine in ("torch", "openvino"):
         ways[f"fxfuse, {engine}, bfloat16"] = partial(lower, engine, torch.bfloat16)
     found: Record = {"fold_seconds": fold_seconds, "ways": {}}
@@ -155,7 +159,7 @@ def measure(name: str, batch: int, rounds: int, without: str) -> Record:
     chosen, _ = fastest_of(made, (x,))
     for way, times in samples(calls, rounds, SECONDS).items():
         found["ways"][way] |= {"milliseconds": times, "median": statistics.median(times)}
-    found["ways"][AUTO] = found["ways"][f"fxfuse, {chosen.engine}"] | {"chosen": chosen.engine}
+    found["ways"][AUTO] = found["ways"][f"fxfuse, {names[chosen.engine]}"] | {"chosen": chosen.engine}
     return found
 
 

@@ -128,7 +128,7 @@ def _ratios(cells: Mapping[str, Record]) -> Iterator[list[object]]:
 def _behind(cells: Mapping[str, Record]) -> Iterator[list[object]]:
     yield ["model", *BEHIND]
     for cell in cells.values():
-        yield [_name(cell), *(_speed(median(cell, way), median(cell, f"fxfuse + {way}")) for way in BEHIND)]
+        yield [_name(cell), *(_speed(median(cell, way), median(cell, f"fxfuse, {way}")) for way in BEHIND)]
 
 
 def _ready(cells: Mapping[str, Record]) -> Iterator[list[object]]:

@@ -206,10 +206,11 @@ def test_wrong_kernels_are_found_and_not_used(monkeypatch):
 
 def test_addition_and_relu_join_the_convolution():
     lowered = fxfuse.lower(
-        folded(Written(lambda m, y: F.relu(m.other(y) + y.relu()), other=nn.Conv2d(8, 8, 3, padding=1))), (X,)
+        folded(Written(lambda m, y: F.relu(m.other(y) + y.sigmoid()), other=nn.Conv2d(8, 8, 3, padding=1))),
+        (X,),
     )
     inside, left = kernels()
-    assert ("_convolution", "add", "relu") in inside and set(left) <= {"aten::contiguous"}
+    assert ("_convolution", "add", "relu") in inside and set(left) <= {"aten::contiguous", "aten::sigmoid"}
     near(lowered, X)
 
 

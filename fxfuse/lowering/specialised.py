@@ -220,7 +220,7 @@ def _at(node: fx.Node) -> str:
 
 
 def in_dtype(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """The same with weights and activations in `dtype`; what goes in and comes out keeps its dtypes."""
+    """The same, computed in `dtype`; what goes in and comes out keeps its dtype."""
     twin = copy.deepcopy(module).to(dtype)
     graph = twin.graph
     for node in graph.find_nodes(op="placeholder"):

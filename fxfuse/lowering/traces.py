@@ -20,7 +20,7 @@ def followed(module: fx.GraphModule) -> Iterator[None]:
     """Holds a trace of `module` by TorchScript, whose warnings nobody is to see.
 
     Raises:
-        UnsupportedError: code that is not torch's own reads numbers: of what depends on them the trace has one case.
+        UnsupportedError: code that is not torch's own reads numbers, and the trace holds one case only.
     """
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always")
