@@ -24,6 +24,7 @@ from fxfuse.errors import UsageError
 from fxfuse.following import Followers
 from fxfuse.inline import inline
 from fxfuse.lifting import lift
+from fxfuse.lowering.dynamo import lowering
 from fxfuse.ops import Reader
 from fxfuse.plan import Change, Move, Plan
 from fxfuse.planner import planned_guarded
@@ -52,7 +53,8 @@ def backend(
         graph_module: a graph of torch's functions, with the parameters among its inputs.
         example_inputs: one example for each input: of a parameter that parameter.
         mode: a mode of Inductor.
-        options: ``then``: the backend that compiles the folded graph, "inductor" by default. ``refold``:
+        options: ``then``: the backend that compiles the folded graph, "inductor" by default; "lower": the
+            engine "torch" of ``fxfuse.lower``, which lowers again what has changed. ``refold``:
             "changed", the default, folds again before a call what has changed since the last one, and leaves
             graphs as they are that are to give gradients of their parameters; "always" folds inside of the
             compiled graph, on every call, and differentiably. So do graphs of tensors that nobody can see
@@ -113,6 +115,10 @@ def _choices(
         )
     if refold not in _REFOLD:
         raise UsageError(f"refold={refold!r} is neither of {', '.join(map(repr, _REFOLD))}")
+    if then == "lower":
+        if mode is not None:
+            raise UsageError(f"mode={mode!r} is one of Inductor's, which then='lower' leaves out")
+        return lowering, refold == "always"
     try:
         found = lookup_backend(str(then))
     except InvalidBackend as error:

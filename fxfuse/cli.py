@@ -22,12 +22,22 @@ from fxfuse.culprits import Check, CommandPasses, Within
 from fxfuse.errors import UsageError
 from fxfuse.explanations import explanation, is_code
 from fxfuse.files import written
+from fxfuse.lowering.engines import ENGINES
+from fxfuse.lowering.lower import timed
 from fxfuse.page import Subject
 from fxfuse.pipeline import folded
 from fxfuse.programs import as_program, save
 from fxfuse.publish import publish
 from fxfuse.records import Report
-from fxfuse.render import comparison_view, demonstration_view, headline, report_view, show, show_markdown
+from fxfuse.render import (
+    comparison_view,
+    demonstration_view,
+    headline,
+    lowering_view,
+    report_view,
+    show,
+    show_markdown,
+)
 from fxfuse.reproduction import reproduction
 from fxfuse.shell import (
     Asked,
@@ -40,6 +50,7 @@ from fxfuse.shell import (
     why_no_input,
     write_json,
 )
+from fxfuse.tree import as_module
 from fxfuse.visible import one_line
 
 _json = file_option("--json", "json_file", help="Write everything as JSON; - for stdout.")
@@ -57,19 +68,39 @@ def main() -> None:
 @main.command(epilog="Example: fxfuse fuse timm:regnety_002 -o folded.pt2")
 @takes_model
 @file_option("-o", "--output", help="Write the folded model as a .pt2 file.")
+@click.option("--lower", "lowers", is_flag=True, help="Lower the folded model to fused kernels and time it.")
+@click.option(
+    "--engine",
+    type=click.Choice([*ENGINES, "auto"]),
+    default="torch",
+    show_default=True,
+    help="Whose kernels, with --lower.",
+)
 @_json
 @_html
 @_dot
 @reported
 def fuse(
-    asked: Asked, output: Path | None, json_file: Path | None, html_file: Path | None, dot_file: Path | None
+    asked: Asked,
+    output: Path | None,
+    lowers: bool,
+    engine: str,
+    json_file: Path | None,
+    html_file: Path | None,
+    dot_file: Path | None,
 ) -> None:
-    """Folds the norms of MODEL, verifies the result and says what was done."""
+    """Folds the norms of MODEL, verifies the result and says what was done.
+
+    With --lower it also tells how fast the result is on the kernels of an engine; what -o writes is the
+    folded model all the same.
+    """
     asked.check_outputs(output, json_file, html_file, dot_file)
     if output is not None and output.suffix.lower() != ".pt2":
         raise UsageError(f"cannot write {output}: an exported program is a .pt2 file; call it that")
-    with progress(4 if output else 3) as step:
+    with progress(3 + (output is not None) + lowers) as step:
         loaded, inputs = asked.load(step)
+        if lowers:
+            asked.needed(inputs, "nothing can be compiled or timed")
         if output is not None and isinstance(loaded.model, nn.Module):
             asked.needed(inputs, f"torch.export cannot run it to write {output}")
         step("folding and verifying")
@@ -77,9 +108,14 @@ def fuse(
         if output is not None:
             step(f"writing {output}")
             save(as_program(fused, inputs or ()), output)
+        lowering = None
+        if lowers:
+            step(f"lowering to the engine {engine}")
+            lowering = timed(as_module(fused), inputs or (), engine)
         step("done")
     told = {"model": asked.spec, "weights": loaded.weights, "output": output and str(output)}
-    if write_json(told | {"report": report.to_dict()}, json_file):
+    records = {"report": report.to_dict(), "lowering": lowering and lowering.to_dict()}
+    if write_json(told | records, json_file):
         return
     show(headline(asked.spec, loaded.weights))
     show(report_view(report))
@@ -91,6 +127,8 @@ def fuse(
         size = output.stat().st_size / 2**20
         taken = "the shapes of the source" if isinstance(fused, ExportedProgram) else "any batch size"
         show(headline(str(output), f"written, {size:.1f} MiB, for {taken}"))
+    if lowering is not None:
+        show(lowering_view(lowering))
 
 
 def _folded(

@@ -34,6 +34,11 @@ _PARTS = re.compile(r"\['(\w+)'\]")
 _STATIC = "_dynamo_static_input_type"
 
 
+def is_static(value: Any) -> bool:
+    """Whether an example input is a parameter or buffer."""
+    return bool(getattr(value, _STATIC, None)) and not isinstance(value, FakeTensor)
+
+
 def static_inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:
     """The places of parameters and buffers by their names, which are qualified ones if Dynamo tells them."""
     found: dict[str, int] = {}
@@ -43,8 +48,7 @@ def static_inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[s
     ]
     others = {storage(each) for each in passed}
     for place, node in enumerate(graph_module.graph.find_nodes(op="placeholder")):
-        is_weight = getattr(inputs[place], _STATIC, None) and not isinstance(inputs[place], FakeTensor)
-        if is_weight and storage(inputs[place]) not in others:
+        if is_static(inputs[place]) and storage(inputs[place]) not in others:
             name = ".".join(_PARTS.findall(node.meta["grapharg"].source.name)[1:])
             clashes = any(is_below(name, other) or is_below(other, name) for other in found)
             found[node.name if clashes or not name else name] = place

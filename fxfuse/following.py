@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,31 +25,55 @@ from fxfuse.tree import put
 _LOG = logging.getLogger("fxfuse")
 
 
+class Watch:
+    """Tells whether tensors were written to since, or others are in their places.
+
+    Of each it keeps the memory, so that nothing else gets that address. Kernels of batch norm that train
+    write statistics and count no version, so the numbers of buffers are compared; nor do fused optimisers.
+
+    Args:
+        tensors: each with its place among the inputs; None if it is an attribute for good.
+        buffers: those of them whose numbers are to be compared.
+    """
+
+    def __init__(
+        self, tensors: Iterable[tuple[int | None, Tensor]], buffers: Iterable[tuple[int | None, Tensor]] = ()
+    ) -> None:
+        self._seen = [
+            (place, weakref.ref(tensor), tensor._version, tensor.data_ptr(), tensor.detach())
+            for place, tensor in tensors
+        ]
+        compared = [*buffers]
+        self._buffers: list[tuple[int | None, Any]] = [
+            (place, tensor if place is None else None) for place, tensor in compared
+        ]
+        self._numbers = _joined([tensor for _, tensor in compared])
+        self._steps = _optimiser_steps().count
+
+    def is_stale(self, inputs: Sequence[Any]) -> bool:
+        """Whether a tensor is another one than it was, or may have been written to."""
+        for place, reference, version, address, _ in self._seen:
+            tensor: Any = reference()
+            now = tensor if place is None else inputs[place]
+            if now is not tensor or now._version != version or now.data_ptr() != address:
+                return True
+        if self._steps != _optimiser_steps().count:
+            return True
+        buffers = [tensor if place is None else inputs[place] for place, tensor in self._buffers]
+        return not all(map(torch.equal, self._numbers, _joined(buffers)))
+
+
 @dataclass(frozen=True)
 class _Weights:
     """What was folded from one set of parameters and buffers.
 
     Attributes:
         tensors: the folded weight, 0, and bias, 1, of each operator; None if these cannot be folded.
-        seen: of each source its place among the inputs, itself, its version, which operators that write to it
-            count up, its address, and its memory, so that nothing else gets that address.
-        buffers: the numbers of those that are buffers: the kernels of batch norm do not count.
-        steps: how many steps optimisers had made: their fused kernels do not count either.
+        watch: tells whether they are stale.
     """
 
     tensors: dict[Key, Tensor] | None
-    seen: list[tuple[int | None, weakref.ref[Tensor], int, int, Tensor]]
-    buffers: list[Tensor]
-    steps: int
-
-    def is_stale(self, inputs: Sequence[Any]) -> bool:
-        """Whether a source is another tensor than it was, or may have been written to."""
-        for place, reference, version, address, _ in self.seen:
-            tensor: Any = reference()
-            now = tensor if place is None else inputs[place]
-            if now is not tensor or now._version != version or now.data_ptr() != address:
-                return True
-        return self.steps != _optimiser_steps().count
+    watch: Watch
 
 
 class Followers:
@@ -97,15 +121,10 @@ class Followers:
         """
         key = self._tensor(self._key, inputs)
         weights: _Weights | None = self._sets.get(key)
-        if weights is None or weights.is_stale(inputs) or self._have_changed(weights, inputs):
+        if weights is None or weights.watch.is_stale(inputs):
             with self._folding:
                 weights = self._sets[key] = self._folded(inputs)
         return weights.tensors
-
-    def _have_changed(self, weights: _Weights, inputs: Sequence[Any]) -> bool:
-        """Whether buffers have other numbers: a norm that trains writes statistics and counts no version."""
-        now = _joined([self._tensor(name, inputs) for name in self._buffers])
-        return not all(map(torch.equal, weights.buffers, now))
 
     def _tensor(self, name: str, inputs: Sequence[Any]) -> Tensor:
         tensor: Tensor = inputs[self._places[name]] if name in self._places else self._attributes[name]
@@ -123,17 +142,13 @@ class Followers:
 
     def _weights(self, tensors: Mapping[str, Tensor], solution: Callable[[], Solution]) -> _Weights:
         """What is folded of `tensors`. Before it is, they are looked at: who writes meanwhile is noticed."""
-        watched = ((self._places.get(name), tensors[name]) for name in self._sources)
-        seen = [
-            (place, weakref.ref(tensor), tensor._version, tensor.data_ptr(), tensor.detach())
-            for place, tensor in watched
-        ]
-        buffers, steps = _joined([tensors[name] for name in self._buffers]), _optimiser_steps().count
+        watched = (self._sources, self._buffers)
+        watch = Watch(*(((self._places.get(name), tensors[name]) for name in names) for names in watched))
         solved = solution()
         if solved.failed:
             reasons = "; ".join(dict.fromkeys(code.value.reason for code in solved.failed.values()))
             _LOG.warning("the new weights cannot be folded, so the norms run as they are: %s", reasons)
-        return _Weights(None if solved.failed else keyed(solved), seen, buffers, steps)
+        return _Weights(None if solved.failed else keyed(solved), watch)
 
     def _let_go(self) -> None:
         """Keeps no model alive: between folds nothing reads its tensors."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fxfuse.refusals import Code
 from fxfuse.verdict import Comparison
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxfuse.demo import Demonstration
+from fxfuse.lowering.records import Lowering
 from fxfuse.records import Refusal, Report
 from fxfuse.verdict import Comparison
 from fxfuse.visible import one_line, visible
@@ -75,6 +77,18 @@ def _plain(text: str) -> str:
 
 def _code(refusal: Refusal) -> str:
     return refusal.code
+
+
+def lowering_view(lowering: Lowering) -> RenderableType:
+    """How fast the folded model is on an engine, beside others."""
+    table = Table("runs on", "one call", "ready after", title="Lowered", title_justify="left")
+    for timing in lowering.timings:
+        if timing.reason:
+            table.add_row(timing.engine, "[yellow]not run[/yellow]", _plain(timing.reason))
+        else:
+            ready = f"{timing.seconds:.2g} s" if timing.seconds else ""
+            table.add_row(timing.engine, f"{timing.milliseconds:.3g} ms", ready)
+    return Group(table, Text(visible(str(replace(lowering, timings=())))))
 
 
 def comparison_view(comparison: Comparison) -> RenderableType:

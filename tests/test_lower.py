@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import operator
 import pickle
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from torch import Tensor, fx, nn
 
 import fxfuse
+from fxfuse import backend, cli
 from fxfuse.lowering import auto, engines, onednn, timing
 from fxfuse.lowering.specialised import UnsupportedError, specialised
 from tests.support import randomise
@@ -388,6 +393,29 @@ def test_programs_of_many_sizes_do_not_pile_up():
     assert len(lowered._programs) == 16
 
 
+def test_threads_may_share_it():
+    lowered = fxfuse.lower(folded(Net()), (X,))
+    inputs = [torch.randn(2 + number % 3, 3, 12, 12) for number in range(30)]
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lowered, inputs * 3)]
+    for x, result in zip(inputs * 3, found, strict=True):
+        torch.testing.assert_close(result, lowered.folded(x), rtol=1e-3, atol=1e-3)
+
+
+def test_it_keeps_the_report_of_the_fold():
+    model = folded(Net())
+    lowered = fxfuse.lower(model, (X,))
+    assert fxfuse.report(lowered) == fxfuse.report(model) and fxfuse.report(model).norms == 3
+    assert fxfuse.report(copy.deepcopy(lowered)) == fxfuse.report(model)
+
+
+def test_exported_programs_are_lowered():
+    program = torch.export.export(randomise(Net()).float(), (X,))
+    lowered = fxfuse.lower(fxfuse.fuse(program), (X,))
+    assert not lowered.lowering.reason
+    torch.testing.assert_close(lowered(X), program.module()(X), rtol=1e-3, atol=1e-3)
+
+
 def test_another_number_of_threads_gets_a_program_of_its_own():
     lowered = fxfuse.lower(folded(Net()), (X,))
     before = torch.get_num_threads()
@@ -420,6 +448,8 @@ def test_wrong_use_is_told():
         fxfuse.lower(Net(), (X,))
     with pytest.raises(fxfuse.UsageError, match="example_inputs"):
         fxfuse.lower(folded(Net()), X)
+    with pytest.raises(fxfuse.UsageError, match="rejects the example inputs"):
+        fxfuse.lower(folded(Net()), (X[:, :2],))
     with pytest.raises(fxfuse.UsageError, match="folded module"):
         fxfuse.lower(None, (X,))
 
@@ -493,3 +523,111 @@ def test_timing_draws_an_order_and_counts_second_calls():
     assert calls[::2] == calls[1::2]
     assert len({tuple(calls[start : start + 6]) for start in range(0, 48, 6)}) > 1
     assert len(timing.samples({"a": lambda: None}, rounds=8, seconds=0)["a"]) == 3
+
+
+# ---- behind torch.compile ------------------------------------------------------------------------------
+
+
+def compiled(model, **options):
+    torch.compiler.reset()
+    return torch.compile(model, backend="fxfuse", options={"then": "lower", **options})
+
+
+@pytest.fixture
+def lowered_graphs(monkeypatch):
+    """Counts the programs that are made."""
+    made = []
+
+    def compile_(graph, inputs, dtype):
+        made.append(graph)
+        return onednn.compile(graph, inputs, dtype)
+
+    monkeypatch.setitem(engines.ENGINES, "torch", engines.Engine(compile_))
+    return made
+
+
+def same_as_source(call, model, *inputs):
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(*(x.double() for x in inputs))
+        result = call(*inputs)
+    assert float((result - exact).abs().max()) <= 2e-5 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("options", [{}, {"refold": "always"}])
+def test_compiled_models_are_lowered_and_follow_their_weights(options, lowered_graphs):
+    model = randomise(Net()).float()
+    call = compiled(model, **options)
+    same_as_source(call, model, X)
+    same_as_source(call, model, X + 1)
+    assert len(lowered_graphs) == 1
+    assert len(fxfuse.report(call).folded) == 3
+    changes = [
+        lambda: model.stem[0].weight.add_(0.3),
+        lambda: model.stem[1].running_var.mul_(2),
+        lambda: model.head.bias.copy_(torch.randn(5)),
+        lambda: setattr(model.head, "weight", nn.Parameter(torch.randn(5, 16))),
+        lambda: model.load_state_dict(randomise(Net(), 7).float().state_dict()),
+    ]
+    for change in changes:
+        before = model(X)
+        with torch.no_grad():
+            change()
+        assert not torch.allclose(before, model(X), rtol=1e-3)
+        same_as_source(call, model, X)
+
+
+def test_a_norm_that_stays_and_trains_elsewhere_is_followed():
+    """The kernels of batch norm write statistics and count no version."""
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU())).float()
+    call = compiled(model)
+    same_as_source(call, model, X)
+    assert not fxfuse.report(call).folded
+    model[2].train()(torch.randn(8, 4, 5, 5) * 3)
+    model.eval()
+    same_as_source(call, model, X)
+
+
+def test_compiled_models_take_other_batches_and_give_gradients_where_they_are_asked_for():
+    model = randomise(Net()).float()
+    call = compiled(model)
+    for batch in (2, 5, 7):
+        same_as_source(call, model, torch.randn(batch, 3, 12, 12))
+    x = X.clone().requires_grad_()
+    call(x).sum().backward()
+    other = X.clone().requires_grad_()
+    grads = torch.autograd.grad(model(other).sum(), (other, model.head.weight))
+    torch.testing.assert_close((x.grad, model.head.weight.grad), grads, rtol=1e-3, atol=1e-3)
+
+
+def test_a_mode_of_inductor_is_no_mode_of_lowering():
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="one of Inductor's, which then='lower' leaves out"):
+        torch.compile(
+            Net().eval(), backend=partial(backend.backend, options={"then": "lower"}, mode="default")
+        )(X)
+
+
+# ---- on the command line -------------------------------------------------------------------------------
+
+
+def network():
+    return randomise(Net()).float()
+
+
+def test_fuse_tells_how_fast_the_result_is(tmp_path):
+    file = tmp_path / "all.json"
+    arguments = ["tests.test_lower:network", "--input", "2,3,12,12", "--lower"]
+    shown = CliRunner().invoke(cli.main, ["fuse", *arguments])
+    assert shown.exit_code == 0, shown.output
+    assert "engine torch, ready after" in shown.stdout and "error against float64" in shown.stdout
+    written = CliRunner().invoke(cli.main, ["fuse", *arguments, "--engine", "auto", "--json", str(file)])
+    assert written.exit_code == 0, written.output
+    lowering = json.loads(file.read_text())["lowering"]
+    assert {each["engine"] for each in lowering["timings"]} == {*engines.ENGINES, "folded"}
+    times = [each["milliseconds"] for each in lowering["timings"]]
+    assert times == sorted(times) and times[0] > 0 and not lowering["reason"]
+
+
+def test_lowering_needs_an_input():
+    result = CliRunner().invoke(cli.main, ["fuse", "tests.test_lower:network", "--lower"])
+    assert result.exit_code == 2 and "say which with --input" in result.stderr

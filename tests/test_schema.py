@@ -13,6 +13,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse import cli
+from fxfuse.lowering.records import Lowering, Timing
 from fxfuse.records import SCHEMA, Apart, Fold, Merged, Refusal, Report
 from fxfuse.verdict import Comparison, Worst
 from tests.support import randomise
@@ -64,6 +65,7 @@ INPUT = ("--input", "2,3,8,8")
 DOCUMENTS = {
     "fuse with an input": ("fuse", lambda: written("fuse", *INPUT)),
     "fuse without": ("fuse", lambda: written("fuse")),
+    "fuse and lower": ("fuse", lambda: written("fuse", *INPUT, "--lower")),
     "explain": ("explain", lambda: written("explain")),
     "verify": ("verify", lambda: written("verify", *INPUT)),
     "verify with a candidate": ("verify", lambda: written("verify", "torchvision:alexnet", *INPUT)),
@@ -93,7 +95,9 @@ def test_the_schema_is_valid_and_carries_its_version():
 
 
 @pytest.mark.parametrize(
-    "record", [Fold, Merged, Apart, Refusal, Worst, Comparison, Report], ids=lambda kind: kind.__name__
+    "record",
+    [Fold, Merged, Apart, Refusal, Worst, Comparison, Report, Lowering, Timing],
+    ids=lambda kind: kind.__name__,
 )
 def test_schema_has_the_fields_of_the_record(record):
     expected = {field.name for field in fields(record)} | ADDED.get(record, set())

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
-from fxfuse.arguments import check_eval, check_inputs, check_module
+from fxfuse.arguments import check_eval, check_inputs, check_module, rejection
+from fxfuse.errors import UsageError
 from fxfuse.inputs import sample
 from fxfuse.lowering.auto import fastest
 from fxfuse.lowering.engines import engine as engine_of
 from fxfuse.lowering.lowered import Lowered, lowered
+from fxfuse.lowering.records import Lowering, Timing
+from fxfuse.lowering.timing import medians
+from fxfuse.runs import REJECTIONS, run
+from fxfuse.tree import as_module
 
 
 def lower(
-    folded: nn.Module,
+    folded: nn.Module | ExportedProgram,
     example_inputs: Sequence[Any],
     engine: str = "torch",
     *,
@@ -32,7 +41,7 @@ def lower(
     ``lowered.lowering.reason`` says why. Gradients do not get through.
 
     Args:
-        folded: what ``fxfuse.fuse`` gave; a graph, in eval mode.
+        folded: what ``fxfuse.fuse`` gave: a graph or an exported program.
         example_inputs: positional inputs; a ``torch.Size`` stands for a random tensor of that shape.
         engine: "torch": the kernels of oneDNN that torch has, for CPUs. "inductor", "openvino" or
             "onnxruntime": those of another compiler or runtime, which fxfuse's extra of that name installs.
@@ -43,14 +52,35 @@ def lower(
         tune_seconds: how long "auto" may go on with engines that it has not tried yet.
 
     Raises:
-        UsageError: `folded` is no module or in training mode, an engine is not known or not installed, or
-            cannot compute in `dtype`.
+        UsageError: `folded` is no module, is in training mode, or rejects the example inputs; an engine is
+            not known or not installed, or cannot compute in `dtype`.
     """
+    folded = as_module(folded)
     check_module(folded, "folded module")
     check_eval(folded, "folded module")
     check_inputs(example_inputs, "example_inputs")
+    if engine != "auto":
+        engine_of(engine, dtype)
     inputs = sample(folded, example_inputs, seed=0)
+    try:
+        run(folded, inputs, seed=0)
+    except REJECTIONS as error:
+        raise UsageError(
+            f"the folded module rejects the example inputs {rejection(inputs, error, folded)}"
+        ) from error
     if engine == "auto":
         return fastest(folded, inputs, dtype, tune_seconds)
-    engine_of(engine, dtype)
     return lowered(folded, inputs, engine, dtype)
+
+
+def timed(folded: nn.Module, inputs: Sequence[Any], engine: str) -> Lowering:
+    """What `lower` brings on an engine, with the time of the folded module beside it."""
+    found = lower(folded, inputs, engine)
+    with torch.no_grad():
+        times = medians({"folded": partial(folded, *inputs), found.engine: partial(found, *inputs)})
+    known = {each.engine: each for each in found.lowering.timings}
+    known |= {"folded": Timing("folded", times["folded"], 0.0)}
+    if not found.lowering.reason:
+        known.setdefault(found.engine, Timing(found.engine, times[found.engine], found.lowering.seconds))
+    order = sorted(known.values(), key=lambda each: (math.isnan(each.milliseconds), each.milliseconds))
+    return replace(found.lowering, timings=tuple(order))

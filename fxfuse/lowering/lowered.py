@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import threading
@@ -18,6 +19,7 @@ from fxfuse.errors import UsageError
 from fxfuse.lowering.engines import ENGINES
 from fxfuse.lowering.programs import Compiled, compiled
 from fxfuse.lowering.records import Lowering
+from fxfuse.reports import attach, report
 
 _LOG = logging.getLogger("fxfuse")
 # How many kinds of inputs have a program at a time.
@@ -49,6 +51,8 @@ class Lowered(nn.Module):
         self.lowering = Lowering(engine)
         self._forget()
         self.eval()
+        with contextlib.suppress(UsageError):  # it need not have been made by fxfuse
+            attach(self, report(folded))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the folded module gives."""

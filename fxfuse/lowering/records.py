@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from fxfuse.verdict import Comparison
 
@@ -23,6 +25,11 @@ class Timing:
     seconds: float
     reason: str = ""
 
+    def to_dict(self) -> dict[str, Any]:
+        """It as JSON values; what was not measured is None."""
+        times = {name: getattr(self, name) for name in ("milliseconds", "seconds")}
+        return asdict(self) | {name: None if math.isnan(time) else time for name, time in times.items()}
+
 
 @dataclass(frozen=True)
 class Lowering:
@@ -41,6 +48,16 @@ class Lowering:
     seconds: float = 0.0
     comparison: Comparison | None = None
     timings: tuple[Timing, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """It as JSON values."""
+        return {
+            "engine": self.engine,
+            "reason": self.reason,
+            "seconds": self.seconds,
+            "comparison": None if self.comparison is None else self.comparison.to_dict(),
+            "timings": [timing.to_dict() for timing in self.timings],
+        }
 
     def __str__(self) -> str:
         lines = [f"engine {self.engine}, ready after {self.seconds:.2g} s"]

@@ -201,8 +201,8 @@ class _Writer(fx.Interpreter):
 
 
 def _plain(value: Any) -> Any:
-    """`value` with lists and dicts, as forward gives them, in the place of those that arguments of nodes are."""
-    if isinstance(value, dict):
+    """`value` as forward gives it: arguments of nodes have lists and dicts of their own kind."""
+    if type(value) in (dict, fx.immutable_collections.immutable_dict):
         return {key: _plain(each) for key, each in value.items()}
     if type(value) in (tuple, fx.immutable_collections.immutable_list):
         parts = map(_plain, value)

@@ -1,0 +1,185 @@
+"""What each step towards the engine "torch" brings: the same folded network, run in ever other ways.
+
+*prepacked* is what fxfuse does not do: every convolution, with the activation behind it, as one call of
+torch's own oneDNN operators on packed weights. *oneDNN Graph* is the engine without channels last. The ways
+are timed side by side (`fxfuse.lowering.timing`), the outputs compared before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor, fx, nn
+
+import fxfuse
+from benchmarks.pages import table
+from benchmarks.record import surroundings, write
+from fxfuse import zoo
+from fxfuse.lowering import onednn
+from fxfuse.lowering.timing import samples
+
+COMMAND = "python -m benchmarks.steps"
+CASES = (
+    *(("torchvision:mobilenet_v2", batch) for batch in (1, 8)),
+    *(("torchvision:resnet50", batch) for batch in (1, 8)),
+    ("torchvision:efficientnet_b0", 1),
+)
+POST_OPS: dict[Any, tuple[str, list[float]]] = {
+    nn.ReLU: ("relu", []),
+    F.relu: ("relu", []),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+    nn.SiLU: ("swish", []),
+    nn.Sigmoid: ("sigmoid", []),
+}
+LAST = torch.channels_last
+
+
+class Prepacked(fx.Interpreter):
+    """Runs a graph, and writes one down in which convolutions are calls of oneDNN's operators."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.ops: Any = torch.ops.mkldnn
+        self.written = fx.Graph()
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.root: dict[str, Any] = dict(module.named_modules(remove_duplicate=False))
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs it, and copies it, as a oneDNN call or a part of one where it can be one."""
+        value = super().run_node(n)
+        layer = self.root.get(str(n.target)) if n.op == "call_module" else None
+        made = None
+        if isinstance(layer, nn.Conv2d):
+            made = self.convolution(n, layer)
+        elif n.op in ("call_module", "call_function"):
+            made = self.joined(n, type(layer) if layer is not None else n.target)
+        self.copies[n] = made or self.written.node_copy(n, self.copies.__getitem__)
+        return value
+
+    def convolution(self, node: fx.Node, layer: nn.Conv2d) -> fx.Node:
+        """The call on a packed weight."""
+        (source,) = node.all_input_nodes
+        geometry = [list(each) for each in (layer.padding, layer.stride, layer.dilation)]
+        size = list(self.env[source].shape)
+        weight = layer.weight.detach().to(memory_format=LAST)
+        self.root[f"{node.name}_w"] = self.ops._reorder_convolution_weight(
+            weight, *geometry, layer.groups, size
+        )
+        self.root[f"{node.name}_b"] = None if layer.bias is None else layer.bias.detach()
+        weight_, bias = self.written.get_attr(f"{node.name}_w"), None
+        if layer.bias is not None:
+            bias = self.written.get_attr(f"{node.name}_b")
+        args: Any = (self.copies[source], weight_, bias, *geometry, layer.groups, "none", [], None)
+        return self.written.call_function(self.ops._convolution_pointwise.default, args)
+
+    def joined(self, node: fx.Node, kind: Any) -> fx.Node | None:
+        """The call before it, with it in it."""
+        inputs = node.all_input_nodes
+        calls = [self.copies[each] for each in inputs if len(each.users) == 1]
+        if kind in POST_OPS and calls and calls[0].target is self.ops._convolution_pointwise.default:
+            name, scalars = POST_OPS[kind]
+            calls[0].args = (*calls[0].args[:7], name, scalars, None)
+            return calls[0]
+        return None
+
+
+def prepacked(folded: fx.GraphModule, x: Tensor) -> Callable[[], Any]:
+    """`folded` as calls of oneDNN's operators."""
+    writer = Prepacked(folded)
+    x = x.contiguous(memory_format=LAST)
+    writer.run(x)
+    root = {name: each for name, each in writer.root.items() if name and each is not None}
+    return partial(fx.GraphModule(root, writer.written).eval(), x)
+
+
+def ways(folded: fx.GraphModule, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """What is timed."""
+    last = copy.deepcopy(folded).to(memory_format=LAST)  # type: ignore[call-overload]
+    found: dict[str, Callable[[], Any]] = {
+        "folded": partial(folded, x),
+        "channels last": partial(last, x.contiguous(memory_format=LAST)),
+        "prepacked": prepacked(folded, x),
+    }
+    with patch.object(onednn, "_channels_last", lambda module, _: module):
+        found["oneDNN Graph"] = partial(fxfuse.lower(folded, (x,)), x)
+    engine = fxfuse.lower(folded, (x,))
+    found["engine torch"] = partial(engine, x)
+    size = len(x) // 2
+    while size:
+        engine(x[:size])
+        found[f"in slices of {size}"] = partial(sliced, engine, x, size)
+        size //= 2
+    return found
+
+
+def sliced(engine: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
+    """The batch in slices."""
+    return torch.cat([engine(part) for part in torch.split(x, size)])
+
+
+@torch.no_grad()
+def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
+    """The times of one model and batch, in milliseconds."""
+    source = zoo.load(name, seed=0).model
+    assert isinstance(source, nn.Module)
+    folded = fxfuse.fuse(source)
+    assert isinstance(folded, fx.GraphModule)
+    x = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    calls = ways(folded, x)
+    expected = folded(x)
+    for way, call in calls.items():
+        error = float((call() - expected).norm() / expected.norm())
+        if not error < 1e-4:
+            raise AssertionError(f"{name}, {way}: relative error {error}")
+    return {"name": name, "batch": batch, "milliseconds": samples(calls, rounds, 120.0)}
+
+
+def page(record: dict[str, Any]) -> str:
+    """The results as a page for the documentation."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    machine = record["machine"]
+    text = f"""# What each step of the engine "torch" brings
+
+Made by `{record["command"]}` at {record["commit"]}: {machine["processor"]}, {machine["cores"]} cores,
+{machine["threads"]} threads, {versions}. Medians of {record["rounds"]} rounds, all ways of a table side by
+side. *prepacked*: each convolution with its activation as one call of torch's oneDNN operators on packed
+weights, which fxfuse does not use. *oneDNN Graph*: the engine without channels last.
+"""
+    for case in record["cases"]:
+        medians = {way: statistics.median(times) for way, times in case["milliseconds"].items()}
+        rows = [
+            [way, f"{median:.3g}", f"{medians['folded'] / median:.2f}"] for way, median in medians.items()
+        ]
+        text += f"\n## {case['name']}, batch {case['batch']}\n\n"
+        text += table([["", "ms", "speed, folded eager = 1"], *rows])
+    return text
+
+
+def main() -> None:
+    """Measures and writes the page."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15, help="counted calls of each way")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    cases = [
+        measure(name, batch, options.rounds) for name, batch in track(CASES, disable=not sys.stderr.isatty())
+    ]
+    record = {**surroundings(COMMAND), "rounds": options.rounds, "cases": cases}
+    text = page(record)
+    print(text)
+    write("steps", record, text)
+
+
+if __name__ == "__main__":
+    main()

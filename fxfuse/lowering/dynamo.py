@@ -1,0 +1,51 @@
+"""Graphs of Dynamo, whose weights are inputs, on the kernels of the engine "torch"."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxfuse.dynamo import is_static
+from fxfuse.following import Watch
+from fxfuse.lifting import lift
+from fxfuse.lowering.lowered import Lowered
+
+
+def lowering(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compiles a graph as a backend of ``torch.compile`` does.
+
+    Weights become constants of the kernels. Whenever one has changed, or is another tensor, the graph is
+    lowered again before the next answer. Where gradients are asked for, the graph runs as it is.
+    """
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    pairs = enumerate(zip(placeholders, example_inputs, strict=True))
+    places = {node.name: place for place, (node, example) in pairs if is_static(example)}
+    others = [place for place in range(len(placeholders)) if place not in places.values()]
+    lowers = threading.Lock()
+    current: list[tuple[Watch, Lowered]] = []
+
+    def lowered(inputs: Sequence[Any]) -> Lowered:
+        with lowers:
+            if not current or current[0][0].is_stale(inputs):
+                tensors = [(place, inputs[place]) for place in places.values()]
+                buffers = [pair for pair in tensors if not isinstance(pair[1], torch.nn.Parameter)]
+                watch = Watch(tensors, buffers)  # before they are read: who writes meanwhile is noticed
+                current[:] = [(watch, Lowered(bound(inputs), "torch", None))]
+            return current[0][1]
+
+    def bound(inputs: Sequence[Any]) -> fx.GraphModule:
+        lifted = lift(graph_module, places, {name: inputs[place].detach() for name, place in places.items()})
+        for placeholder in lifted.inputs.values():
+            lifted.capture.graph.erase_node(placeholder)
+        return fx.GraphModule(lifted.capture.root, lifted.capture.graph).eval()
+
+    def run(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return graph_module(*inputs)
+        return lowered(inputs)(*(inputs[place] for place in others))
+
+    return run
