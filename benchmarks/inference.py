@@ -76,7 +76,8 @@ def in_runtime(engine: str, model: nn.Module, x: Tensor) -> Call:
 
 
 def compiled(model: nn.Module, x: Tensor, *, freezing: bool) -> Call:
-    """`model` in Inductor."""
+    """`model` in Inductor; a copy, since the instances of a class share what Dynamo compiles."""
+    model = copy.deepcopy(model)
     call = torch.compile(model, fullgraph=False, dynamic=False, options={"freezing": freezing})
     with torch._inductor.config.patch(freezing=freezing):  # Dynamo asks this one too
         call(x)
@@ -141,7 +142,6 @@ def measure(name: str, batch: int, rounds: int, without: str) -> Record:
     for way, make in ways.items():
         if without and without in way:
             continue
-        torch.compiler.reset()
         started = time.perf_counter()
         try:
             call = make()

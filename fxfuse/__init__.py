@@ -8,6 +8,7 @@ from fxfuse._version import __version__
 from fxfuse.comparison import verify
 from fxfuse.culprits import Bisection, bisect
 from fxfuse.errors import CaptureError, FxfuseError, UsageError, VerificationError
+from fxfuse.lowering.allocator import keep_freed_memory
 from fxfuse.lowering.lower import lower
 from fxfuse.lowering.lowered import Lowered
 from fxfuse.pipeline import explain, fuse
@@ -30,6 +31,7 @@ __all__ = [
     "bisect",
     "explain",
     "fuse",
+    "keep_freed_memory",
     "lower",
     "report",
     "verify",

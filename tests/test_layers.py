@@ -37,6 +37,7 @@ LAYERS = [
     ["following"],
     ["rewrite"],
     ["lowering.__init__", "lowering.specialised", "lowering.timing", "lowering.records"],
+    ["lowering.allocator"],
     ["lowering.traces", "lowering.inductor", "lowering.onnxruntime"],
     ["lowering.onednn", "lowering.openvino"],
     ["lowering.engines"],

@@ -20,5 +20,7 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
         with torch.no_grad():
             return compiled(*tensors)
 
-    run(inputs)
+    # Dynamo asks for freezing, too, and does not see the options.
+    with torch._inductor.config.patch(freezing=True):
+        run(inputs)
     return run
