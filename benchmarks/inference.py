@@ -103,6 +103,7 @@ def in_torch(prefix: str, model: nn.Module, x: Tensor) -> dict[str, Callable[[],
 def measure(name: str, batch: int, rounds: int, without: str) -> Record:
     """Everything about one model and batch, but for ways that have `without` in their names."""
     warnings.simplefilter("ignore")
+    torch._dynamo.config.recompile_limit = 64
     torch._inductor.config.force_disable_caches = (
         True  # so that the time until ready is that of the first time
     )

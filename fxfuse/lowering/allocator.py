@@ -18,8 +18,8 @@ def keep_freed_memory() -> None:
     """Lets this process keep the memory that it frees, for good: for eager PyTorch and for engines alike.
 
     By default glibc gives large blocks back to the system at once, and each activation that is allocated
-    again is mapped and zeroed anew, page by page. That can cost more than the arithmetic, above all with large
-    batches. The price is that the process stays as large as it ever was.
+    again is mapped and zeroed anew, page by page. That can cost more than the arithmetic, above all with
+    large batches. The price is that the process stays as large as it ever was.
 
     ``fxfuse.lower`` does not do this by itself, since it concerns everything in the process.
 
