@@ -471,11 +471,11 @@ def test_an_engine_that_fails_or_is_wrong_is_not_used(monkeypatch):
     for make, reason in (
         (fails, "no such operator"),
         (is_wrong, "other numbers"),
-        (has_another_shape, "other shape"),
+        (has_another_shape, "another shape"),
     ):
         monkeypatch.setitem(engines.ENGINES, "torch", engines.Engine(make))
         lowered = fxfuse.lower(model, (X,))
-        assert reason in lowered.lowering.reason.replace("another shape", "other shape")
+        assert reason in lowered.lowering.reason and "\n" not in lowered.lowering.reason
         assert torch.equal(lowered(X), model(X))
 
 

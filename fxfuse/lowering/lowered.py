@@ -59,13 +59,12 @@ class Lowered(nn.Module):
         inputs = self._positional(args, kwargs) if kwargs else args
         leaves, structure = pytree.tree_flatten(inputs)
         compiled = self._programs.get(kind := _kind(structure, leaves)) or self._compiled(kind, inputs)
+        tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise UsageError("a lowered module gives no gradients; call it under torch.no_grad()")
         if compiled.run is None or torch.is_autocast_enabled("cpu"):
             with torch.no_grad():
                 return self.folded(*args, **kwargs)
-        if torch.is_grad_enabled() and any(
-            isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves
-        ):
-            raise UsageError("a lowered module gives no gradients; call it under torch.no_grad()")
         return compiled.run(leaves)
 
     def train(self, mode: bool = True) -> Lowered:
@@ -98,9 +97,8 @@ class Lowered(nn.Module):
         bound = inspect.signature(self.folded.forward).bind(*args, **kwargs)
         bound.apply_defaults()
         if bound.kwargs:
-            raise UsageError(
-                f"{', '.join(bound.kwargs)} can only be given by keyword, which engines do not know"
-            )
+            names = ", ".join(bound.kwargs)
+            raise UsageError(f"{names} can only be given by keyword, which engines do not know")
         return bound.args
 
     def _forget(self) -> None:
