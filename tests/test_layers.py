@@ -40,6 +40,7 @@ LAYERS = [
     ["lowering.allocator"],
     ["lowering.traces", "lowering.inductor", "lowering.onnxruntime"],
     ["lowering.onednn", "lowering.openvino"],
+    ["lowering.batches"],
     ["lowering.engines"],
     ["lowering.programs"],
     ["lowering.lowered"],

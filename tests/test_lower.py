@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 import fxfuse
 from fxfuse import backend, cli
-from fxfuse.lowering import auto, engines, onednn, timing
+from fxfuse.lowering import auto, batches, engines, onednn, programs, timing
 from fxfuse.lowering.specialised import UnsupportedError, specialised
 from tests.support import randomise
 
@@ -321,6 +321,107 @@ def test_kept_modules_are_no_graph():
     lowered = fxfuse.lower(model, (X,))
     assert "no graph" in lowered.lowering.reason
     assert torch.equal(lowered(X), model(X))
+
+
+# ---- some samples at a time -----------------------------------------------------------------------------
+
+BATCH = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(2))
+C = torch.randn(8, 1, 1, generator=torch.Generator().manual_seed(3))
+APART = {
+    "pooling": lambda m, y: F.max_pool2d(y.relu(), 2),
+    "residual": lambda m, y: F.relu(m.other(y) + y.sin() * 2),
+    "squeeze and excitation": lambda m, y: y * torch.sigmoid(m.other(y.mean((2, 3), keepdim=True))),
+    "classifier": lambda m, y: m.head(F.adaptive_avg_pool2d(y, 1).flatten(1)).softmax(1),
+    "view": lambda m, y: m.head(y.mean((2, 3)).view(y.shape[0], -1)).relu(),
+    "tokens": lambda m, y: m.head(y.flatten(2).transpose(1, 2)).relu().mean(1),
+    "attention": lambda m, y: (y @ y.transpose(2, 3)).softmax(-1) @ y,
+    "shuffle": lambda m, y: m.other(
+        y.reshape(len(y), 2, 4, 12, 12).transpose(1, 2).reshape(len(y), 8, 12, 12)
+    ),
+    "parts": lambda m, y: torch.cat([m.other(y), *reversed(y.chunk(2, 1))], 1),
+    "constants": lambda m, y: (y + m.shift).relu() * m.shift,
+    "norms": lambda m, y: F.group_norm(F.layer_norm(y, (12,)), 2).relu(),
+    "layers": lambda m, y: m.norm(y).relu(),
+    "upsampling": lambda m, y: F.interpolate(F.pad(y, (1, 1)), scale_factor=2.0).relu(),
+}
+MIXED = {
+    "softmax over samples": lambda m, y: y.relu().softmax(0),
+    "mean of samples": lambda m, y: y.relu() - y.mean(0, keepdim=True),
+    "mean of all": lambda m, y: y.relu() - y.mean(),
+    "largest of all": lambda m, y: y.relu() / y.abs().amax(),
+    "more samples": lambda m, y: torch.cat([y, -y]).relu(),
+    "samples as channels": lambda m, y: m.wide(y.transpose(0, 1)).relu().transpose(0, 1),
+    "other order": lambda m, y: y.relu().flip(0),
+    "moved": lambda m, y: y.relu().roll(1, 0),
+    "some": lambda m, y: y.relu()[::2],
+    "neighbours": lambda m, y: y.relu()[1:] - y.relu()[:-1],
+    "sums": lambda m, y: y.relu().cumsum(0),
+    "products of samples": lambda m, y: y.relu().flatten(1) @ y.flatten(1).t(),
+    "one of its own for each": lambda m, y: y.relu() + m.each,
+    "number of samples": lambda m, y: y.relu() * y.shape[0],
+    "number of samples as a shift": lambda m, y: F.relu(y + len(y)),
+    "normalised over samples": lambda m, y: F.normalize(y.relu(), dim=0),
+    "norm over everything": lambda m, y: F.layer_norm(y.relu(), y.shape),
+    "grouped": lambda m, y: y.relu().view(2, 4, *y.shape[1:]).mean(0),
+    "statistics": lambda m, y: F.batch_norm(y.relu(), None, None, training=True),
+    "mixed in a view": lambda m, y: y.relu().view(-1, 16, 12, 12)[:, :8],
+    "where the largest is": lambda m, y: torch.where(y.amax() > 100, y.relu(), y.sigmoid()),
+    "sorted": lambda m, y: y.relu().sort(0)[0],
+    "result of none": lambda m, y: (y.relu(), m.shift * 2),
+}
+
+
+def with_parts(function):
+    parts = {
+        "other": nn.Conv2d(8, 8, 1),
+        "head": nn.Linear(8, 8),
+        "norm": nn.LayerNorm((8, 12, 12)),
+        "wide": nn.Conv2d(8, 8, 1),
+    }
+    model = randomise(Written(function, **parts)).float()
+    model.shift = nn.Parameter(C.clone())
+    model.each = nn.Parameter(torch.randn(8, 1, 1, 1))
+    return model
+
+
+@pytest.fixture
+def slices(monkeypatch):
+    """Has slices of four samples taken wherever they may be, and counts that."""
+    taken = []
+
+    def in_slices(program, size):
+        taken.append(size)
+        return batches.in_slices(program, size)
+
+    monkeypatch.setattr(programs, "in_slices", in_slices)
+    monkeypatch.setattr(programs, "medians", lambda *_, **__: {"whole": 2.0, "sliced": 1.0})
+    return taken
+
+
+@pytest.mark.parametrize("way", APART)
+def test_samples_that_are_kept_apart_may_run_in_slices(way, slices):
+    lowered = fxfuse.lower(fxfuse.fuse(with_parts(APART[way])), (BATCH,))
+    assert not lowered.lowering.reason and slices == [4]
+    near(lowered, BATCH)
+    near(lowered, torch.randn(12, 3, 12, 12))
+    near(lowered, torch.randn(9, 3, 12, 12))
+    assert slices == [4, 4]
+
+
+@pytest.mark.parametrize("way", MIXED)
+def test_samples_that_are_mixed_run_together(way, slices):
+    lowered = fxfuse.lower(fxfuse.fuse(with_parts(MIXED[way])), (BATCH,))
+    assert not slices
+    near(lowered, BATCH, limit=1e-4)
+
+
+def test_several_inputs_run_in_slices_if_all_are_batches(slices):
+    model = folded(WithSecond(lambda m, y, z: F.relu(y + z)))
+    near(fxfuse.lower(model, (BATCH, torch.randn(8, 8, 12, 12))), BATCH, torch.randn(8, 8, 12, 12))
+    assert slices == [4]
+    near(fxfuse.lower(model, (BATCH, torch.randn(1, 8, 12, 12))), BATCH, torch.randn(1, 8, 12, 12))
+    near(fxfuse.lower(model, (BATCH, torch.randn(8, 12, 12))), BATCH, torch.randn(8, 12, 12))
+    assert slices == [4]
 
 
 # ---- a module like others ------------------------------------------------------------------------------

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from fxfuse.errors import UsageError
 from fxfuse.lowering import inductor, onednn, onnxruntime, openvino
-from fxfuse.lowering.specialised import Specialised
+from fxfuse.lowering.specialised import Program, Specialised
 
-Program = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Compile = Callable[[Specialised, Sequence[Tensor], torch.dtype | None], Program]
 
 
@@ -31,11 +30,13 @@ class Engine:
         compile: does it.
         packages: those that it needs beside torch; the extra of fxfuse that brings them is called as it is.
         dtypes: in which it can compute, besides float32.
+        slices: how many samples of larger batches it is tried on at a time; 0: on whole batches only.
     """
 
     compile: Compile
     packages: tuple[str, ...] = ()
     dtypes: frozenset[torch.dtype] = frozenset({torch.bfloat16})
+    slices: int = 0
 
     @property
     def missing(self) -> list[str]:
@@ -44,7 +45,7 @@ class Engine:
 
 
 ENGINES = {
-    "torch": Engine(onednn.compile),
+    "torch": Engine(onednn.compile, slices=4),
     "openvino": Engine(openvino.compile, packages=("openvino",)),
     "onnxruntime": Engine(
         onnxruntime.compile, packages=("onnxruntime", "onnx", "onnxscript"), dtypes=frozenset()

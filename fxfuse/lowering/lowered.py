@@ -87,7 +87,7 @@ class Lowered(nn.Module):
             if kind not in self._programs:
                 while len(self._programs) >= _KINDS:
                     self._programs.popitem(last=False)
-                found = compiled(self.folded, inputs, ENGINES[self.engine].compile, self.dtype)
+                found = compiled(self.folded, inputs, ENGINES[self.engine], self.dtype)
                 if found.reason:
                     _LOG.warning("%s runs as it was folded: %s", type(self.folded).__name__, found.reason)
                 self._programs[kind] = found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxfuse.comparison import same_numbers
-from fxfuse.lowering.engines import Compile
-from fxfuse.lowering.specialised import UnsupportedError, in_dtype, specialised
+from fxfuse.lowering.batches import in_slices, is_for_fewer, keeps_samples_apart
+from fxfuse.lowering.engines import Engine
+from fxfuse.lowering.specialised import Program, Specialised, UnsupportedError, in_dtype, specialised
+from fxfuse.lowering.timing import medians
 from fxfuse.verdict import Comparison
 
 _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
@@ -33,9 +36,7 @@ class Compiled:
     comparison: Comparison | None = None
 
 
-def compiled(
-    folded: nn.Module, inputs: Sequence[Any], compile_: Compile, dtype: torch.dtype | None
-) -> Compiled:
+def compiled(folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: torch.dtype | None) -> Compiled:
     """A program of an engine for inputs like these, on which it is compared with `folded`.
 
     Of both the outputs are held against a run of `folded` in float64. The program may be about as far from it
@@ -45,7 +46,7 @@ def compiled(
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
             given = pytree.tree_map(_usable, tuple(inputs))
-            return _compiled(folded, given, compile_, dtype)
+            return _compiled(folded, given, engine, dtype)
         except UnsupportedError as error:
             return Compiled(None, str(error))
         except Exception as error:
@@ -53,14 +54,20 @@ def compiled(
 
 
 def _compiled(
-    folded: nn.Module, inputs: tuple[Any, ...], compile_: Compile, dtype: torch.dtype | None
+    folded: nn.Module, inputs: tuple[Any, ...], engine: Engine, dtype: torch.dtype | None
 ) -> Compiled:
     if not isinstance(folded, fx.GraphModule):
         raise UnsupportedError(
             f"{type(folded).__name__} is no graph: it could not be traced whole, or was kept"
         )
     graph = specialised(folded, inputs)
-    program = compile_(graph, graph.tensors(pytree.tree_leaves(inputs)), dtype)
+    tensors = graph.tensors(pytree.tree_leaves(inputs))
+    program = engine.compile(graph, tensors, dtype)
+    sliced = _in_slices(folded, inputs, graph, engine, dtype)
+    if sliced is not None:
+        ways = {"whole": partial(program, tensors), "sliced": partial(sliced, tensors)}
+        times = medians(ways, rounds=3)
+        program = sliced if times["sliced"] < times["whole"] else program
 
     def run(leaves: Sequence[Any]) -> Any:
         return graph.result(program(graph.tensors(leaves)))
@@ -79,6 +86,26 @@ def _compiled(
         wrong = f"it gives other numbers: error against float64 {own:.2g}, of the folded module {other:.2g}"
         return Compiled(None, wrong if comparison.worst else comparison.notes[0], comparison)
     return Compiled(run, comparison=comparison)
+
+
+def _in_slices(
+    folded: fx.GraphModule,
+    inputs: tuple[Any, ...],
+    whole: Specialised,
+    engine: Engine,
+    dtype: torch.dtype | None,
+) -> Program | None:
+    """A program for a few samples of these inputs at a time; None if that cannot be shown to be the same."""
+    batches = {tuple(tensor.shape[:1]) for tensor in whole.tensors(pytree.tree_leaves(inputs))}
+    (batch,) = batches.pop() if len(batches) == 1 else (0,)
+    size = engine.slices
+    if not size or batch < 2 * size or batch % size or not keeps_samples_apart(whole.module, batch):
+        return None
+    few = pytree.tree_map_only(Tensor, lambda tensor: tensor[:size], inputs)
+    part = specialised(folded, few)
+    if not is_for_fewer(whole.module, part.module, batch, size):
+        return None
+    return in_slices(engine.compile(part, part.tensors(pytree.tree_leaves(few)), dtype), size)
 
 
 def _usable(leaf: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from torch.utils import _pytree as pytree
 from fxfuse.aliases import is_query
 from fxfuse.calls import switches_mode, written_inputs
 from fxfuse.places import place_of
+
+Program = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""What an engine makes of a graph: a function from its tensors to its results."""
 
 
 class UnsupportedError(Exception):
@@ -32,7 +35,7 @@ class Specialised:
 
     Attributes:
         module: takes the tensors among the leaves of the inputs, gives a tuple of the tensors among those of
-            the outputs.
+            the outputs. Nodes have their values, without numbers, as ``meta["val"]``.
         places: where these tensors are among the leaves of the inputs.
         results: tensors like those that `module` gives, on the meta device.
         outputs: the leaves of the outputs, with places for these tensors.
@@ -160,7 +163,7 @@ class _Writer(fx.Interpreter):
             self._root[str(node.target)] = self.fetch_attr(str(node.target))
         args, kwargs = pytree.tree_map_only(_Constant, self._readable, (args, kwargs))
         made = self._written.create_node(node.op, node.target, args, kwargs, node.name)
-        made.meta = {"stack_trace": node.meta.get("stack_trace")}
+        made.meta = {"stack_trace": node.meta.get("stack_trace"), "val": _described(value)}
         return self._parts(made, value)
 
     def _parts(self, made: fx.Node, value: Any) -> Any:
@@ -168,21 +171,25 @@ class _Writer(fx.Interpreter):
         if isinstance(value, Tensor):
             return made
         if isinstance(value, (tuple, list)):
-            parts = (
-                self._parts(self._written.call_function(operator.getitem, (made, number)), part)
-                for number, part in enumerate(value)
-            )
+            parts = (self._parts(self._part(made, number, part), part) for number, part in enumerate(value))
             return tuple(parts) if isinstance(value, tuple) else list(parts)
         raise UnsupportedError(
             f"{made.target} gives a {type(value).__name__}, of which the parts are not known"
         )
+
+    def _part(self, made: fx.Node, number: int, value: Any) -> fx.Node:
+        part = self._written.call_function(operator.getitem, (made, number))
+        part.meta["val"] = _described(value)
+        return part
 
     def _input(self, leaf: Any) -> Any:
         self._leaves += 1
         if not isinstance(leaf, Tensor):
             return leaf
         self._places.append(self._leaves - 1)
-        return self._written.placeholder(f"input_{len(self._places)}")
+        made = self._written.placeholder(f"input_{len(self._places)}")
+        made.meta["val"] = _described(leaf)
+        return made
 
     def _constant(self, tensor: Tensor) -> _Constant:
         self._constants.append((tensor, tensor._version))
@@ -197,7 +204,14 @@ class _Writer(fx.Interpreter):
             return value
         name = f"constant_{len(self._root)}"
         self._root[name] = value.tensor
-        return self._written.get_attr(name)
+        made = self._written.get_attr(name)
+        made.meta["val"] = _described(value.tensor)
+        return made
+
+
+def _described(value: Any) -> Any:
+    """`value` without numbers."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), value)
 
 
 def _plain(value: Any) -> Any:

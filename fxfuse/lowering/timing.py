@@ -43,6 +43,6 @@ def samples(
     return found
 
 
-def medians(functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+def medians(functions: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
     """The median time of each, in milliseconds."""
-    return {name: statistics.median(times) for name, times in samples(functions).items()}
+    return {name: statistics.median(times) for name, times in samples(functions, rounds).items()}

@@ -1,0 +1,170 @@
+"""Batches that can be run some samples at a time.
+
+Samples lie along the first axis of every value that depends on the inputs. That no operator mixes them is read
+from the engine that moves maps: a map with an entry for each sample, which acts on what an operator gives, has
+to come from maps that act on the same samples of what it reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxfuse.aliases import plain_layer
+from fxfuse.calls import arguments, operator_name
+from fxfuse.channels import Channels, Shape, every
+from fxfuse.lowering.specialised import Program
+from fxfuse.nodes import Affine, Linear, Norm, Opaque
+from fxfuse.ops import Reader
+from fxfuse.shapes import GraphShapes
+from fxfuse.table import SPLITS
+from fxfuse.transparent import Concat, Rearranged, Slice, Sum, Within
+
+
+def keeps_samples_apart(module: fx.GraphModule, batch: int) -> bool:
+    """Whether each of `batch` samples has results that depend on it alone."""
+    proof = _Proof(module, batch)
+    for node in module.graph.nodes:
+        if node.op == "output":
+            return proof.apart.issuperset(node.all_input_nodes)
+        if node.op == "get_attr" or operator_name(node) in SPLITS:  # whose parts are looked at
+            continue
+        if not proof.holds(node):
+            return False
+        proof.apart.add(node)
+    raise AssertionError("a graph ends with its output")
+
+
+def is_for_fewer(one: fx.GraphModule, other: fx.GraphModule, batch: int, fewer: int) -> bool:
+    """Whether `other` is `one` for `fewer` samples than `batch`, which only shapes may tell."""
+    twins: dict[fx.Node, fx.Node] = {}
+    if len(one.graph.nodes) != len(other.graph.nodes):
+        return False
+    reader = Reader(one, one.graph)
+    for node, twin in zip(one.graph.nodes, other.graph.nodes, strict=True):
+        twins[node] = twin
+        if (node.op, node.target) != (twin.op, twin.target):
+            return False
+        if node.op == "get_attr" and not torch.equal(_tensor(one, node), _tensor(other, twin)):
+            return False
+        sizes = {batch: fewer} if isinstance(reader.read(node), Rearranged) else {}
+        expected = fx.node.map_aggregate((node.args, node.kwargs), partial(_replaced, twins, sizes))
+        if expected != (twin.args, twin.kwargs):
+            return False
+    return True
+
+
+def _tensor(module: fx.GraphModule, node: fx.Node) -> Tensor:
+    found: Tensor = getattr(module, str(node.target))
+    return found
+
+
+def _replaced(nodes: Mapping[fx.Node, fx.Node], numbers: Mapping[int, int], argument: Any) -> Any:
+    if isinstance(argument, fx.Node):
+        return nodes[argument]
+    return numbers.get(argument, argument) if type(argument) is int else argument
+
+
+def in_slices(program: Program, size: int) -> Program:
+    """`program`, made for `size` samples, for any multiple of that."""
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        slices = zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)
+        return [torch.cat(parts) for parts in zip(*map(program, slices), strict=True)]
+
+    return run
+
+
+class _Proof:
+    """Shows of one node after the other that it keeps samples apart.
+
+    Attributes:
+        apart: the nodes of which that is known.
+    """
+
+    def __init__(self, module: fx.GraphModule, batch: int) -> None:
+        self.apart: set[fx.Node] = set()
+        self._batch = batch
+        self._reader = Reader(module, module.graph)
+        self._shapes = GraphShapes(module.graph, self._reader, {}, guarded=True)
+
+    def holds(self, node: fx.Node) -> bool:
+        """Whether `node` keeps samples apart, as those before it do."""
+        shape = self._shapes.of(node)
+        if not shape or shape[0] != self._batch:
+            return False
+        if node.op == "placeholder":
+            return True
+        op = self._reader.read(node)
+        if isinstance(op, (Within, Rearranged, Slice, Concat, Sum)):
+            return self._passes(op, shape)
+        read = [each for each in node.all_input_nodes if each in self.apart]
+        if isinstance(op, (Linear, Norm, Affine)):
+            rank = self._rank(op.input)
+            least = op.dims + 2 if isinstance(op, Linear) and op.dims else 2
+            constants = [op.shape] if isinstance(op, Affine) else []
+            return read == [op.input] and rank >= least and all(self._is_alike(c, shape) for c in constants)
+        if isinstance(op, Opaque) and op.like:
+            return self._acts_on_elements(node, shape)
+        return self._is_product(node, read) or self._is_softmax(node, read)
+
+    def _passes(self, op: Within | Rearranged | Slice | Concat | Sum, shape: Shape) -> bool:
+        found = op.backward(self._samples(len(shape)), self._shapes)
+        if not isinstance(found, list):
+            return False
+        for source, channels in zip(op.inputs, found, strict=True):
+            if source in self.apart:
+                wanted = self._samples(self._rank(source))
+                if (channels.axes, channels.index, channels.spread) != (wanted.axes, wanted.index, None):
+                    return False
+            elif not isinstance(op, Sum) or not self._is_alike(self._shapes.of(source), shape):
+                return False
+        return True
+
+    def _acts_on_elements(self, node: fx.Node, shape: Shape) -> bool:
+        if self._normalised_axes(node) >= len(shape):
+            return False
+        return all(
+            self._rank(each) == len(shape)
+            if each in self.apart
+            else self._is_alike(self._shapes.of(each), shape)
+            for each in node.all_input_nodes
+        )
+
+    def _normalised_axes(self, node: fx.Node) -> float:
+        """Over how many of the last axes it takes means, if it does more than to act on elements."""
+        layer = plain_layer(self._reader.root, node)
+        if layer is not None:
+            return len(layer.normalized_shape) if isinstance(layer, nn.LayerNorm) else 0
+        name = operator_name(node)
+        if name in ("layer_norm", "native_layer_norm"):
+            return len(arguments(node)["normalized_shape"])
+        return math.inf if name == "normalize" else 0
+
+    def _is_product(self, node: fx.Node, read: Sequence[fx.Node]) -> bool:
+        if operator_name(node) not in ("matmul", "bmm") or len(node.all_input_nodes) != 2:
+            return False
+        ranks = {self._rank(each) for each in node.all_input_nodes}
+        return len(read) == 2 and len(ranks) == 1 and min(ranks) >= 3
+
+    def _is_softmax(self, node: fx.Node, read: Sequence[fx.Node]) -> bool:
+        if operator_name(node) not in ("softmax", "log_softmax") or len(read) != 1:
+            return False
+        axis = arguments(node).get("dim")
+        return isinstance(axis, int) and axis % self._rank(read[0]) != 0
+
+    def _samples(self, rank: int) -> Channels:
+        return Channels((-rank,), every(self._batch))
+
+    def _rank(self, node: fx.Node) -> int:
+        shape = self._shapes.of(node)
+        return 0 if shape is None else len(shape)
+
+    def _is_alike(self, constant: Shape | None, shape: Shape) -> bool:
+        """Whether a constant of that shape is the same for all samples of a value of the other shape."""
+        return constant is not None and (len(constant) < len(shape) or constant[0] == 1)
