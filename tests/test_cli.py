@@ -75,7 +75,7 @@ def test_json_is_complete_and_strict(run):
     assert {"norm", "code", "reason", "hint", "where"} == set(record["report"]["refused"][0])
     assert record["report"]["verification"]["ok"] is True
     assert run("explain", "made_here:network", "--json", "r.json").exit_code == 0
-    assert json.loads(Path("r.json").read_text())["report"]["schema"] == 3
+    assert json.loads(Path("r.json").read_text())["report"]["schema"] == 4
 
 
 def test_a_folded_model_can_be_written_loaded_and_verified_for_any_batch_size(run):

@@ -329,16 +329,14 @@ BATCH = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(2))
 C = torch.randn(8, 1, 1, generator=torch.Generator().manual_seed(3))
 APART = {
     "pooling": lambda m, y: F.max_pool2d(y.relu(), 2),
-    "residual": lambda m, y: F.relu(m.other(y) + y.sin() * 2),
+    "residual": lambda m, y: F.relu(m.other(y) + F.gelu(y) * 2),
     "squeeze and excitation": lambda m, y: y * torch.sigmoid(m.other(y.mean((2, 3), keepdim=True))),
     "classifier": lambda m, y: m.head(F.adaptive_avg_pool2d(y, 1).flatten(1)).softmax(1),
     "view": lambda m, y: m.head(y.mean((2, 3)).view(y.shape[0], -1)).relu(),
     "tokens": lambda m, y: m.head(y.flatten(2).transpose(1, 2)).relu().mean(1),
     "attention": lambda m, y: (y @ y.transpose(2, 3)).softmax(-1) @ y,
-    "shuffle": lambda m, y: m.other(
-        y.reshape(len(y), 2, 4, 12, 12).transpose(1, 2).reshape(len(y), 8, 12, 12)
-    ),
-    "parts": lambda m, y: torch.cat([m.other(y), *reversed(y.chunk(2, 1))], 1),
+    "shuffle": lambda m, y: m.other(shuffled(y)),
+    "parts": lambda m, y: torch.cat([m.other(y), y.chunk(2, 1)[1], y.chunk(2, 1)[0]], 1),
     "constants": lambda m, y: (y + m.shift).relu() * m.shift,
     "norms": lambda m, y: F.group_norm(F.layer_norm(y, (12,)), 2).relu(),
     "layers": lambda m, y: m.norm(y).relu(),
@@ -369,6 +367,11 @@ MIXED = {
     "sorted": lambda m, y: y.relu().sort(0)[0],
     "result of none": lambda m, y: (y.relu(), m.shift * 2),
 }
+
+
+def shuffled(y):
+    size = y.shape[0]
+    return y.reshape(size, 2, 4, 12, 12).transpose(1, 2).reshape(size, 8, 12, 12)
 
 
 def with_parts(function):

@@ -1,19 +1,18 @@
 """Batches that can be run some samples at a time.
 
-Samples lie along the first axis of every value that depends on the inputs. That no operator mixes them is read
-from the engine that moves maps: a map with an entry for each sample, which acts on what an operator gives, has
-to come from maps that act on the same samples of what it reads.
+Samples lie along the first axis of every value that depends on the inputs. That no operator mixes them is
+read from the engine that moves maps: a map with an entry for each sample, which acts on what an operator
+gives, has to come from maps that act on the same samples of what it reads.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxfuse.aliases import plain_layer
 from fxfuse.calls import arguments, operator_name
@@ -52,22 +51,20 @@ def is_for_fewer(one: fx.GraphModule, other: fx.GraphModule, batch: int, fewer: 
             return False
         if node.op == "get_attr" and not torch.equal(_tensor(one, node), _tensor(other, twin)):
             return False
-        sizes = {batch: fewer} if isinstance(reader.read(node), Rearranged) else {}
-        expected = fx.node.map_aggregate((node.args, node.kwargs), partial(_replaced, twins, sizes))
-        if expected != (twin.args, twin.kwargs):
+        allowed = {(batch, fewer)} if isinstance(reader.read(node), Rearranged) else set()
+        given, structure = pytree.tree_flatten((node.args, node.kwargs))
+        others, same = pytree.tree_flatten((twin.args, twin.kwargs))
+        if structure != same or not all(
+            twins[each] is other if isinstance(each, fx.Node) else each == other or (each, other) in allowed
+            for each, other in zip(given, others, strict=True)
+        ):
             return False
-    return True
+    return keeps_samples_apart(other, fewer)
 
 
 def _tensor(module: fx.GraphModule, node: fx.Node) -> Tensor:
     found: Tensor = getattr(module, str(node.target))
     return found
-
-
-def _replaced(nodes: Mapping[fx.Node, fx.Node], numbers: Mapping[int, int], argument: Any) -> Any:
-    if isinstance(argument, fx.Node):
-        return nodes[argument]
-    return numbers.get(argument, argument) if type(argument) is int else argument
 
 
 def in_slices(program: Program, size: int) -> Program:

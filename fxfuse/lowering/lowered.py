@@ -49,8 +49,8 @@ class Lowered(nn.Module):
         self.engine = engine
         self.dtype = dtype
         self.lowering = Lowering(engine)
+        self.training = False
         self._forget()
-        self.eval()
         with contextlib.suppress(UsageError):  # it need not have been made by fxfuse
             attach(self, report(folded))
 
@@ -75,7 +75,7 @@ class Lowered(nn.Module):
         """
         if mode:
             raise UsageError("a lowered module cannot train; train the model that it was made of")
-        return super().train(mode)
+        return self
 
     def prepare(self, inputs: Sequence[Any]) -> Compiled:
         """What answers for inputs like these."""

@@ -87,7 +87,8 @@ class _Rewritten(TorchFunctionMode):
     """Calls functions that oneDNN Graph does not know, or takes for others, by those that it knows."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _BY_OTHERS.get(getattr(func, "__name__", ""), func)(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "").partition(".")[0]  # aten's have an overload behind it
+        return _BY_OTHERS.get(name, func)(*args, **(kwargs or {}))
 
 
 def _hardsigmoid(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -99,6 +100,20 @@ def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     if approximate == "none":
         return F.gelu(x)
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """oneDNN Graph fails where there is no weight and bias."""
+    weight = x.new_ones(normalized_shape) if weight is None else weight
+    bias = x.new_zeros(normalized_shape) if bias is None else bias
+    return torch.layer_norm(x, normalized_shape, weight, bias, *args, **kwargs)
 
 
 _POOLINGS = [f"{kind}_pool{dims}d" for kind in ("max", "avg") for dims in (1, 2, 3)]
@@ -116,6 +131,7 @@ def _with_stride(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
 _BY_OTHERS: dict[str, Callable[..., Tensor]] = {
     "hardsigmoid": _hardsigmoid,
     "gelu": _gelu,
+    "layer_norm": _layer_norm,
     **{name: _with_stride(getattr(F, name)) for name in _POOLINGS},
 }
 

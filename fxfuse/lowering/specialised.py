@@ -96,6 +96,7 @@ class _Writer(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
+        self.extra_traceback = False
         self._root: dict[str, nn.Module | Tensor] = {}
         self._made: dict[fx.Node, Any] = {}
         self._written = fx.Graph()
@@ -119,17 +120,19 @@ class _Writer(fx.Interpreter):
 
     def specialised(self) -> Specialised:
         """The second graph."""
-        leaves, structure = pytree.tree_flatten(self._outputs)
+        # The graphs of torch.export give a list of leaves.
+        outputs = self.graph.process_outputs(self._outputs)
+        leaves, structure = pytree.tree_flatten(outputs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, (fx.Node, _Constant))]
         self._written.output(tuple(self._readable(each) for each in tensors))
         numbers = iter(range(len(tensors)))
-        outputs = [
+        placed = [
             _Output(next(numbers)) if isinstance(leaf, (fx.Node, _Constant)) else leaf for leaf in leaves
         ]
         self._written.eliminate_dead_code(is_impure_node=_is_needed)
         module = fx.GraphModule(self._root, self._written).eval()
         places, results = tuple(self._places), tuple(self._results)
-        return Specialised(module, places, results, tuple(outputs), structure)
+        return Specialised(module, places, results, tuple(placed), structure)
 
     def _become(self, node: fx.Node, value: Any) -> Any:
         """What stands for `value`: nodes of the second graph, constants and plain Python values."""
@@ -151,12 +154,16 @@ class _Writer(fx.Interpreter):
             return args[0][args[1]]
         read = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, (fx.Node, _Constant))]
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
-            if any(isinstance(each, fx.Node) for each in read) and not is_query(node):
+            if any(isinstance(each, fx.Node) for each in read) and not (is_query(node) or self._guards(node)):
                 raise UnsupportedError(f"forward reads numbers of its inputs, {_at(node)}")
             return value
         if not any(isinstance(each, fx.Node) for each in read):
             return pytree.tree_map_only(Tensor, self._constant, value)
         return self._call(node, args, kwargs, value)
+
+    def _guards(self, node: fx.Node) -> bool:
+        """Whether it is what ``torch.export`` has in a module to check sizes, which it has done by now."""
+        return node.op == "call_module" and type(self.fetch_attr(str(node.target))).__name__ == "GuardsFn"
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any, value: Any) -> Any:
         if node.op == "call_module":
