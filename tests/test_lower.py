@@ -19,12 +19,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from hypothesis import event, given, reject, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fxfuse
 from fxfuse import backend, cli
 from fxfuse.lowering import auto, batches, engines, onednn, programs, timing
 from fxfuse.lowering.specialised import UnsupportedError, specialised
+from tests.paths import paths
+from tests.programs import programs as random_programs
+from tests.strategies import noise
 from tests.support import randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the engines; their numbers are what is looked at
@@ -427,6 +432,38 @@ def test_several_inputs_run_in_slices_if_all_are_batches(slices):
     assert slices == [4]
 
 
+# ---- random graphs -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100)
+@given(st.one_of(paths(), random_programs()), st.booleans())
+def test_random_graphs_give_what_they_gave(case, in_slices):
+    model = case.model()
+    if any(module.training for module in model.modules()):
+        reject()
+    model, x = model.float(), case.inputs()[0].float()
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(programs, "medians", lambda *_, **__: {"whole": 2.0, "sliced": 1.0})
+        if in_slices and x.dim():
+            x = torch.cat([x] * 8)[:8]
+        try:
+            fused = fxfuse.fuse(model)
+            fused(x.clone())
+        except (RuntimeError, ValueError, IndexError, AssertionError):
+            reject()
+        lowered = fxfuse.lower(fused, (x,))
+        event("lowered" if not lowered.lowering.reason else "not lowered")
+        for seed in (1, 2):  # the first call has compared itself
+            y = noise(x.shape, seed).float()
+            exact = copy.deepcopy(fused).double()(y.double())
+            for one, other in zip(
+                *map(torch.utils._pytree.tree_leaves, (lowered(y.clone()), exact)), strict=True
+            ):
+                if isinstance(one, Tensor) and one.is_floating_point() and one.numel():
+                    assert one.shape == other.shape
+                    assert float((one - other).abs().max()) <= 1e-3 * max(1.0, float(other.abs().max()))
+
+
 # ---- a module like others ------------------------------------------------------------------------------
 
 
@@ -460,8 +497,8 @@ def test_arguments_by_name_and_those_that_are_no_tensors():
     graph.output(graph.call_function(operator.mul, (graph.call_module("conv", (x,)), scale)))
     module = fx.GraphModule({"conv": randomise(nn.Conv2d(3, 4, 3)).float()}, graph).eval()
     lowered = fxfuse.lower(module, (X,))
-    for given in ({}, {"scale": 0.5}, {"scale": -0.0}, {"scale": 0.0}, {"scale": 3}):
-        result, expected = lowered(X, **given), module(X, **given)
+    for named in ({}, {"scale": 0.5}, {"scale": -0.0}, {"scale": 0.0}, {"scale": 3}):
+        result, expected = lowered(X, **named), module(X, **named)
         torch.testing.assert_close(result, expected)
     assert len(lowered._programs) == 5
 

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxfuse.lowering.specialised import Specialised, UnsupportedError, in_dtype
 from fxfuse.lowering.traces import followed
+from fxfuse.tree import attribute
 
 _COMPILES = threading.Lock()  # oneDNN Graph is switched on for the whole process, so for one at a time
 _KERNEL = "prim::oneDNNFusionGroup"
@@ -58,10 +59,12 @@ def _channels_last(module: fx.GraphModule, contiguous: Sequence[bool]) -> fx.Gra
         module: the graph.
         contiguous: which of its outputs are.
     """
-    twin = copy.deepcopy(module)
+    graph = copy.deepcopy(module.graph)
+    named = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    # Each its own copy: a trace knows no shared parameters.
+    twin = fx.GraphModule({name: copy.deepcopy(attribute(module, name)) for name in named}, graph).eval()
     for tensor in (*twin.parameters(), *twin.buffers()):
         tensor.data = _with_channels_last(tensor.data)
-    graph = twin.graph
     for node in graph.find_nodes(op="placeholder"):
         with graph.inserting_before(node.next):
             last = graph.call_function(_with_channels_last, (node,))
@@ -88,6 +91,9 @@ class _Rewritten(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "").partition(".")[0]  # aten's have an overload behind it
+        if name == "batch_norm" and func is not F.batch_norm:
+            x, weight, bias, mean, var, *rest = args  # in an order of its own
+            args = (x, mean, var, weight, bias, *rest)
         return _BY_OTHERS.get(name, func)(*args, **(kwargs or {}))
 
 
@@ -103,17 +109,32 @@ def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
 
 
 def _layer_norm(
-    x: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
+    x: Tensor, shape: Any, weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any
 ) -> Tensor:
     """oneDNN Graph fails where there is no weight and bias."""
-    weight = x.new_ones(normalized_shape) if weight is None else weight
-    bias = x.new_zeros(normalized_shape) if bias is None else bias
-    return torch.layer_norm(x, normalized_shape, weight, bias, *args, **kwargs)
+    weight = x.new_ones(shape) if weight is None else weight
+    bias = x.new_zeros(shape) if bias is None else bias
+    return torch.layer_norm(x, shape, weight, bias, *args, **kwargs)
+
+
+def _batch_norm(  # noqa: PLR0913, PLR0917 - they are the function's
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    """oneDNN Graph fails without weight and bias, and takes another axis than 1 where there are not four."""
+    if training or mean is None or var is None:
+        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    scale = (var + eps).rsqrt() * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - mean * scale
+    axes = (-1, *(1,) * (x.dim() - 2))
+    return x * scale.view(axes) + shift.view(axes)
 
 
 _POOLINGS = [f"{kind}_pool{dims}d" for kind in ("max", "avg") for dims in (1, 2, 3)]
@@ -132,6 +153,7 @@ _BY_OTHERS: dict[str, Callable[..., Tensor]] = {
     "hardsigmoid": _hardsigmoid,
     "gelu": _gelu,
     "layer_norm": _layer_norm,
+    "batch_norm": _batch_norm,
     **{name: _with_stride(getattr(F, name)) for name in _POOLINGS},
 }
 
