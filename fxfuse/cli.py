@@ -72,9 +72,7 @@ def main() -> None:
 @click.option(
     "--engine",
     type=click.Choice([*ENGINES, "auto"]),
-    default="torch",
-    show_default=True,
-    help="Whose kernels, with --lower.",
+    help="Whose kernels, with --lower; torch by default.",
 )
 @_json
 @_html
@@ -84,7 +82,7 @@ def fuse(
     asked: Asked,
     output: Path | None,
     lowers: bool,
-    engine: str,
+    engine: str | None,
     json_file: Path | None,
     html_file: Path | None,
     dot_file: Path | None,
@@ -95,6 +93,8 @@ def fuse(
     folded model all the same.
     """
     asked.check_outputs(output, json_file, html_file, dot_file)
+    if engine and not lowers:
+        raise UsageError(f"--engine {engine} says where to lower to; add --lower")
     if output is not None and output.suffix.lower() != ".pt2":
         raise UsageError(f"cannot write {output}: an exported program is a .pt2 file; call it that")
     with progress(3 + (output is not None) + lowers) as step:
@@ -110,8 +110,8 @@ def fuse(
             save(as_program(fused, inputs or ()), output)
         lowering = None
         if lowers:
-            step(f"lowering to the engine {engine}")
-            lowering = timed(as_module(fused), inputs or (), engine)
+            step("lowering and timing")
+            lowering = timed(as_module(fused), inputs or (), engine or "torch")
         step("done")
     told = {"model": asked.spec, "weights": loaded.weights, "output": output and str(output)}
     records = {"report": report.to_dict(), "lowering": lowering and lowering.to_dict()}

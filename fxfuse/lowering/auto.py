@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxfuse.errors import UsageError
 from fxfuse.lowering.engines import ENGINES
 from fxfuse.lowering.lowered import Lowered, lowered
 from fxfuse.lowering.records import Timing
@@ -35,6 +36,8 @@ def fastest(folded: nn.Module, inputs: Sequence[Any], dtype: torch.dtype | None,
         candidate = lowered(folded, inputs, name, dtype)
         ready[name] = candidate
         timings.append(Timing(name, math.nan, candidate.lowering.seconds, candidate.lowering.reason))
+    if not ready:
+        raise UsageError(f"no engine that is installed computes in {dtype}; leave out dtype=...")
     chosen, times = fastest_of(ready, inputs)
     timings = [replace(each, milliseconds=times.get(each.engine, math.nan)) for each in timings]
     timings.sort(key=lambda each: (math.isnan(each.milliseconds), each.milliseconds))
@@ -48,5 +51,6 @@ def fastest_of(ready: Mapping[str, Lowered], inputs: Sequence[Any]) -> tuple[Low
     running = {name: each for name, each in ready.items() if not each.lowering.reason}
     if not running:
         return next(iter(ready.values())), {}
-    times = medians({name: partial(each, *inputs) for name, each in running.items()})
+    with torch.no_grad():
+        times = medians({name: partial(each, *inputs) for name, each in running.items()})
     return running[min(times, key=times.__getitem__)], times

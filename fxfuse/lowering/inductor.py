@@ -13,7 +13,7 @@ from fxfuse.lowering.specialised import Specialised, in_dtype
 
 def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Any:
     """A function of a list of tensors, for inputs like these; needs a C++ compiler."""
-    module = graph.module if dtype is None else in_dtype(graph.module, dtype)
+    module = graph.module if dtype is None else in_dtype(graph, dtype)
     compiled = torch.compile(module, fullgraph=True, dynamic=False, options={"freezing": True})
 
     def run(tensors: Sequence[Tensor]) -> Any:

@@ -7,7 +7,6 @@ import inspect
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from fxfuse.lowering.records import Lowering
 from fxfuse.reports import attach, report
 
 _LOG = logging.getLogger("fxfuse")
-# How many kinds of inputs have a program at a time.
+# How many kinds of inputs get a program.
 _KINDS = 16
 
 
@@ -32,9 +31,9 @@ class Lowered(nn.Module):
     What it takes and gives is what the folded module does, without gradients. For each new kind of inputs
     (structure, shapes, strides, dtypes, values that are no tensors, and the number of threads) the first call
     compiles a program and compares it with the folded module; that of the example inputs is there from the
-    beginning. Where the engine cannot do that, and under autocast, the folded module answers. Weights are
-    constants of the programs: they are compiled anew after ``to`` and ``load_state_dict``, and blind to what
-    is written to the weights otherwise.
+    beginning. Where the engine cannot do that, for more than 16 kinds, and under autocast, the folded module
+    answers. Weights are constants of the programs: these are compiled anew after ``to`` and
+    ``load_state_dict`` of this module, and blind to what is written to the weights otherwise.
 
     Attributes:
         folded: the folded module.
@@ -50,7 +49,9 @@ class Lowered(nn.Module):
         self.dtype = dtype
         self.lowering = Lowering(engine)
         self.training = False
+        self._lock = threading.Lock()
         self._forget()
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
         with contextlib.suppress(UsageError):  # it need not have been made by fxfuse
             attach(self, report(folded))
 
@@ -58,10 +59,10 @@ class Lowered(nn.Module):
         """What the folded module gives."""
         inputs = self._positional(args, kwargs) if kwargs else args
         leaves, structure = pytree.tree_flatten(inputs)
-        compiled = self._programs.get(kind := _kind(structure, leaves)) or self._compiled(kind, inputs)
         tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise UsageError("a lowered module gives no gradients; call it under torch.no_grad()")
+        compiled = self._programs.get(kind := _kind(structure, leaves)) or self._compiled(kind, inputs)
         if compiled.run is None or torch.is_autocast_enabled("cpu"):
             with torch.no_grad():
                 return self.folded(*args, **kwargs)
@@ -83,15 +84,18 @@ class Lowered(nn.Module):
         return self._compiled(_kind(structure, leaves), tuple(inputs))
 
     def _compiled(self, kind: Hashable, inputs: tuple[Any, ...]) -> Compiled:
+        programs = self._programs  # these, even if the weights change meanwhile
         with self._lock:
-            if kind not in self._programs:
-                while len(self._programs) >= _KINDS:
-                    self._programs.popitem(last=False)
-                found = compiled(self.folded, inputs, ENGINES[self.engine], self.dtype)
-                if found.reason:
-                    _LOG.warning("%s runs as it was folded: %s", type(self.folded).__name__, found.reason)
-                self._programs[kind] = found
-            return self._programs[kind]
+            if kind not in programs and len(programs) < _KINDS:
+                found = programs[kind] = compiled(self.folded, inputs, ENGINES[self.engine], self.dtype)
+                self._tell(found.reason)
+                if len(programs) == _KINDS:
+                    self._tell(f"there are programs for {_KINDS} kinds of inputs; others get none")
+            return programs.get(kind, Compiled(None))
+
+    def _tell(self, reason: str) -> None:
+        if reason:
+            _LOG.warning("%s runs as it was folded: %s", type(self.folded).__name__, reason)
 
     def _positional(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         bound = inspect.signature(self.folded.forward).bind(*args, **kwargs)
@@ -102,23 +106,24 @@ class Lowered(nn.Module):
         return bound.args
 
     def _forget(self) -> None:
-        self._programs: OrderedDict[Hashable, Compiled] = OrderedDict()
-        self._lock = threading.Lock()
+        self._programs: dict[Hashable, Compiled] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._forget()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._forget()
-        super()._load_from_state_dict(*args)
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_programs", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._lock = threading.Lock()
         self._forget()
+
+
+def _forget(module: Lowered, _: object) -> None:
+    module._forget()
 
 
 def lowered(folded: nn.Module, inputs: Sequence[Any], engine: str, dtype: torch.dtype | None) -> Lowered:

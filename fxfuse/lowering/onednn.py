@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +22,6 @@ from fxfuse.lowering.specialised import Specialised, UnsupportedError, in_dtype
 from fxfuse.lowering.traces import followed
 from fxfuse.tree import attribute
 
-_COMPILES = threading.Lock()  # oneDNN Graph is switched on for the whole process, so for one at a time
 _KERNEL = "prim::oneDNNFusionGroup"
 
 
@@ -38,12 +36,12 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
         raise UnsupportedError("this build of torch is without oneDNN Graph")
     if any(tensor.device.type != "cpu" for tensor in (*inputs, *graph.module.state_dict().values())):
         raise UnsupportedError("its kernels are for CPUs")
-    module = graph.module if dtype is None else in_dtype(graph.module, dtype)
+    module = graph.module if dtype is None else in_dtype(graph, dtype)
     module = _channels_last(module, [result.is_contiguous() for result in graph.results])
     with torch.no_grad(), followed(graph.module), _Rewritten():
         traced: Any = torch.jit.trace(module, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
         frozen = torch.jit.freeze(traced)
-    with torch.no_grad(), _COMPILES, _onednn_graph():
+    with torch.no_grad(), _onednn_graph():
         for _ in range(2):
             frozen(*inputs)
         compiled: Any = torch.jit.last_executed_optimized_graph()  # type: ignore[attr-defined]
@@ -160,7 +158,7 @@ _BY_OTHERS: dict[str, Callable[..., Tensor]] = {
 
 @contextmanager
 def _onednn_graph() -> Iterator[None]:
-    """With oneDNN Graph switched on for what TorchScript compiles."""
+    """With oneDNN Graph switched on for what TorchScript compiles, in the whole process."""
     before = torch._C._jit_llga_enabled()
     torch._C._jit_set_llga_enabled(True)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from fxfuse.lowering.specialised import Program, Specialised, UnsupportedError, 
 from fxfuse.lowering.timing import medians
 from fxfuse.verdict import Comparison
 
+_COMPILES = threading.RLock()  # tracers and compilers set what concerns the whole process
 _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
 
 
@@ -42,27 +44,23 @@ def compiled(folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: to
     Of both the outputs are held against a run of `folded` in float64. The program may be about as far from it
     as `folded` is, in `dtype` if one is given: see ``fxfuse.verify`` on rounding.
     """
-    # Tensors of inference mode could not become constants, nor be asked whether they were written to.
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    # Tensors of inference mode could not become constants.
+    with _COMPILES, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
-            given = pytree.tree_map(_usable, tuple(inputs))
-            return _compiled(folded, given, engine, dtype)
+            return _compiled(folded, pytree.tree_map(_usable, tuple(inputs)), engine, dtype)
         except UnsupportedError as error:
             return Compiled(None, str(error))
-        except Exception as error:
-            return Compiled(None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
 
 
 def _compiled(
     folded: nn.Module, inputs: tuple[Any, ...], engine: Engine, dtype: torch.dtype | None
 ) -> Compiled:
     if not isinstance(folded, fx.GraphModule):
-        raise UnsupportedError(
-            f"{type(folded).__name__} is no graph: it could not be traced whole, or was kept"
-        )
+        name = type(folded).__name__
+        raise UnsupportedError(f"{name} is no graph: it could not be traced whole, or its modules were kept")
     graph = specialised(folded, inputs)
     tensors = graph.tensors(pytree.tree_leaves(inputs))
-    program = engine.compile(graph, tensors, dtype)
+    program = _by_engine(engine, graph, tensors, dtype)
     sliced = _in_slices(folded, inputs, graph, engine, dtype)
     if sliced is not None:
         ways = {"whole": partial(program, tensors), "sliced": partial(sliced, tensors)}
@@ -72,20 +70,44 @@ def _compiled(
     def run(leaves: Sequence[Any]) -> Any:
         return graph.result(program(graph.tensors(leaves)))
 
-    def candidate(*again: Any) -> Any:
-        return run(pytree.tree_leaves(again))
-
-    reference = graph.module if dtype is None else in_dtype(graph.module, dtype)
+    reference = graph.module if dtype is None else in_dtype(graph, dtype)
 
     def rounded(*again: Any) -> Any:
         return graph.result(reference(*graph.tensors(pytree.tree_leaves(again))))
 
-    comparison = same_numbers(folded, candidate, inputs, folded if dtype is None else rounded)
-    if not comparison.ok:
-        own, other = comparison.candidate_error, comparison.reference_error
-        wrong = f"it gives other numbers: error against float64 {own:.2g}, of the folded module {other:.2g}"
-        return Compiled(None, wrong if comparison.worst else comparison.notes[0], comparison)
-    return Compiled(run, comparison=comparison)
+    comparison = None
+    # Where nothing could be seen, as with zeros, others are drawn.
+    for values in (inputs, pytree.tree_map(_drawn, inputs)):
+        comparison = same_numbers(
+            folded,
+            lambda *again: run(pytree.tree_leaves(again)),
+            values,
+            folded if dtype is None else rounded,
+        )
+        if not comparison.ok:
+            own, other = comparison.candidate_error, comparison.reference_error
+            wrong = (
+                f"it gives other numbers: error against float64 {own:.2g}, of the folded module {other:.2g}"
+            )
+            return Compiled(None, wrong if comparison.worst else comparison.notes[0], comparison)
+        if comparison.conclusive:
+            return Compiled(run, comparison=comparison)
+    return Compiled(None, "whether it gives the same numbers could not be seen", comparison)
+
+
+def _by_engine(
+    engine: Engine, graph: Specialised, tensors: Sequence[Tensor], dtype: torch.dtype | None
+) -> Program:
+    """The engine's program; whatever it raises is a reason to have none."""
+    try:
+        program = engine.compile(graph, tensors, dtype)
+        program(tensors)
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        told = str(error).strip().partition("\n")[0]
+        raise UnsupportedError(f"{type(error).__name__}: {told}") from error
+    return program
 
 
 def _in_slices(
@@ -102,10 +124,24 @@ def _in_slices(
     if not size or batch < 2 * size or batch % size or not keeps_samples_apart(whole.module, batch):
         return None
     few = pytree.tree_map_only(Tensor, lambda tensor: tensor[:size], inputs)
-    part = specialised(folded, few)
+    try:
+        part = specialised(folded, few)
+    except AssertionError:  # it takes no other batch
+        return None
     if not is_for_fewer(whole.module, part.module, batch, size):
         return None
-    return in_slices(engine.compile(part, part.tensors(pytree.tree_leaves(few)), dtype), size)
+    try:
+        program = _by_engine(engine, part, part.tensors(pytree.tree_leaves(few)), dtype)
+    except UnsupportedError:
+        return None
+    return in_slices(program, size)
+
+
+def _drawn(leaf: Any) -> Any:
+    """Random numbers in the place of numbers."""
+    if isinstance(leaf, Tensor) and leaf.is_floating_point():
+        return torch.empty_like(leaf).normal_(generator=torch.Generator(leaf.device).manual_seed(0))
+    return leaf
 
 
 def _usable(leaf: Any) -> Any:

@@ -15,11 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse.aliases import is_query
 from fxfuse.calls import switches_mode, written_inputs
+from fxfuse.guards import no_random_numbers
 from fxfuse.places import place_of
+from fxfuse.tree import storage
 
 Program = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """What an engine makes of a graph: a function from its tensors to its results."""
@@ -38,7 +42,7 @@ class Specialised:
             the outputs. Nodes have their values, without numbers, as ``meta["val"]``.
         places: where these tensors are among the leaves of the inputs.
         results: tensors like those that `module` gives, on the meta device.
-        outputs: the leaves of the outputs, with places for these tensors.
+        outputs: the leaves of the outputs, with places for these tensors; others do not depend on the inputs.
         structure: that of the outputs.
     """
 
@@ -54,7 +58,14 @@ class Specialised:
 
     def result(self, tensors: Sequence[Tensor]) -> Any:
         """What forward gives, from what `module` does."""
-        leaves = [tensors[each.number] if isinstance(each, _Output) else each for each in self.outputs]
+        leaves = [
+            tensors[each.number]
+            if isinstance(each, _Output)
+            else each.clone()  # which the caller may write to
+            if isinstance(each, Tensor)
+            else each
+            for each in self.outputs
+        ]
         return pytree.tree_unflatten(leaves, self.structure)
 
 
@@ -75,20 +86,53 @@ def specialised(module: fx.GraphModule, inputs: Sequence[Any]) -> Specialised:
 
     Raises:
         UnsupportedError: forward reads numbers of its inputs into Python, writes to its inputs or to the
-            module, draws random numbers, or changes the mode that torch computes in.
+            module, draws random numbers, or changes the mode that torch computes in. Nothing is written then.
     """
-    state = [*module.parameters(), *module.buffers()]
-    given = [leaf for leaf in pytree.tree_leaves(list(inputs)) if isinstance(leaf, Tensor)]
-    before = [tensor._version for tensor in (*state, *given)]
-    drawn = torch.random.get_rng_state()
+    for node in module.graph.nodes:
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        trains = layer is not None and layer.training and any(True for _ in layer.buffers())
+        if trains or any(source.op == "get_attr" for source in written_inputs(node)):
+            raise UnsupportedError(f"forward writes to what the module holds, {_at(node)}")
     writer = _Writer(module)
-    with torch.no_grad():
-        writer.run(*inputs)
-    if not torch.equal(drawn, torch.random.get_rng_state()):
-        raise UnsupportedError("forward draws random numbers")
-    if before != [tensor._version for tensor in (*state, *given)] or writer.is_constant_written_to():
-        raise UnsupportedError("forward writes to its inputs, or to what the module holds")
+    try:
+        with torch.no_grad(), no_random_numbers():
+            writer.specialise(inputs)
+    except TraceError as error:
+        raise UnsupportedError("forward draws random numbers") from error
+    if writer.is_constant_written_to():
+        raise UnsupportedError("forward writes to a constant")
     return writer.specialised()
+
+
+class _Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses, before it is done, what a graph for one kind of inputs cannot hold.
+
+    Attributes:
+        kept: the memory that is not to be written to.
+        is_free: whether what runs depends on no inputs.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, kept: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept = kept
+        self.is_free = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if not self.is_free and not _OF_NUMBERS.isdisjoint(func.tags):
+            raise UnsupportedError("forward reads numbers of its inputs")
+        for place, argument in enumerate(func._schema.arguments):
+            value = args[place] if place < len(args) else given.get(argument.name)
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            if is_written and isinstance(value, Tensor) and storage(value) in self.kept:
+                raise UnsupportedError("forward writes to its inputs, or to what the module holds")
+        return func(*args, **given)
+
+
+# What gives numbers to Python, or sizes that depend on numbers.
+_OF_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class _Writer(fx.Interpreter):
@@ -104,13 +148,23 @@ class _Writer(fx.Interpreter):
         self._places: list[int] = []
         self._constants: list[tuple[Tensor, int]] = []
         self._outputs: Any = None
-        self._results: list[Tensor] = []
+
+    def specialise(self, inputs: Sequence[Any]) -> None:
+        """Runs the graph, and writes the second one."""
+        given = [*self.module.parameters(), *self.module.buffers(), *pytree.tree_leaves(list(inputs))]
+        self._pure = _Pure({storage(each) for each in given if isinstance(each, Tensor) and each.numel()})
+        with self._pure:
+            self.run(*inputs)
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs it; writes down what becomes of it."""
         if switches_mode(n):
             raise UnsupportedError(f"forward changes the mode that torch computes in, {_at(n)}")
-        value = super().run_node(n)
+        self._pure.is_free = not any(isinstance(each, fx.Node) for each in self._read(n))
+        try:
+            value = super().run_node(n)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{error}, {_at(n)}") from error
         self._made[n] = self._become(n, value)
         return value
 
@@ -123,16 +177,21 @@ class _Writer(fx.Interpreter):
         # The graphs of torch.export give a list of leaves.
         outputs = self.graph.process_outputs(self._outputs)
         leaves, structure = pytree.tree_flatten(outputs)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, (fx.Node, _Constant))]
-        self._written.output(tuple(self._readable(each) for each in tensors))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+        self._written.output(tuple(tensors))
         numbers = iter(range(len(tensors)))
         placed = [
-            _Output(next(numbers)) if isinstance(leaf, (fx.Node, _Constant)) else leaf for leaf in leaves
+            _Output(next(numbers))
+            if isinstance(leaf, fx.Node)
+            else leaf.tensor
+            if isinstance(leaf, _Constant)
+            else leaf
+            for leaf in leaves
         ]
         self._written.eliminate_dead_code(is_impure_node=_is_needed)
         module = fx.GraphModule(self._root, self._written).eval()
-        places, results = tuple(self._places), tuple(self._results)
-        return Specialised(module, places, results, tuple(placed), structure)
+        results = tuple(leaf.meta["val"] for leaf in tensors)
+        return Specialised(module, tuple(self._places), results, tuple(placed), structure)
 
     def _become(self, node: fx.Node, value: Any) -> Any:
         """What stands for `value`: nodes of the second graph, constants and plain Python values."""
@@ -146,13 +205,10 @@ class _Writer(fx.Interpreter):
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._standing)
         if node.op == "output":
             self._outputs = _plain(args[0])
-            self._results = [
-                each.to("meta") for each in pytree.tree_leaves(value) if isinstance(each, Tensor)
-            ]
             return None
         if node.target is operator.getitem and isinstance(args[0], (tuple, list, dict)):
             return args[0][args[1]]
-        read = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, (fx.Node, _Constant))]
+        read = self._read(node)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
             if any(isinstance(each, fx.Node) for each in read) and not (is_query(node) or self._guards(node)):
                 raise UnsupportedError(f"forward reads numbers of its inputs, {_at(node)}")
@@ -168,7 +224,7 @@ class _Writer(fx.Interpreter):
     def _call(self, node: fx.Node, args: Any, kwargs: Any, value: Any) -> Any:
         if node.op == "call_module":
             self._root[str(node.target)] = self.fetch_attr(str(node.target))
-        args, kwargs = pytree.tree_map_only(_Constant, self._readable, (args, kwargs))
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self._given)
         made = self._written.create_node(node.op, node.target, args, kwargs, node.name)
         made.meta = {"stack_trace": node.meta.get("stack_trace"), "val": _described(value)}
         return self._parts(made, value)
@@ -201,6 +257,17 @@ class _Writer(fx.Interpreter):
     def _constant(self, tensor: Tensor) -> _Constant:
         self._constants.append((tensor, tensor._version))
         return _Constant(tensor.detach())
+
+    def _read(self, node: fx.Node) -> list[fx.Node | _Constant]:
+        """What stands for the tensors that it reads."""
+        found: list[fx.Node | _Constant] = []
+        for each in node.all_input_nodes:
+            leaves = pytree.tree_leaves(self._made[each])
+            found += [leaf for leaf in leaves if isinstance(leaf, (fx.Node, _Constant))]
+        return found
+
+    def _given(self, argument: Any) -> Any:
+        return self._readable(argument) if isinstance(argument, _Constant) else argument
 
     def _standing(self, argument: Any) -> Any:
         return self._made[argument] if isinstance(argument, fx.Node) else argument
@@ -240,21 +307,22 @@ def _at(node: fx.Node) -> str:
     return f"at {place_of(node) or node.name}"
 
 
-def in_dtype(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """The same, computed in `dtype`; what goes in and comes out keeps its dtype."""
-    twin = copy.deepcopy(module).to(dtype)
-    graph = twin.graph
-    for node in graph.find_nodes(op="placeholder"):
-        with graph.inserting_before(node.next):
-            cast = graph.call_function(_cast, (node, torch.float32, dtype))
+def in_dtype(graph: Specialised, dtype: torch.dtype) -> fx.GraphModule:
+    """Its module, computed in `dtype`; what goes in and comes out keeps its dtype."""
+    twin = copy.deepcopy(graph.module).to(dtype)
+    nodes = twin.graph
+    for node in nodes.find_nodes(op="placeholder"):
+        with nodes.inserting_before(node.next):
+            cast = nodes.call_function(_cast, (node, dtype))
         node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
-    (output,) = graph.find_nodes(op="output")
+    (output,) = nodes.find_nodes(op="output")
     results: Any = output.args[0]
-    with graph.inserting_before(output):
-        output.args = (tuple(graph.call_function(_cast, (each, dtype, torch.float32)) for each in results),)
+    with nodes.inserting_before(output):
+        pairs = zip(results, graph.results, strict=True)
+        output.args = (tuple(nodes.call_function(_cast, (each, like.dtype)) for each, like in pairs),)
     twin.recompile()
     return twin
 
 
-def _cast(tensor: Tensor, source: torch.dtype, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.dtype is source else tensor
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
