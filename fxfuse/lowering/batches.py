@@ -44,19 +44,21 @@ def is_for_fewer(one: fx.GraphModule, other: fx.GraphModule, batch: int, fewer: 
     twins: dict[fx.Node, fx.Node] = {}
     if len(one.graph.nodes) != len(other.graph.nodes):
         return False
-    reader = Reader(one, one.graph)
     for node, twin in zip(one.graph.nodes, other.graph.nodes, strict=True):
         twins[node] = twin
         if (node.op, node.target) != (twin.op, twin.target):
             return False
         if node.op == "get_attr" and not torch.equal(_tensor(one, node), _tensor(other, twin)):
             return False
-        allowed = {(batch, fewer)} if isinstance(reader.read(node), Rearranged) else set()
         given, structure = pytree.tree_flatten((node.args, node.kwargs))
         others, same = pytree.tree_flatten((twin.args, twin.kwargs))
+        # Of what a reshape is given, behind its input, the first size is that of the batch.
+        first = 1 if operator_name(node) in ("view", "reshape") else None
         if structure != same or not all(
-            twins[each] is other if isinstance(each, fx.Node) else each == other or (each, other) in allowed
-            for each, other in zip(given, others, strict=True)
+            twins[each] is other
+            if isinstance(each, fx.Node)
+            else each == other or (place == first and (each, other) == (batch, fewer))
+            for place, (each, other) in enumerate(zip(given, others, strict=True))
         ):
             return False
     return keeps_samples_apart(other, fewer)

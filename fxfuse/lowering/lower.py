@@ -38,7 +38,7 @@ def lower(
     new kind compiles for these, which takes as long as this call. Before a program is used, it is compared
     with `folded` on the inputs that it was compiled for: it may be about as far from a float64 run of
     `folded` as that is itself. What an engine cannot do is not lowered: then `folded` runs, and
-    ``lowered.lowering.reason`` says why. Gradients do not get through.
+    ``lowered.lowering.reason`` says why. Gradients do not get through, and NaN in inputs need not.
 
     Args:
         folded: what ``fxfuse.fuse`` gave: a graph or an exported program.

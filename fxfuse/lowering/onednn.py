@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
+from fxfuse.aliases import roots
+from fxfuse.calls import written_inputs
 from fxfuse.lowering.specialised import Specialised, UnsupportedError, in_dtype
 from fxfuse.lowering.traces import followed
 from fxfuse.tree import attribute
@@ -37,8 +39,10 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     if any(tensor.device.type != "cpu" for tensor in (*inputs, *graph.module.state_dict().values())):
         raise UnsupportedError("its kernels are for CPUs")
     module = graph.module if dtype is None else in_dtype(graph, dtype)
-    module = _channels_last(module, [result.is_contiguous() for result in graph.results])
-    with torch.no_grad(), followed(graph.module), _Rewritten():
+    module = _copied(module)
+    if not _writes_to_views(module):
+        _put_channels_last(module, [result.is_contiguous() for result in graph.results])
+    with torch.no_grad(), followed(), _Rewritten():
         traced: Any = torch.jit.trace(module, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
         frozen = torch.jit.freeze(traced)
     with torch.no_grad(), _onednn_graph():
@@ -50,19 +54,34 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     return lambda tensors: frozen(*tensors)
 
 
-def _channels_last(module: fx.GraphModule, contiguous: Sequence[bool]) -> fx.GraphModule:
-    """A copy whose images have their channels last, as oneDNN has them: nothing is reordered in between.
-
-    Args:
-        module: the graph.
-        contiguous: which of its outputs are.
-    """
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which no two names share parameters, which a trace does not know."""
     graph = copy.deepcopy(module.graph)
     named = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
-    # Each its own copy: a trace knows no shared parameters.
-    twin = fx.GraphModule({name: copy.deepcopy(attribute(module, name)) for name in named}, graph).eval()
-    for tensor in (*twin.parameters(), *twin.buffers()):
+    return fx.GraphModule({name: copy.deepcopy(attribute(module, name)) for name in named}, graph).eval()
+
+
+def _writes_to_views(module: fx.GraphModule) -> bool:
+    """Whether something is written to what may be a view, which in another memory format may be none."""
+    shares = roots(module.graph, module, written_inputs, {})
+    for node in module.graph.nodes:
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        written = node.all_input_nodes if getattr(layer, "inplace", False) else written_inputs(node)
+        if any(shares[each] != {each} for each in written):
+            return True
+    return False
+
+
+def _put_channels_last(module: fx.GraphModule, contiguous: Sequence[bool]) -> None:
+    """Has images their channels last, as oneDNN has them, so that nothing is reordered in between.
+
+    Args:
+        module: the graph, which is changed.
+        contiguous: which of its outputs are.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = _with_channels_last(tensor.data)
+    graph = module.graph
     for node in graph.find_nodes(op="placeholder"):
         with graph.inserting_before(node.next):
             last = graph.call_function(_with_channels_last, (node,))
@@ -76,8 +95,7 @@ def _channels_last(module: fx.GraphModule, contiguous: Sequence[bool]) -> fx.Gra
                 for each, is_contiguous in zip(results, contiguous, strict=True)
             ),
         )
-    twin.recompile()
-    return twin
+    module.recompile()
 
 
 def _with_channels_last(tensor: Tensor) -> Tensor:

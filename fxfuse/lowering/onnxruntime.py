@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.lowering.specialised import Specialised
+from fxfuse.lowering.specialised import Specialised, check_no_integers
 
 
 def compile(graph: Specialised, inputs: Sequence[Tensor], _: torch.dtype | None) -> Any:
     """A function of a list of tensors, for inputs like these."""
+    check_no_integers(graph)
     import onnxruntime  # noqa: PLC0415 - it need not be installed
 
     with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

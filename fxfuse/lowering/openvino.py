@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.lowering.specialised import Specialised
+from fxfuse.lowering.specialised import Specialised, check_no_integers
 from fxfuse.lowering.traces import followed
 
 
 def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Any:
     """A function of a list of tensors, for inputs like these."""
+    check_no_integers(graph)
     import openvino  # noqa: PLC0415 - it need not be installed
 
-    with torch.no_grad(), followed(graph.module):
+    with torch.no_grad(), followed():
         model = openvino.convert_model(
             graph.module, example_input=tuple(inputs), input=[list(tensor.shape) for tensor in inputs]
         )

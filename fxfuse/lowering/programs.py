@@ -17,6 +17,7 @@ from fxfuse.lowering.batches import in_slices, is_for_fewer, keeps_samples_apart
 from fxfuse.lowering.engines import Engine
 from fxfuse.lowering.specialised import Program, Specialised, UnsupportedError, in_dtype, specialised
 from fxfuse.lowering.timing import medians
+from fxfuse.tree import storage
 from fxfuse.verdict import Comparison
 
 _COMPILES = threading.RLock()  # tracers and compilers set what concerns the whole process
@@ -65,30 +66,41 @@ def _compiled(
     if sliced is not None:
         ways = {"whole": partial(program, tensors), "sliced": partial(sliced, tensors)}
         times = medians(ways, rounds=3)
-        program = sliced if times["sliced"] < times["whole"] else program
+        if times["sliced"] < times["whole"]:
+            found = _compared(folded, inputs, graph, sliced, dtype)
+            if found.run is not None:
+                return found
+    return _compared(folded, inputs, graph, program, dtype)
+
+
+def _compared(
+    folded: nn.Module,
+    inputs: tuple[Any, ...],
+    graph: Specialised,
+    program: Program,
+    dtype: torch.dtype | None,
+) -> Compiled:
+    """The program, if it gives what `folded` does."""
 
     def run(leaves: Sequence[Any]) -> Any:
         return graph.result(program(graph.tensors(leaves)))
 
-    reference = graph.module if dtype is None else in_dtype(graph, dtype)
+    def candidate(*again: Any) -> Any:
+        return run(pytree.tree_leaves(again))
 
-    def rounded(*again: Any) -> Any:
-        return graph.result(reference(*graph.tensors(pytree.tree_leaves(again))))
+    rounded = graph.module if dtype is None else in_dtype(graph, dtype)
 
-    comparison = None
-    # Where nothing could be seen, as with zeros, others are drawn.
+    def reference(*again: Any) -> Any:
+        return graph.result(rounded(*graph.tensors(pytree.tree_leaves(again))))
+
+    # Where nothing could be seen, as with zeros, other numbers are drawn.
     for values in (inputs, pytree.tree_map(_drawn, inputs)):
-        comparison = same_numbers(
-            folded,
-            lambda *again: run(pytree.tree_leaves(again)),
-            values,
-            folded if dtype is None else rounded,
-        )
+        comparison = same_numbers(folded, candidate, values, folded if dtype is None else reference)
         if not comparison.ok:
-            own, other = comparison.candidate_error, comparison.reference_error
-            wrong = (
-                f"it gives other numbers: error against float64 {own:.2g}, of the folded module {other:.2g}"
+            errors = (
+                f"{comparison.candidate_error:.2g}, of the folded module {comparison.reference_error:.2g}"
             )
+            wrong = f"it gives other numbers: error against float64 {errors}"
             return Compiled(None, wrong if comparison.worst else comparison.notes[0], comparison)
         if comparison.conclusive:
             return Compiled(run, comparison=comparison)
@@ -101,13 +113,31 @@ def _by_engine(
     """The engine's program; whatever it raises is a reason to have none."""
     try:
         program = engine.compile(graph, tensors, dtype)
-        program(tensors)
+        results = program(tensors)
     except UnsupportedError:
         raise
     except Exception as error:
         told = str(error).strip().partition("\n")[0]
         raise UnsupportedError(f"{type(error).__name__}: {told}") from error
-    return program
+    return _with_own_memory(program, tensors, results)
+
+
+def _with_own_memory(program: Program, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> Program:
+    """`program`, of whose results none lies in the memory of its inputs or of another result.
+
+    Engines take x + 0 for x. A caller may write to what it gets.
+    """
+    used = {storage(tensor) for tensor in tensors}
+    shared = set()
+    for number, result in enumerate(results):
+        if storage(result) in used:
+            shared.add(number)
+        used.add(storage(result))
+    if not shared:
+        return program
+    return lambda given: [
+        result.clone() if number in shared else result for number, result in enumerate(program(given))
+    ]
 
 
 def _in_slices(

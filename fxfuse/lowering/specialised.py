@@ -121,7 +121,7 @@ class _Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
-        if not self.is_free and not _OF_NUMBERS.isdisjoint(func.tags):
+        if not self.is_free and _tells_numbers(func):
             raise UnsupportedError("forward reads numbers of its inputs")
         for place, argument in enumerate(func._schema.arguments):
             value = args[place] if place < len(args) else given.get(argument.name)
@@ -131,8 +131,16 @@ class _Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **given)
 
 
-# What gives numbers to Python, or sizes that depend on numbers.
-_OF_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+def _tells_numbers(func: Any) -> bool:
+    """Whether it gives numbers of tensors to Python, or tensors of sizes that depend on numbers."""
+    if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+        return True
+    name = func._schema.name.partition("::")[2]
+    plain = any(isinstance(each.type, _NUMBERS) for each in func._schema.returns)
+    return plain and not name.startswith("sym_") and name != "is_same_size"
+
+
+_NUMBERS = (torch.BoolType, torch.IntType, torch.FloatType, torch.NumberType)
 
 
 class _Writer(fx.Interpreter):
@@ -305,6 +313,19 @@ def _is_needed(node: fx.Node) -> bool:
 
 def _at(node: fx.Node) -> str:
     return f"at {place_of(node) or node.name}"
+
+
+def check_no_integers(graph: Specialised) -> None:
+    """For engines that compute them in their own way.
+
+    Raises:
+        UnsupportedError: integers are computed.
+    """
+    for node in graph.module.graph.nodes:
+        values = pytree.tree_leaves(node.meta.get("val")) if node.op.startswith("call") else ()
+        for value in values:
+            if not (value.is_floating_point() or value.dtype is torch.bool):
+                raise UnsupportedError(f"it computes integers its own way, {_at(node)}")
 
 
 def in_dtype(graph: Specialised, dtype: torch.dtype) -> fx.GraphModule:
