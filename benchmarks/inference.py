@@ -62,6 +62,7 @@ class _Tensors(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.graph = fx.Graph()  # of which an engine sees nothing
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(pytree.tree_leaves(self.model(x)))

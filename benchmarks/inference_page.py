@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,8 +31,8 @@ def median(cell: Record, way: str) -> float | None:
 
 
 def best(cell: Record, ways: tuple[str, ...]) -> float:
-    """The time of the fastest of them."""
-    return min(each for way in ways if (each := median(cell, way)) is not None)
+    """The time of the fastest of them; NaN if none ran."""
+    return min((each for way in ways if (each := median(cell, way)) is not None), default=math.nan)
 
 
 def page(record: Record) -> str:
@@ -118,7 +119,8 @@ def _ratios(cells: Mapping[str, Record]) -> Iterator[list[object]]:
             yield [_name(cell), "-", "-", "-"]
             continue
         ratios = [best(cell, TORCHS) / own, best(cell, RUNTIMES) / own, best(cell, PEERS) / auto]
-        kept.append(ratios)
+        if not any(map(math.isnan, ratios)):
+            kept.append(ratios)
         yield [_name(cell), *(f"{ratio:.2f}" for ratio in ratios)]
     if kept:
         means = [statistics.geometric_mean(column) for column in zip(*kept, strict=True)]
