@@ -158,7 +158,7 @@ def measure(name: str, batch: int, rounds: int, without: str) -> Record:
         found["ways"][way] = {"ready_seconds": seconds, "error": far}
         if far <= WRONG[torch.bfloat16 if "bfloat16" in way else None]:
             calls[way] = call
-    chosen, _ = fastest_of(made, (x,))
+    chosen, _ = fastest_of(made, folded, (x,))
     for way, times in samples(calls, rounds, SECONDS).items():
         found["ways"][way] |= {"milliseconds": times, "median": statistics.median(times)}
     found["ways"][AUTO] = found["ways"][f"fxfuse, {names[chosen.engine]}"] | {"chosen": chosen.engine}

@@ -23,6 +23,7 @@ from fxfuse.ops import Reader
 from fxfuse.shapes import GraphShapes
 from fxfuse.table import SPLITS
 from fxfuse.transparent import Concat, Rearranged, Slice, Sum, Within
+from fxfuse.tree import attribute
 
 
 def keeps_samples_apart(module: fx.GraphModule, batch: int) -> bool:
@@ -48,7 +49,9 @@ def is_for_fewer(one: fx.GraphModule, other: fx.GraphModule, batch: int, fewer: 
         twins[node] = twin
         if (node.op, node.target) != (twin.op, twin.target):
             return False
-        if node.op == "get_attr" and not torch.equal(_tensor(one, node), _tensor(other, twin)):
+        if node.op == "get_attr" and not torch.equal(
+            *(attribute(each, str(node.target)) for each in (one, other))
+        ):
             return False
         given, structure = pytree.tree_flatten((node.args, node.kwargs))
         others, same = pytree.tree_flatten((twin.args, twin.kwargs))
@@ -62,11 +65,6 @@ def is_for_fewer(one: fx.GraphModule, other: fx.GraphModule, batch: int, fewer: 
         ):
             return False
     return keeps_samples_apart(other, fewer)
-
-
-def _tensor(module: fx.GraphModule, node: fx.Node) -> Tensor:
-    found: Tensor = getattr(module, str(node.target))
-    return found
 
 
 def in_slices(program: Program, size: int) -> Program:

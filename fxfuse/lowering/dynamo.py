@@ -27,20 +27,23 @@ def lowering(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
     places = {node.name: place for place, (node, example) in pairs if is_static(example)}
     others = [place for place in range(len(placeholders)) if place not in places.values()]
     lowers = threading.Lock()
-    # Instances of one class share compiled code; buffers they hardly share.
-    first = min(places.values(), key=lambda place: isinstance(example_inputs[place], nn.Parameter), default=0)
+    # Instances of one class share compiled code. What they hardly share is buffers.
+    first = min(
+        places.values(), key=lambda place: isinstance(example_inputs[place], nn.Parameter), default=None
+    )
+    without = torch.empty(0)  # stands for the weights of a graph that has none
     known: Any = WeakTensorKeyDictionary()
 
     def lowered(inputs: Sequence[Any]) -> Lowered:
+        key = without if first is None else inputs[first]
         with lowers:
-            found = known.get(inputs[first])
+            found: tuple[Watch, Lowered] | None = known.get(key)
             if found is None or found[0].is_stale(inputs):
                 tensors = [(place, inputs[place]) for place in places.values()]
                 buffers = [pair for pair in tensors if not isinstance(pair[1], nn.Parameter)]
                 watch = Watch(tensors, buffers)  # before they are read: who writes meanwhile is noticed
-                found = known[inputs[first]] = watch, Lowered(bound(inputs), "torch", None)
-            lowered_: Lowered = found[1]
-            return lowered_
+                found = known[key] = watch, Lowered(bound(inputs), "torch", None)
+            return found[1]
 
     def bound(inputs: Sequence[Any]) -> fx.GraphModule:
         lifted = lift(graph_module, places, {name: inputs[place].detach() for name, place in places.items()})

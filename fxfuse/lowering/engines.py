@@ -2,8 +2,7 @@
 
 An engine gets a graph for inputs of one kind (`fxfuse.lowering.specialised`), from tensors to a tuple of
 tensors, examples of these, and the dtype to compute in, if that is another one; it gives a function of the
-tensors. It raises an UnsupportedError for what
-it cannot do, and may raise whatever its package raises.
+tensors. It raises an UnsupportedError for what it cannot do, and may raise whatever its package raises.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ class Engine:
         compile: does it.
         packages: those that it needs beside torch; the extra of fxfuse that brings them is called as it is.
         dtypes: in which it can compute, besides float32.
-        slices: how many samples of larger batches it is tried on at a time; 0: on whole batches only.
+        slice_size: how many samples of a large batch it is tried on at a time; 0: on whole batches only.
     """
 
     compile: Compile
     packages: tuple[str, ...] = ()
     dtypes: frozenset[torch.dtype] = frozenset({torch.bfloat16})
-    slices: int = 0
+    slice_size: int = 0
 
     @property
     def missing(self) -> list[str]:
@@ -45,7 +44,7 @@ class Engine:
 
 
 ENGINES = {
-    "torch": Engine(onednn.compile, slices=4),
+    "torch": Engine(onednn.compile, slice_size=4),
     "openvino": Engine(openvino.compile, packages=("openvino",)),
     "onnxruntime": Engine(
         onnxruntime.compile, packages=("onnxruntime", "onnx", "onnxscript"), dtypes=frozenset()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +13,10 @@ from torch.export import ExportedProgram
 from fxfuse.arguments import check_eval, check_inputs, check_module, rejection
 from fxfuse.errors import UsageError
 from fxfuse.inputs import sample
-from fxfuse.lowering.auto import fastest
+from fxfuse.lowering.auto import fastest, fastest_of
 from fxfuse.lowering.engines import engine as engine_of
 from fxfuse.lowering.lowered import Lowered, lowered
 from fxfuse.lowering.records import Lowering, Timing
-from fxfuse.lowering.timing import medians
 from fxfuse.runs import REJECTIONS, run
 from fxfuse.tree import as_module
 
@@ -76,11 +73,9 @@ def lower(
 def timed(folded: nn.Module, inputs: Sequence[Any], engine: str) -> Lowering:
     """What `lower` brings on an engine, with the time of the folded module beside it."""
     found = lower(folded, inputs, engine)
-    with torch.no_grad():
-        times = medians({"folded": partial(folded, *inputs), found.engine: partial(found, *inputs)})
-    known = {each.engine: each for each in found.lowering.timings}
-    known |= {"folded": Timing("folded", times["folded"], 0.0)}
-    if not found.lowering.reason:
-        known.setdefault(found.engine, Timing(found.engine, times[found.engine], found.lowering.seconds))
-    order = sorted(known.values(), key=lambda each: (math.isnan(each.milliseconds), each.milliseconds))
-    return replace(found.lowering, timings=tuple(order))
+    if engine == "auto":
+        return found.lowering
+    _, times = fastest_of({engine: found}, folded, inputs)
+    seconds = {engine: found.lowering.seconds, "folded": 0.0}
+    order = sorted(times.items(), key=lambda each: each[1])
+    return replace(found.lowering, timings=tuple(Timing(name, ms, seconds[name]) for name, ms in order))

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxfuse.aliases import roots
 from fxfuse.calls import written_inputs
-from fxfuse.lowering.specialised import Specialised, UnsupportedError, in_dtype
+from fxfuse.lowering.specialised import Specialised, UnsupportedError, in_dtype, surround
 from fxfuse.lowering.traces import followed
 from fxfuse.tree import attribute
 
@@ -77,33 +77,23 @@ def _put_channels_last(module: fx.GraphModule, contiguous: Sequence[bool]) -> No
 
     Args:
         module: the graph, which is changed.
-        contiguous: which of its outputs are.
+        contiguous: which of its results are.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = _with_channels_last(tensor.data)
-    graph = module.graph
-    for node in graph.find_nodes(op="placeholder"):
-        with graph.inserting_before(node.next):
-            last = graph.call_function(_with_channels_last, (node,))
-        node.replace_all_uses_with(last, delete_user_cb=lambda user, last=last: user is not last)
-    (output,) = graph.find_nodes(op="output")
-    results: Any = output.args[0]
-    with graph.inserting_before(output):
-        output.args = (
-            tuple(
-                graph.call_method("contiguous", (each,)) if is_contiguous else each
-                for each, is_contiguous in zip(results, contiguous, strict=True)
-            ),
-        )
-    module.recompile()
+    surround(module, (_with_channels_last,), [(_as_before, each) for each in contiguous])
 
 
 def _with_channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
+def _as_before(tensor: Tensor, is_contiguous: bool) -> Tensor:
+    return tensor.contiguous() if is_contiguous else tensor
+
+
 class _Rewritten(TorchFunctionMode):
-    """Calls functions that oneDNN Graph does not know, or takes for others, by those that it knows."""
+    """Calls functions that oneDNN Graph fails on, or takes for others, by those that it knows."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "").partition(".")[0]  # aten's have an overload behind it
@@ -111,10 +101,6 @@ class _Rewritten(TorchFunctionMode):
             x, weight, bias, mean, var, *rest = args  # in an order of its own
             args = (x, mean, var, weight, bias, *rest)
         return _BY_OTHERS.get(name, func)(*args, **(kwargs or {}))
-
-
-def _hardsigmoid(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return F.hardtanh(x / 6 + 0.5, 0.0, 1.0)
 
 
 def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
@@ -166,7 +152,6 @@ def _with_stride(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 _BY_OTHERS: dict[str, Callable[..., Tensor]] = {
-    "hardsigmoid": _hardsigmoid,
     "gelu": _gelu,
     "layer_norm": _layer_norm,
     "batch_norm": _batch_norm,

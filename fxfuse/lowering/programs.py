@@ -17,6 +17,7 @@ from fxfuse.lowering.batches import in_slices, is_for_fewer, keeps_samples_apart
 from fxfuse.lowering.engines import Engine
 from fxfuse.lowering.specialised import Program, Specialised, UnsupportedError, in_dtype, specialised
 from fxfuse.lowering.timing import medians
+from fxfuse.runs import REJECTIONS
 from fxfuse.tree import storage
 from fxfuse.verdict import Comparison
 
@@ -48,78 +49,91 @@ def compiled(folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: to
     # Tensors of inference mode could not become constants.
     with _COMPILES, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
-            return _compiled(folded, pytree.tree_map(_usable, tuple(inputs)), engine, dtype)
+            if not isinstance(folded, fx.GraphModule):
+                name = type(folded).__name__
+                raise UnsupportedError(
+                    f"{name} is no graph: it could not be traced whole, or its modules were kept"
+                )
+            return _Compiler(folded, pytree.tree_map(_usable, tuple(inputs)), engine, dtype).compiled()
         except UnsupportedError as error:
             return Compiled(None, str(error))
 
 
-def _compiled(
-    folded: nn.Module, inputs: tuple[Any, ...], engine: Engine, dtype: torch.dtype | None
-) -> Compiled:
-    if not isinstance(folded, fx.GraphModule):
-        name = type(folded).__name__
-        raise UnsupportedError(f"{name} is no graph: it could not be traced whole, or its modules were kept")
-    graph = specialised(folded, inputs)
-    tensors = graph.tensors(pytree.tree_leaves(inputs))
-    program = _by_engine(engine, graph, tensors, dtype)
-    sliced = _in_slices(folded, inputs, graph, engine, dtype)
-    if sliced is not None:
-        ways = {"whole": partial(program, tensors), "sliced": partial(sliced, tensors)}
-        times = medians(ways, rounds=3)
-        if times["sliced"] < times["whole"]:
-            found = _compared(folded, inputs, graph, sliced, dtype)
-            if found.run is not None:
-                return found
-    return _compared(folded, inputs, graph, program, dtype)
+@dataclass(frozen=True)
+class _Compiler:
+    """Makes the program of a graph for inputs of one kind."""
 
+    folded: fx.GraphModule
+    inputs: tuple[Any, ...]
+    engine: Engine
+    dtype: torch.dtype | None
 
-def _compared(
-    folded: nn.Module,
-    inputs: tuple[Any, ...],
-    graph: Specialised,
-    program: Program,
-    dtype: torch.dtype | None,
-) -> Compiled:
-    """The program, if it gives what `folded` does."""
-
-    def run(leaves: Sequence[Any]) -> Any:
-        return graph.result(program(graph.tensors(leaves)))
-
-    def candidate(*again: Any) -> Any:
-        return run(pytree.tree_leaves(again))
-
-    rounded = graph.module if dtype is None else in_dtype(graph, dtype)
-
-    def reference(*again: Any) -> Any:
-        return graph.result(rounded(*graph.tensors(pytree.tree_leaves(again))))
-
-    # Where nothing could be seen, as with zeros, other numbers are drawn.
-    for values in (inputs, pytree.tree_map(_drawn, inputs)):
-        comparison = same_numbers(folded, candidate, values, folded if dtype is None else reference)
-        if not comparison.ok:
-            errors = (
-                f"{comparison.candidate_error:.2g}, of the folded module {comparison.reference_error:.2g}"
+    def compiled(self) -> Compiled:
+        """A program that was compared, in slices of the batch if these are faster."""
+        graph = specialised(self.folded, self.inputs)
+        tensors = graph.tensors(pytree.tree_leaves(self.inputs))
+        program = self._program(graph, tensors)
+        sliced = self._in_slices(graph)
+        if sliced is not None:
+            times = medians(
+                {"whole": partial(program, tensors), "sliced": partial(sliced, tensors)}, rounds=3
             )
-            wrong = f"it gives other numbers: error against float64 {errors}"
-            return Compiled(None, wrong if comparison.worst else comparison.notes[0], comparison)
-        if comparison.conclusive:
-            return Compiled(run, comparison=comparison)
-    return Compiled(None, "whether it gives the same numbers could not be seen", comparison)
+            if times["sliced"] < times["whole"]:
+                found = self._compared(graph, sliced)
+                if found.run is not None:
+                    return found
+        return self._compared(graph, program)
+
+    def _program(self, graph: Specialised, tensors: Sequence[Tensor]) -> Program:
+        """The engine's program; whatever it raises is a reason to have none."""
+        try:
+            program = self.engine.compile(graph, tensors, self.dtype)
+            results = program(tensors)
+        except UnsupportedError:
+            raise
+        except Exception as error:  # engines have no errors in common
+            told = str(error).strip().partition("\n")[0]
+            raise UnsupportedError(f"{type(error).__name__}: {told}") from error
+        return _with_own_memory(program, tensors, results)
+
+    def _in_slices(self, whole: Specialised) -> Program | None:
+        """A program for a few samples at a time; None if that cannot be shown to be the same."""
+        batches = {tuple(tensor.shape[:1]) for tensor in whole.tensors(pytree.tree_leaves(self.inputs))}
+        (batch,) = batches.pop() if len(batches) == 1 else (0,)
+        size = self.engine.slice_size
+        if not size or batch < 2 * size or batch % size or not keeps_samples_apart(whole.module, batch):
+            return None
+        few = pytree.tree_map_only(Tensor, lambda tensor: tensor[:size], self.inputs)
+        try:
+            part = specialised(self.folded, few)
+            if not is_for_fewer(whole.module, part.module, batch, size):
+                return None
+            return in_slices(self._program(part, part.tensors(pytree.tree_leaves(few))), size)
+        except (UnsupportedError, *REJECTIONS):  # it takes no other batch, or has no program for it
+            return None
+
+    def _compared(self, graph: Specialised, program: Program) -> Compiled:
+        """The program, if it gives what the folded module does."""
+        reference: Callable[..., Any] = self.folded
+        if self.dtype is not None:
+            rounded = in_dtype(graph, self.dtype)
+            reference = _positional(graph, lambda tensors: rounded(*tensors))
+        candidate = _positional(graph, program)
+        # Where nothing could be seen, as with zeros, other numbers are drawn.
+        for values in (self.inputs, pytree.tree_map(_drawn, self.inputs)):
+            found = same_numbers(self.folded, candidate, values, reference)
+            if not found.ok:
+                errors = f"{found.candidate_error:.2g}, of the folded module {found.reference_error:.2g}"
+                wrong = f"it gives other numbers: error against float64 {errors}"
+                return Compiled(None, wrong if found.worst else found.notes[0], found)
+            if found.conclusive:
+                return Compiled(partial(graph.run, program), comparison=found)
+        return Compiled(None, "whether it gives the same numbers could not be seen", found)
 
 
-def _by_engine(
-    engine: Engine, graph: Specialised, tensors: Sequence[Tensor], dtype: torch.dtype | None
-) -> Program:
-    """The engine's program; whatever it raises is a reason to have none."""
-    try:
-        program = engine.compile(graph, tensors, dtype)
-        results = program(tensors)
-    except UnsupportedError:
-        raise
-    except Exception as error:
-        told = str(error).strip().partition("\n")[0]
-        raise UnsupportedError(f"{type(error).__name__}: {told}") from error
-    return _with_own_memory(program, tensors, results)
+def _positional(graph: Specialised, program: Program) -> Callable[..., Any]:
+    """What forward gives for its inputs, by a program."""
+    return lambda *inputs: graph.run(program, pytree.tree_leaves(inputs))
 
 
 def _with_own_memory(program: Program, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> Program:
@@ -128,7 +142,7 @@ def _with_own_memory(program: Program, tensors: Sequence[Tensor], results: Seque
     Engines take x + 0 for x. A caller may write to what it gets.
     """
     used = {storage(tensor) for tensor in tensors}
-    shared = set()
+    shared: set[int] = set()
     for number, result in enumerate(results):
         if storage(result) in used:
             shared.add(number)
@@ -138,33 +152,6 @@ def _with_own_memory(program: Program, tensors: Sequence[Tensor], results: Seque
     return lambda given: [
         result.clone() if number in shared else result for number, result in enumerate(program(given))
     ]
-
-
-def _in_slices(
-    folded: fx.GraphModule,
-    inputs: tuple[Any, ...],
-    whole: Specialised,
-    engine: Engine,
-    dtype: torch.dtype | None,
-) -> Program | None:
-    """A program for a few samples of these inputs at a time; None if that cannot be shown to be the same."""
-    batches = {tuple(tensor.shape[:1]) for tensor in whole.tensors(pytree.tree_leaves(inputs))}
-    (batch,) = batches.pop() if len(batches) == 1 else (0,)
-    size = engine.slices
-    if not size or batch < 2 * size or batch % size or not keeps_samples_apart(whole.module, batch):
-        return None
-    few = pytree.tree_map_only(Tensor, lambda tensor: tensor[:size], inputs)
-    try:
-        part = specialised(folded, few)
-    except AssertionError:  # it takes no other batch
-        return None
-    if not is_for_fewer(whole.module, part.module, batch, size):
-        return None
-    try:
-        program = _by_engine(engine, part, part.tensors(pytree.tree_leaves(few)), dtype)
-    except UnsupportedError:
-        return None
-    return in_slices(program, size)
 
 
 def _drawn(leaf: Any) -> Any:

@@ -40,7 +40,7 @@ class Lowering:
         reason: why the folded module answers instead, for inputs like the examples; empty if it does not.
         seconds: until it was ready.
         comparison: with the folded module, on the example inputs; the errors are those against float64.
-        timings: what "auto" saw, the fastest first.
+        timings: what was timed side by side, the folded module among it, the fastest first.
     """
 
     engine: str

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,15 +59,12 @@ class Specialised:
 
     def result(self, tensors: Sequence[Tensor]) -> Any:
         """What forward gives, from what `module` does."""
-        leaves = [
-            tensors[each.number]
-            if isinstance(each, _Output)
-            else each.clone()  # which the caller may write to
-            if isinstance(each, Tensor)
-            else each
-            for each in self.outputs
-        ]
+        leaves = [_leaf(each, tensors) for each in self.outputs]
         return pytree.tree_unflatten(leaves, self.structure)
+
+    def run(self, program: Program, leaves: Sequence[Any]) -> Any:
+        """What forward gives for inputs with these leaves, by a program for `module`."""
+        return self.result(program(self.tensors(leaves)))
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,12 @@ class _Constant:
 @dataclass(frozen=True)
 class _Output:
     number: int
+
+
+def _leaf(output: Any, tensors: Sequence[Tensor]) -> Any:
+    if isinstance(output, _Output):
+        return tensors[output.number]
+    return output.clone() if isinstance(output, Tensor) else output  # the caller may write to it
 
 
 def specialised(module: fx.GraphModule, inputs: Sequence[Any]) -> Specialised:
@@ -151,6 +155,7 @@ class _Writer(fx.Interpreter):
         self.extra_traceback = False
         self._root: dict[str, nn.Module | Tensor] = {}
         self._made: dict[fx.Node, Any] = {}
+        self._named: dict[int, fx.Node] = {}
         self._written = fx.Graph()
         self._leaves = 0
         self._places: list[int] = []
@@ -183,23 +188,15 @@ class _Writer(fx.Interpreter):
     def specialised(self) -> Specialised:
         """The second graph."""
         # The graphs of torch.export give a list of leaves.
-        outputs = self.graph.process_outputs(self._outputs)
-        leaves, structure = pytree.tree_flatten(outputs)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+        leaves, structure = pytree.tree_flatten(self.graph.process_outputs(self._outputs))
+        tensors = [*dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node))]
         self._written.output(tuple(tensors))
-        numbers = iter(range(len(tensors)))
-        placed = [
-            _Output(next(numbers))
-            if isinstance(leaf, fx.Node)
-            else leaf.tensor
-            if isinstance(leaf, _Constant)
-            else leaf
-            for leaf in leaves
-        ]
+        places = {tensor: number for number, tensor in enumerate(tensors)}
+        outputs = pytree.tree_map(partial(_placed, places), leaves)
         self._written.eliminate_dead_code(is_impure_node=_is_needed)
         module = fx.GraphModule(self._root, self._written).eval()
         results = tuple(leaf.meta["val"] for leaf in tensors)
-        return Specialised(module, tuple(self._places), results, tuple(placed), structure)
+        return Specialised(module, tuple(self._places), results, tuple(outputs), structure)
 
     def _become(self, node: fx.Node, value: Any) -> Any:
         """What stands for `value`: nodes of the second graph, constants and plain Python values."""
@@ -275,20 +272,28 @@ class _Writer(fx.Interpreter):
         return found
 
     def _given(self, argument: Any) -> Any:
-        return self._readable(argument) if isinstance(argument, _Constant) else argument
+        """A node that gives it, of a constant the same for all who read it."""
+        if not isinstance(argument, _Constant):
+            return argument
+        if id(argument) not in self._named:
+            name = f"constant_{len(self._named)}"
+            while name in self._root or hasattr(self.module, name):
+                name += "_"
+            self._root[name] = argument.tensor
+            with self._written.inserting_before():  # the beginning
+                made = self._written.get_attr(name)
+            made.meta["val"] = _described(argument.tensor)
+            self._named[id(argument)] = made
+        return self._named[id(argument)]
 
     def _standing(self, argument: Any) -> Any:
         return self._made[argument] if isinstance(argument, fx.Node) else argument
 
-    def _readable(self, value: fx.Node | _Constant) -> fx.Node:
-        """A node that gives it."""
-        if isinstance(value, fx.Node):
-            return value
-        name = f"constant_{len(self._root)}"
-        self._root[name] = value.tensor
-        made = self._written.get_attr(name)
-        made.meta["val"] = _described(value.tensor)
-        return made
+
+def _placed(places: Mapping[fx.Node, int], leaf: Any) -> Any:
+    if isinstance(leaf, fx.Node):
+        return _Output(places[leaf])
+    return leaf.tensor if isinstance(leaf, _Constant) else leaf
 
 
 def _described(value: Any) -> Any:
@@ -331,19 +336,28 @@ def check_no_integers(graph: Specialised) -> None:
 def in_dtype(graph: Specialised, dtype: torch.dtype) -> fx.GraphModule:
     """Its module, computed in `dtype`; what goes in and comes out keeps its dtype."""
     twin = copy.deepcopy(graph.module).to(dtype)
-    nodes = twin.graph
-    for node in nodes.find_nodes(op="placeholder"):
-        with nodes.inserting_before(node.next):
-            cast = nodes.call_function(_cast, (node, dtype))
-        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
-    (output,) = nodes.find_nodes(op="output")
-    results: Any = output.args[0]
-    with nodes.inserting_before(output):
-        pairs = zip(results, graph.results, strict=True)
-        output.args = (tuple(nodes.call_function(_cast, (each, like.dtype)) for each, like in pairs),)
-    twin.recompile()
+    surround(twin, (_cast, dtype), [(_cast, like.dtype) for like in graph.results])
     return twin
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+Step = tuple[Any, ...]
+"""A function of a tensor, and its further arguments."""
+
+
+def surround(module: fx.GraphModule, before: Step, after: Sequence[Step]) -> None:
+    """Does something to each input of a graph, and to each of its results, in place."""
+    graph = module.graph
+    for node in graph.find_nodes(op="placeholder"):
+        with graph.inserting_before(node.next):
+            made = graph.call_function(before[0], (node, *before[1:]))
+        node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
+    (output,) = graph.find_nodes(op="output")
+    results: Any = output.args[0]
+    with graph.inserting_before(output):
+        made_of = zip(results, after, strict=True)
+        output.args = (tuple(graph.call_function(step[0], (each, *step[1:])) for each, step in made_of),)
+    module.recompile()
