@@ -4,7 +4,8 @@ Every peer runs the source (*alone*) and what ``fxfuse.fuse`` made of it (*behin
 fxfuse's own, and "auto" the one that fxfuse chooses by its own timing. One process for each model and batch.
 First each way is made ready, which is timed, and its outputs are compared with a float64 run of the source.
 Then all are called in an order that is drawn anew in every round, each after a pause and an uncounted call,
-since the threads of the one before may still spin (`fxfuse.lowering.timing`).
+since the threads of the one before may still spin (`fxfuse.lowering.timing`). Memory is what the process
+needs at its peak, beyond what it had before that way was made: until it is ready, and in one more call.
 
 The run is resumable: a model and batch is kept in ``docs/results/inference.json`` as soon as it is done, with
 the commit that it was measured at, and not measured again unless ``--again`` says so.
@@ -20,7 +21,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -31,7 +32,9 @@ from torch.fx.experimental.optimization import fuse as fx_fuse
 from torch.utils import _pytree as pytree
 
 import fxfuse
+from benchmarks.floor import floor
 from benchmarks.inference_page import AUTO, Record, page, picture
+from benchmarks.memory import peak, trimmed
 from benchmarks.record import RESULTS, surroundings, write
 from fxfuse import zoo
 from fxfuse.lowering.auto import fastest_of
@@ -52,7 +55,7 @@ SMALLER = {"torchvision:deeplabv3_resnet50": 128}  # side of the image, else 224
 BATCHES = (1, 8, 32)
 # An output that is relatively further (L2) than this from a float64 run of the source is wrong.
 WRONG = {None: 1e-4, torch.bfloat16: 0.5}
-SECONDS = 60.0  # after which no round of a model begins
+SECONDS = 40.0  # after which no round of a model begins
 Call = Callable[[], Any]
 
 
@@ -144,25 +147,41 @@ def measure(name: str, batch: int, rounds: int, without: str) -> Record:
     for way, make in ways.items():
         if without and without in way:
             continue
-        started = time.perf_counter()
         try:
-            call = make()
-            result = call()
+            found["ways"][way], calls[way] = ready(make, exact)
         except Exception as error:  # a peer raises what it likes; the table names it
             found["ways"][way] = {
                 "failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
             }
             continue
-        seconds = time.perf_counter() - started
-        far = max(distance(a, b) for a, b in zip(pytree.tree_leaves(result), exact, strict=True))
-        found["ways"][way] = {"ready_seconds": seconds, "error": far}
-        if far <= WRONG[torch.bfloat16 if "bfloat16" in way else None]:
-            calls[way] = call
+        if found["ways"][way]["error"] > WRONG[torch.bfloat16 if "bfloat16" in way else None]:
+            del calls[way]
     chosen, _ = fastest_of(made, folded, (x,))
     for way, times in samples(calls, rounds, SECONDS).items():
         found["ways"][way] |= {"milliseconds": times, "median": statistics.median(times)}
     found["ways"][AUTO] = found["ways"][f"fxfuse, {names[chosen.engine]}"] | {"chosen": chosen.engine}
+    if isinstance(folded, fx.GraphModule):
+        found["floor"] = floor(folded, x)
     return found
+
+
+def ready(make: Callable[[], Call], exact: Sequence[Tensor]) -> tuple[Record, Call]:
+    """A way to call a model, how long and how much memory it took to make, and how far it is from `exact`."""
+    made: list[Any] = []
+    before = trimmed()
+    started = time.perf_counter()
+
+    def first() -> None:
+        made.append(make())
+        made.append(made[0]())
+
+    made_with = peak(first, before)
+    seconds = time.perf_counter() - started
+    call, result = made
+    far = max(distance(a, b) for a, b in zip(pytree.tree_leaves(result), exact, strict=True))
+    trimmed()
+    memory = {"ready": made_with, "call": peak(call, before)}
+    return {"ready_seconds": seconds, "error": far, "megabytes": memory}, call
 
 
 def distance(tensor: Tensor, exact: Tensor) -> float:
@@ -178,7 +197,7 @@ def main() -> None:
     )
     parser.add_argument("--model", action="append", help="torchvision:NAME or timm:NAME, once for each")
     parser.add_argument("--batch", action="append", type=int, help="images in a call, once for each")
-    parser.add_argument("--rounds", type=int, default=15, help="counted calls of each way")
+    parser.add_argument("--rounds", type=int, default=11, help="counted calls of each way")
     parser.add_argument("--again", action="store_true", help="measure anew what is there")
     options = parser.parse_args()
     names = options.model or (QUICK if options.quick else MODELS)

@@ -22,6 +22,7 @@ RUNTIMES = ("onnxruntime", "openvino")
 PEERS = (*TORCHS, *RUNTIMES)
 BEHIND = ("eager", "eager, channels_last", "inductor", "inductor, freezing", *RUNTIMES)
 COLUMNS = (*PEERS, OWN, AUTO)
+BRANCHES = ("repvgg", "mobileone", "fastvit", "repvit")
 
 
 def median(cell: Record, way: str) -> float | None:
@@ -52,8 +53,12 @@ Milliseconds of a call, medians, float32, default allocator. All ways of a row r
 drawn anew in every round, each after a pause and an uncounted call; the machine is shared and noisy, so
 compare within a row only. Every output was compared with a float64 run of the source before; what differed is
 not timed. *fxfuse, torch* is `fxfuse.lower(folded, (x,))`; *fxfuse, auto* is the engine that `engine="auto"`
-chose, named in its column: its time is that engine's.
-"""
+chose, named in its column: its time is that engine's. *Floor*: the sum of the least times of all
+convolutions and linear layers, each by itself on the fastest of torch's kernels (`benchmarks/floor.py`).
+
+## What was to be reached
+
+{table(_targets(cells))}"""
     for batch in batches:
         rows = {key: cell for key, cell in cells.items() if cell["batch"] == batch}
         text += f"""
@@ -63,12 +68,24 @@ chose, named in its column: its time is that engine's.
 
 {table(_times(rows))}
 {table(_ratios(rows))}
+### How close to the floor: the floor over the time
+
+{table(_floors(rows))}
 ### Each peer behind fxfuse: its speed alone = 1
 
 {table(_behind(rows))}
 ### Until ready, seconds
 
 {table(_ready(rows))}
+### Memory at its peak, MiB: until ready / in a call
+
+Beyond what the process had before, with weights that were packed or copied; the first use of a package counts
+too. Compilers that Inductor starts are processes of their own and not in it.
+
+{table(_memory(rows))}
+### Spread: half the interquartile range, % of the median
+
+{table(_spread(rows))}
 ### bfloat16: speed, *fxfuse, torch* in float32 = 1, and error against float64
 
 {table(_bfloat16(rows))}"""
@@ -154,6 +171,81 @@ def _bfloat16(cells: Mapping[str, Record]) -> Iterator[list[object]]:
             error = cell["ways"][way].get("error")
             parts += [_speed(median(cell, OWN), median(cell, way)), "-" if error is None else f"{error:.1e}"]
         yield [_name(cell), *parts]
+
+
+def _targets(cells: Mapping[str, Record]) -> Iterator[list[object]]:
+    """The targets, how many cells meet each, and those that do not."""
+    yield ["target", "met in", "missed by"]
+    rest = [cell for cell in cells.values() if median(cell, OWN) is not None]
+    branches = [cell for cell in rest if _name(cell).startswith(BRANCHES)]
+    yield _target(
+        "*fxfuse, torch*: no slower than the best of torch's own",
+        {_key(cell): best(cell, TORCHS) / (median(cell, OWN) or math.nan) for cell in rest},
+        1.0,
+    )
+    ready = {
+        _key(cell): cell["ways"]["inductor"]["ready_seconds"] / cell["ways"][OWN]["ready_seconds"]
+        for cell in rest
+        if "ready_seconds" in cell["ways"]["inductor"]
+    }
+    yield _target("*fxfuse, torch*: ready in a tenth of Inductor's time", ready, 10)
+    near = {_key(cell): best(cell, RUNTIMES) / (median(cell, OWN) or math.nan) for cell in rest}
+    mean = statistics.geometric_mean(near.values())
+    yield _target(
+        f"*fxfuse, torch*: 0.8 of the better runtime (geometric mean {mean:.2f}, wanted: 0.9)", near, 0.8
+    )
+    auto = {_key(cell): best(cell, PEERS) / (median(cell, AUTO) or math.nan) for cell in rest}
+    yield _target("*fxfuse, auto*: no slower than the best peer alone, but for 3 %", auto, 0.97)
+    yield _target(
+        "*fxfuse, auto*: 1.15 of the best peer on networks of branches",
+        {_key(cell): auto[_key(cell)] for cell in branches},
+        1.15,
+    )
+    behind = {
+        f"{_key(cell)} {way}": alone / after
+        for cell in cells.values()
+        for way in BEHIND
+        if (alone := median(cell, way)) and (after := median(cell, f"fxfuse, {way}"))
+    }
+    yield _target("each peer behind fxfuse: no slower than alone, but for 3 %", behind, 0.97)
+
+
+def _target(told: str, ratios: Mapping[str, float], least: float) -> list[object]:
+    missed = [f"{key} ({ratio:.2f})" for key, ratio in ratios.items() if not ratio >= least]
+    return [told, f"{len(ratios) - len(missed)} of {len(ratios)}", ", ".join(missed) or "none"]
+
+
+def _key(cell: Record) -> str:
+    return f"{_name(cell)} × {cell['batch']}"
+
+
+def _floors(cells: Mapping[str, Record]) -> Iterator[list[object]]:
+    yield ["model", "floor, ms", *COLUMNS]
+    for cell in cells.values():
+        least = cell.get("floor")
+        shown = f"{least:.3g}" if least else "-"
+        yield [_name(cell), shown, *(_speed(least, median(cell, way)) for way in COLUMNS)]
+
+
+def _memory(cells: Mapping[str, Record]) -> Iterator[list[object]]:
+    ways = (*PEERS, OWN)
+    yield ["model", *ways]
+    for cell in cells.values():
+        known = (cell["ways"].get(way, {}).get("megabytes") for way in ways)
+        yield [_name(cell), *(f"{each['ready']:.0f} / {each['call']:.0f}" if each else "-" for each in known)]
+
+
+def _spread(cells: Mapping[str, Record]) -> Iterator[list[object]]:
+    ways = (*PEERS, OWN)
+    yield ["model", *ways]
+    for cell in cells.values():
+        known = [cell["ways"].get(way, {}).get("milliseconds") for way in ways]
+        yield [_name(cell), *("-" if times is None else f"{_half_range(times):.1f}" for times in known)]
+
+
+def _half_range(times: list[float]) -> float:
+    low, middle, high = statistics.quantiles(times, n=4)
+    return 50 * (high - low) / middle
 
 
 def _speed(one: float | None, other: float | None) -> str:

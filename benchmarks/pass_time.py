@@ -16,7 +16,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rich.progress import track
@@ -24,6 +23,7 @@ from torch import nn
 from torch.fx.experimental import optimization
 
 import fxfuse
+from benchmarks.memory import peak, trimmed
 from benchmarks.record import surroundings, write
 from fxfuse import zoo
 
@@ -60,16 +60,7 @@ def peak_memory(arguments: tuple[str, str]) -> float:
     name, tool = arguments
     model = load(name)
     TOOLS[tool](load("resnet18"))  # what is loaded on first use is not counted
-    gc.collect()
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
-    TOOLS[tool](model)
-    return (_resident("VmHWM") - before) / 1024
-
-
-def _resident(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1])
+    return peak(lambda: TOOLS[tool](model), trimmed())
 
 
 def folded_megabytes(model: nn.Module) -> tuple[float, float]:

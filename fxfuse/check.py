@@ -56,20 +56,42 @@ def errors(plan: Plan, solution: Solution, reader: Reader) -> dict[Change, float
     for move in plan.moves:
         for site in move.sites:
             taken[site.node].append((move, site))
-    generator = torch.Generator("cpu").manual_seed(0)
+    noise = _Noise()
     found: dict[Change, float] = {}
     with torch.no_grad():
         for nodes in _alike(plan, solution):
-            for node, error in _tried(nodes, solution, taken, reader, generator).items():
+            for node, error in _tried(nodes, solution, taken, reader, noise).items():
                 found |= {move: max(error, found.get(move, 0.0)) for move, _ in taken[node]}
         for merge in plan.merges:
             if not solution.tensors[merge.host][0].is_meta:
-                error = _MergeTrial(merge, solution, taken, reader, generator).error()
+                error = _MergeTrial(merge, solution, taken, reader, noise).error()
                 found |= dict.fromkeys((merge, *merge.moves), error)
                 inside = 0.0 if error == math.inf else error
                 for move in (move for node in merge.form.nodes for move, _ in taken[node]):
                     found[move] = max(inside, found.get(move, 0.0))
     return found
+
+
+class _Noise:
+    """Random numbers: the same in every run, and the same to begin with in every input."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator("cpu").manual_seed(0)
+        self._numbers = self._drawn(_TOGETHER)
+
+    def of(self, shape: Sequence[int]) -> Tensor:
+        """A tensor of numbers between -1/2 and 1/2, in float64."""
+        count = math.prod(shape)
+        if count > len(self._numbers):
+            self._numbers = self._drawn(count)
+        return self._numbers[:count].view(shape)
+
+    def below(self, limit: int) -> int:
+        """A whole number."""
+        return int(torch.randint(limit, (), generator=self._generator, device="cpu"))
+
+    def _drawn(self, count: int) -> Tensor:
+        return torch.rand(count, dtype=torch.float64, generator=self._generator, device="cpu") - 0.5
 
 
 def _alike(plan: Plan, solution: Solution) -> Iterator[list[fx.Node]]:
@@ -103,13 +125,13 @@ def _width(what: Absorption) -> int:
 
 
 def _tried(
-    nodes: Sequence[fx.Node], solution: Solution, taken: Taken, reader: Reader, generator: torch.Generator
+    nodes: Sequence[fx.Node], solution: Solution, taken: Taken, reader: Reader, noise: _Noise
 ) -> dict[fx.Node, float]:
     """The errors of folded operators, tried together, or each by itself where that does not hold."""
     whats, moves = [solution.absorptions[node] for node in nodes], [taken[node] for node in nodes]
-    errors = _Trial(whats, moves, reader, generator).errors([solution.tensors[node] for node in nodes])
+    errors = _Trial(whats, moves, reader, noise).errors([solution.tensors[node] for node in nodes])
     if len(nodes) > 1 and math.inf in errors:
-        alone = (_tried([node], solution, taken, reader, generator) for node in nodes)
+        alone = (_tried([node], solution, taken, reader, noise) for node in nodes)
         return {node: error for each in alone for node, error in each.items()}
     return dict(zip(nodes, errors, strict=True))
 
@@ -122,7 +144,7 @@ class _Trial:
         whats: Sequence[Absorption],
         taken: Sequence[Sequence[tuple[Move, Site]]],
         reader: Reader,
-        generator: torch.Generator,
+        noise: _Noise,
     ) -> None:
         self.count, self.reader = len(whats), reader
         self.before = [[each for each in reversed(moves) if each[1].side == "input"] for moves in taken]
@@ -131,7 +153,7 @@ class _Trial:
         self.channels, self.groups = operator.channels, first.groups
         self.transposed = first.transposed
         width = _width(first)
-        start = int(torch.randint(_in_channels(first) - width + 1, (), generator=generator, device="cpu"))
+        start = noise.below(_in_channels(first) - width + 1)
         self.seen = slice(start, start + width)
         weight = self._weights([what.weight for what in whats])
         self.device = weight.device
@@ -144,9 +166,7 @@ class _Trial:
             self.count * first.groups,
         )
         places = 1 if first.transposed else math.prod(first.weight.shape[2:])
-        shape = 1, self.source.groups * width, places
-        x = torch.rand(shape, dtype=torch.float64, generator=generator, device="cpu") - 0.5
-        self.x = x.to(self.device)
+        self.x = noise.of((1, self.source.groups * width, places)).to(self.device)
 
     def errors(self, folded: Sequence[Folded]) -> list[float]:
         """The relative L2 distance of each operator with these from the source; infinite if one is wrong."""
@@ -205,7 +225,7 @@ class _MergeTrial:
         solution: Solution,
         taken: Taken,
         reader: Reader,
-        generator: torch.Generator,
+        noise: _Noise,
     ) -> None:
         self.form = merge.form
         self.host = merge.operators[merge.host]
@@ -216,8 +236,7 @@ class _MergeTrial:
         geometry, channels = self.form.geometry, self.form.in_channels
         assert geometry is not None and channels is not None
         sizes = [_size(axis, geometry) for axis in geometry.axes]
-        x = torch.rand((2, channels, *sizes), dtype=torch.float64, generator=generator, device="cpu") - 0.5
-        self.x = x.to(self.exactly.weight.device)
+        self.x = noise.of((2, channels, *sizes)).to(self.exactly.weight.device)
 
     def error(self) -> float:
         """The relative L2 distance of the one operator from those of the source; infinite if it is wrong."""

@@ -54,10 +54,10 @@ def absorb(what: Absorption) -> tuple[Tensor, Tensor] | Code:
     folded_bias = shift.to(device=weight.device, dtype=weight.dtype)
     scale = _scale(what)
     assert scale is not None
-    folded = _scaled(weight, scale)
+    folded, extremes = _scaled(weight, scale)
     if weight.is_meta:
         return folded, folded_bias
-    if not _is_finite(folded, weight, scale) or not bool(folded_bias.isfinite().all()):
+    if not bool(extremes.isfinite().all()) or not bool(folded_bias.isfinite().all()):
         return Code.OVERFLOW
     is_small = bool((shift.abs() < torch.finfo(weight.dtype).tiny).any())
     if is_small and _is_lost(exact(weight) * scale, shift, what, weight.dtype):
@@ -138,19 +138,14 @@ def _spread(scale: Tensor, what: Absorption, *, per_row: bool) -> Tensor:
     return by_row.reshape(rows, -1, *kernel)
 
 
-def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
-    """`weight`·`scale`, computed in float64 and rounded once."""
+def _scaled(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight`·`scale`, computed in float64 and rounded once; and extremes of it, NaN if there is one."""
     result = torch.empty_like(weight, requires_grad=False)
     rows = max(1, _PIECE * weight.shape[0] // weight.numel())
     product = torch.empty_like(weight[:rows], dtype=torch.float64, device=scale.device, requires_grad=False)
     pieces = (torch.split(tensor, rows) for tensor in (weight.detach(), scale, result))
+    extremes: list[Tensor] = []
     for source, factor, target in zip(*pieces, strict=True):
         target.copy_(product[: source.shape[0]].copy_(source).mul_(factor))
-    return result
-
-
-def _is_finite(folded: Tensor, weight: Tensor, scale: Tensor) -> bool:
-    """Whether all of `folded` is; looked at only where max|weight|·max|scale| may be too large."""
-    low, high = torch.aminmax(weight.detach())
-    bound = torch.maximum(-low, high).to(scale.device, torch.float64) * scale.abs().amax()
-    return bool(bound < torch.finfo(weight.dtype).max) or bool(folded.isfinite().all())
+        extremes += torch.aminmax(target)
+    return result, torch.stack(extremes)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx.proxy import Proxy, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfuse.objects import STATE, user_classes
+from fxfuse.objects import held, user_classes
 from fxfuse.tree import NORM_RANKS, named_tensors, storage
 
 
@@ -56,9 +56,11 @@ def no_attributes_set(modules: Container[int]) -> Iterator[None]:
 
 def contents(module: nn.Module) -> list[tuple[str, list[int]]]:
     """What lies in the Python containers of a module, for telling whether forward has changed them."""
-    kinds = (list, dict, set, deque)
-    found = [(name, value) for name, value in vars(module).items() if isinstance(value, kinds)]
-    return [(name, [*map(id, _entries(value))]) for name, value in found if name[0] != "_"]
+    return [
+        (name, [*map(id, _entries(value))])
+        for name, value in held(module)
+        if name[0] != "_" and isinstance(value, _KINDS)
+    ]
 
 
 def _entries(container: Any) -> Iterable[Any]:
@@ -107,7 +109,7 @@ class SourceIsReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [tensor for _, tensor in named_tensors(model)]
         self.unread = {storage(tensor) for tensor in tensors if tensor.numel()} if unread else set()
         tensors += [
-            each for module in model.modules() for each in vars(module).values() if isinstance(each, Tensor)
+            each for module in model.modules() for _, each in held(module) if isinstance(each, Tensor)
         ]
         self.memory = {storage(tensor) for tensor in tensors}
 
@@ -125,34 +127,34 @@ class SourceIsReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @contextlib.contextmanager
 def objects_unchanged(model: nn.Module) -> Iterator[None]:
     """What forward keeps in objects that are no modules, or in its class, would be proxies from then on."""
-    before = [(held, dict(held) if isinstance(held, dict) else [*held]) for held in _held(model)]
+    before = [(each, dict(each) if isinstance(each, dict) else [*each]) for each in _containers(model)]
     changed = False
     try:
         yield
     finally:
-        for held, saved in before:
-            if _identities(held) != _identities(saved):
+        for each, saved in before:
+            if _identities(each) != _identities(saved):
                 changed = True
-                _restore(held, saved)
+                _restore(each, saved)
     if changed:
         raise TraceError("forward keeps state in an object or a class, which a graph does not record")
 
 
-def _held(model: nn.Module) -> list[Any]:
+def _containers(model: nn.Module) -> list[Any]:
     """The containers that classes, and objects that are no modules, lead to."""
     classes = {kind for module in model.modules() for kind in user_classes(module)}
     waiting: list[Any] = [[*vars(kind).values()] for kind in classes]
-    waiting += [[v for name, v in vars(module).items() if name not in STATE] for module in model.modules()]
+    waiting += [[value for _, value in held(module)] for module in model.modules()]
     found: dict[int, Any] = {}
     seen: set[int] = set()
     while waiting and len(seen) < _MOST_OBJECTS:
         inner = waiting.pop()
         values = inner.values() if isinstance(inner, Mapping) else inner
         for value in values:
-            if id(value) in seen or isinstance(value, _KNOWN):
+            if type(value) in _KNOWN or id(value) in seen or isinstance(value, _KNOWN):
                 continue
             seen.add(id(value))
-            if isinstance(value, _CONTAINERS):
+            if isinstance(value, _KINDS):
                 found[id(value)] = value
                 waiting.append(value)
             elif isinstance(value, tuple):
@@ -164,8 +166,8 @@ def _held(model: nn.Module) -> list[Any]:
 
 
 _MOST_OBJECTS = 10_000
-_CONTAINERS = (list, dict, set, deque)
-_KNOWN = (nn.Module, Tensor, type, FunctionType, MethodType, ModuleType, str, int, float, type(None))
+_KINDS = (list, dict, set, deque)
+_KNOWN = (nn.Module, Tensor, type, FunctionType, MethodType, ModuleType, str, int, float, bool, type(None))
 
 
 def _identities(container: Any) -> list[tuple[int, int]]:

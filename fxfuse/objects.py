@@ -29,6 +29,11 @@ def is_torch(name: Any) -> bool:
     return str(name).partition(".")[0] == "torch"
 
 
+def held(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module holds itself, beside what every module has."""
+    return ((name, value) for name, value in vars(module).items() if name not in STATE)
+
+
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What a module holds, itself and by its classes, less its submodules and the hooks of its state_dict."""
     for kind in user_classes(module):

@@ -42,7 +42,7 @@ def of_norm(change):
 def of_result(change):
     def plant(monkeypatch):
         right = solve.absorb
-        monkeypatch.setattr(solve, "absorb", lambda what: change(*right(what)))
+        monkeypatch.setattr(solve, "absorb", lambda what: change(*right(what), what.transposed))
 
     return plant
 
@@ -64,10 +64,10 @@ def of_maps(change):
     return plant
 
 
-def last_channel(tensor):
-    """Two percent off, in one channel: more than bfloat16 rounds away."""
+def last_channel(tensor, transposed=False):
+    """Two percent off, in one out-channel (of each group): more than bfloat16 rounds away."""
     changed = tensor.clone()
-    changed[-1] *= 1.02
+    (changed[:, -1] if transposed else changed[-1]).mul_(1.02)
     return changed
 
 
@@ -82,10 +82,10 @@ WRONG = {
     "no bias": of_norm(lambda mean, var, weight, bias, eps: (mean, var, weight, None, eps)),
     "channels swapped": of_maps(lambda each: affine.AffineMap(each.scale.flip(0), each.shift)),
     "shifts swapped": of_maps(lambda each: affine.AffineMap(each.scale, each.shift.flip(0))),
-    "last channel": of_result(lambda weight, bias: (last_channel(weight), bias)),
-    "last bias": of_result(lambda weight, bias: (weight, last_channel(bias))),
-    "not a number": of_result(lambda weight, bias: (weight * torch.nan, bias)),
-    "zero": of_result(lambda weight, bias: (weight * 0, bias)),
+    "last channel": of_result(lambda weight, bias, transposed: (last_channel(weight, transposed), bias)),
+    "last bias": of_result(lambda weight, bias, _: (weight, last_channel(bias))),
+    "not a number": of_result(lambda weight, bias, _: (weight * torch.nan, bias)),
+    "zero": of_result(lambda weight, bias, _: (weight * 0, bias)),
 }
 
 

@@ -1,0 +1,244 @@
+"""Where the time of a call goes, by kind of kernel, in the engine "torch" and in the two runtimes.
+
+Each engine runs the folded network by itself, in a process of its own. The kernels' times are those that the
+engine tells: oneDNN's verbose mode, OpenVINO's performance counters, ONNX Runtime's profile; medians over
+some calls. The whole call is timed without any of that. What is left is *between kernels*: looking them up,
+allocating, waiting for threads, and Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, fx, nn
+
+import fxfuse
+from benchmarks.pages import table
+from benchmarks.record import surroundings, write
+from fxfuse import zoo
+
+COMMAND = "python -m benchmarks.kinds"
+MODELS = ("torchvision:mobilenet_v2", "torchvision:efficientnet_b0", "torchvision:resnet50")
+CALLS = 15
+POINTWISE, DEPTHWISE, JOINED = "1×1 convolution", "depthwise convolution", "1×1, and a depthwise one in it"
+KINDS = (POINTWISE, DEPTHWISE, JOINED, "other convolution", "linear", "other kernels")
+BETWEEN = "between kernels"
+Times = dict[str, float]
+
+
+def in_torch(folded: fx.GraphModule, x: Tensor) -> tuple[Callable[[], Any], Callable[[], Times]]:
+    """A call of the engine "torch", and one that tells the times of its kernels."""
+    lowered = fxfuse.lower(folded, (x,))
+    if lowered.lowering.reason:
+        raise RuntimeError(lowered.lowering.reason)
+
+    def told() -> Times:
+        with _printed() as file, torch.backends.mkldnn.verbose(1):  # type: ignore[no-untyped-call]
+            lowered(x)
+        found: Times = defaultdict(float)
+        for line in file.read_text().splitlines():
+            if ",primitive,exec," in line:
+                found[_kind_in_onednn(line)] += float(line.rpartition(",")[2])
+        file.unlink()
+        return found
+
+    return lambda: lowered(x), told
+
+
+def _kind_in_onednn(line: str) -> str:
+    primitive, sizes = line.split(",")[5], line.split(",")[-2]
+    if primitive in ("inner_product", "matmul"):
+        return "linear"
+    if primitive != "convolution":
+        return "other kernels"
+    if "+dw:" in line:
+        return JOINED
+    groups = re.search(r"g(\d+)", sizes)
+    if groups and f"ic{groups[1]}oc" in sizes:
+        return DEPTHWISE
+    return POINTWISE if "kh1" in sizes and "kw1" in sizes else "other convolution"
+
+
+@contextmanager
+def _printed() -> Iterator[Path]:
+    """A file that has what is printed meanwhile, by libraries too."""
+    sys.stdout.flush()
+    handle, name = tempfile.mkstemp()
+    kept = os.dup(1)
+    os.dup2(handle, 1)
+    try:
+        yield Path(name)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(handle)
+
+
+def in_openvino(folded: fx.GraphModule, x: Tensor) -> tuple[Callable[[], Any], Callable[[], Times]]:
+    """The same for OpenVINO."""
+    import openvino  # noqa: PLC0415 - only the process that needs it pays for it
+
+    model = openvino.convert_model(folded, example_input=x, input=[list(x.shape)])
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    plain, counted = (
+        openvino.compile_model(model, "CPU", settings | more).create_infer_request()
+        for more in ({}, {"PERF_COUNT": True})
+    )
+    given = [x.numpy()]
+
+    def told() -> Times:
+        counted.infer(given)
+        found: Times = defaultdict(float)
+        for each in counted.get_profiling_info():
+            found[_kind_in_openvino(each.node_type, each.exec_type)] += each.real_time.total_seconds() * 1e3
+        return found
+
+    return lambda: plain.infer(given), told
+
+
+def _kind_in_openvino(kind: str, kernel: str) -> str:
+    if kind == "GroupConvolution":
+        return DEPTHWISE if "_dw" in kernel else "other convolution"
+    if kind == "Convolution":
+        return POINTWISE if "1x1" in kernel else "other convolution"
+    return "linear" if kind in ("FullyConnected", "MatMul") else "other kernels"
+
+
+def in_onnxruntime(folded: fx.GraphModule, x: Tensor) -> tuple[Callable[[], Any], Callable[[], Times]]:
+    """The same for ONNX Runtime."""
+    import onnxruntime  # noqa: PLC0415 - only the process that needs it pays for it
+
+    program = torch.onnx.export(folded, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    text = program.model_proto.SerializeToString()
+
+    def session(*, profiles: bool) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.enable_profiling = profiles
+        options.profile_file_prefix = str(Path(tempfile.gettempdir()) / f"kinds-{os.getpid()}")
+        return onnxruntime.InferenceSession(text, options, providers=["CPUExecutionProvider"])
+
+    plain = session(profiles=False)
+    given = {plain.get_inputs()[0].name: x.numpy()}
+
+    def told() -> Times:
+        profiled = session(profiles=True)
+        for _ in range(3):
+            profiled.run(None, given)
+        file = Path(profiled.end_profiling())
+        events = [each for each in json.loads(file.read_text()) if each["name"].endswith("_kernel_time")]
+        file.unlink()
+        found: Times = defaultdict(float)
+        for each in events[-len(events) // 3 :]:  # those of the last call
+            found[_kind_in_onnxruntime(each["args"])] += each["dur"] / 1e3
+        return found
+
+    return lambda: plain.run(None, given), told
+
+
+def _kind_in_onnxruntime(told: dict[str, Any]) -> str:
+    if told["op_name"] in ("Gemm", "MatMul", "FusedGemm", "FusedMatMul"):
+        return "linear"
+    if "Conv" not in told["op_name"]:
+        return "other kernels"
+    shape = next(iter(told["input_type_shape"][1].values()))
+    if shape[1] == 1:
+        return DEPTHWISE
+    return POINTWISE if shape[2:] == [1, 1] else "other convolution"
+
+
+ENGINES = {"fxfuse, torch": in_torch, "openvino": in_openvino, "onnxruntime": in_onnxruntime}
+
+
+@torch.no_grad()
+def measure(name: str, engine: str, batch: int) -> dict[str, float]:
+    """Milliseconds of a call, by kind of kernel."""
+    warnings.simplefilter("ignore")
+    source = zoo.load(name, seed=0).model
+    assert isinstance(source, nn.Module)
+    folded = fxfuse.fuse(source)
+    assert isinstance(folded, fx.GraphModule)
+    x = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    call, told = ENGINES[engine](folded, x)
+    times: list[float] = []
+    kernels: list[Times] = []
+    for number in range(CALLS + 2):
+        started = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - started
+        if number > 1:  # the first ones warm up
+            times.append(1e3 * seconds)
+            kernels.append(told())
+            call()
+    found = {kind: statistics.median(each.get(kind, 0.0) for each in kernels) for kind in KINDS}
+    whole = statistics.median(times)
+    return found | {BETWEEN: whole - sum(found.values()), "whole call": whole}
+
+
+def rows(times: dict[str, dict[str, float]]) -> Iterator[Sequence[object]]:
+    """The table of one network."""
+    yield ["ms", *times]
+    for kind in (*KINDS, BETWEEN, "whole call"):
+        if any(abs(each[kind]) >= 0.005 for each in times.values()):
+            yield [kind, *(f"{each[kind]:.2f}" for each in times.values())]
+
+
+def page(record: dict[str, Any]) -> str:
+    """The results as a page for the documentation."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    machine = record["machine"]
+    text = f"""# Where the time of a call goes
+
+Made by `{record["command"]}` at {record["commit"]}: {machine["processor"]}, {machine["cores"]} cores,
+{machine["threads"]} threads, {versions}.
+
+Folded networks, float32, batch {record["batch"]}. The times of kernels are those that each engine tells of
+itself, medians of {CALLS} calls, each engine in a process of its own; *between kernels* is what is left of
+the whole call, which was timed without the engine's own counting.
+"""
+    for name, times in record["models"].items():
+        text += f"\n## {name}\n\n{table(rows(times))}"
+    return text
+
+
+def main() -> None:
+    """Measures and writes the page."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument("--model", action="append", help="torchvision:NAME or timm:NAME, once for each")
+    parser.add_argument("--batch", type=int, default=1, help="images in a call")
+    options = parser.parse_args()
+    names = options.model or MODELS
+    cases = [(name, engine) for name in names for engine in ENGINES]
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in names}
+    for name, engine in track(cases, disable=not sys.stderr.isatty()):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found[name][engine] = pool.apply(measure, (name, engine, options.batch))
+    record = {**surroundings(COMMAND), "batch": options.batch, "models": found}
+    text = page(record)
+    print(text)
+    write("kinds", record, text)
+
+
+if __name__ == "__main__":
+    main()
