@@ -21,7 +21,7 @@ from fxfuse.shapes import GraphShapes
 from fxfuse.table import LAYERS
 from fxfuse.transparent import Concat, Rearranged, Slice, Within
 
-VIEWS = {"view": "reshape", "_unsafe_view": "reshape", "view_as": "reshape_as"}
+_VIEWS = {"view": "reshape", "_unsafe_view": "reshape", "view_as": "reshape_as"}
 _MINDING = {
     *("as_strided", "view_as_complex", "stride", "is_contiguous", "storage_offset", "data_ptr"),
     *("storage", "untyped_storage"),
@@ -85,13 +85,24 @@ def layouts(
             any(other_order[each] for each in inputs) or _reorders(node, reader, shapes)
         )
         changed[node] = frozenset({node}) if node in merged else frozenset() if _orders(node, op) else before
-        is_view = operator_name(node) in VIEWS and not _is_of_bits(node)
         may_copy = before and _may_copy(node, reader) and is_written(node)
         if before and (may_copy or _minds(node) or _is_unknown(node, reader)):
             found.stuck |= before
-        elif before and is_view:
+        elif before and demands_order(node):
             found.views[node] = before
     return found
+
+
+def demands_order(node: fx.Node) -> bool:
+    """Whether it is a `view`, which fails where `reshape` would copy."""
+    return operator_name(node) in _VIEWS and not _is_of_bits(node)
+
+
+def as_reshape(view: fx.Node) -> None:
+    """Makes a `view` a `reshape`, in place."""
+    name = _VIEWS[operator_name(view)]
+    view.target = name if view.op == "call_method" else getattr(torch.ops.aten, name).default
+    view.kwargs = {"shape" if name == "size" else name: value for name, value in view.kwargs.items()}
 
 
 def _orders(node: fx.Node, op: object) -> bool:
@@ -106,7 +117,7 @@ def _may_copy(node: fx.Node, reader: Reader) -> bool:
     """Whether it depends on the layout of its input if it gives a view or a copy."""
     layer = reader.layer(node)
     name = LAYERS.get(type(layer), "") if layer is not None else operator_name(node)
-    return name in _COPYING or name in VIEWS
+    return name in _COPYING or name in _VIEWS
 
 
 def _is_of_bits(node: fx.Node) -> bool:
@@ -117,7 +128,7 @@ def _is_of_bits(node: fx.Node) -> bool:
 def _minds(node: fx.Node) -> bool:
     """Whether it asks for the layout, or demands one that no other operator could make."""
     name = operator_name(node)
-    return node.op != "call_module" and (name in _MINDING or (name in VIEWS and _is_of_bits(node)))
+    return node.op != "call_module" and (name in _MINDING or (name in _VIEWS and _is_of_bits(node)))
 
 
 def _reorders(node: fx.Node, reader: Reader, shapes: GraphShapes) -> bool:

@@ -20,7 +20,7 @@ from fxfuse.aliases import asks_for_kind
 from fxfuse.calls import given_arguments, gives_several, operator_name, set_argument
 from fxfuse.capture import Capture
 from fxfuse.layers import LINEAR_ARGUMENTS, PRODUCTS
-from fxfuse.layout import VIEWS
+from fxfuse.layout import as_reshape
 from fxfuse.nodes import Linear, Norm
 from fxfuse.ops import Reader
 from fxfuse.places import place_of
@@ -61,7 +61,7 @@ def rewrite(capture: Capture, plan: Plan, solution: Solution, reader: Reader) ->
     for node, rank in dict.fromkeys((*assumed, *of_merges)):
         _assert_rank(hosts.get(node, node), rank)
     for view in plan.views:
-        _as_reshape(view)
+        as_reshape(view)
     replaced = gone(plan)
     restored = _restored(capture.graph, reader, replaced)
     _redirect(capture.graph, plan)
@@ -266,12 +266,6 @@ def drop_unused(graph: fx.Graph, reader: Reader) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and (node.op == "get_attr" or node in reader.constants):
             graph.erase_node(node)
-
-
-def _as_reshape(view: fx.Node) -> None:
-    name = VIEWS[operator_name(view)]
-    view.target = name if view.op == "call_method" else getattr(torch.ops.aten, name).default
-    view.kwargs = {"shape" if name == "size" else name: value for name, value in view.kwargs.items()}
 
 
 def _assert_rank(node: fx.Node, rank: int) -> None:

@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from fxfuse.aliases import roots
 from fxfuse.calls import written_inputs
+from fxfuse.layout import as_reshape, demands_order
+from fxfuse.lowering.means import as_poolings
 from fxfuse.lowering.specialised import Specialised, UnsupportedError, in_dtype, surround
 from fxfuse.lowering.traces import followed
 from fxfuse.tree import attribute
@@ -40,6 +42,7 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
         raise UnsupportedError("its kernels are for CPUs")
     module = graph.module if dtype is None else in_dtype(graph, dtype)
     module = _copied(module)
+    as_poolings(module)
     if not _writes_to_views(module):
         _put_channels_last(module, [result.is_contiguous() for result in graph.results])
     with torch.no_grad(), followed(), _Rewritten():
@@ -62,13 +65,19 @@ def _copied(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _writes_to_views(module: fx.GraphModule) -> bool:
-    """Whether something is written to what may be a view, which in another memory format may be none."""
-    shares = roots(module.graph, module, written_inputs, {})
-    for node in module.graph.nodes:
+    """Whether something is written to what may have views, which in another memory format may be none."""
+
+    def written(node: fx.Node) -> Sequence[fx.Node]:
         layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        written = node.all_input_nodes if getattr(layer, "inplace", False) else written_inputs(node)
-        if any(shares[each] != {each} for each in written):
+        return node.all_input_nodes if getattr(layer, "inplace", False) else written_inputs(node)
+
+    shares = roots(module.graph, module, written, {})
+    viewed: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if any(shares[each] & viewed for each in written(node)):
             return True
+        if not written(node):  # what writes gives what it has written to
+            viewed |= shares[node] - {node}
     return False
 
 
@@ -81,6 +90,9 @@ def _put_channels_last(module: fx.GraphModule, contiguous: Sequence[bool]) -> No
     """
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = _with_channels_last(tensor.data)
+    for node in module.graph.nodes:
+        if demands_order(node):
+            as_reshape(node)
     surround(module, (_with_channels_last,), [(_as_before, each) for each in contiguous])
 
 

@@ -174,11 +174,15 @@ class _Writer(fx.Interpreter):
         if switches_mode(n):
             raise UnsupportedError(f"forward changes the mode that torch computes in, {_at(n)}")
         self._pure.is_free = not any(isinstance(each, fx.Node) for each in self._read(n))
+        versions = [(each, _version(self.env[each])) for each in n.all_input_nodes]
         try:
             value = super().run_node(n)
         except UnsupportedError as error:
             raise UnsupportedError(f"{error}, {_at(n)}") from error
-        self._made[n] = self._become(n, value)
+        given = (each for each, version in versions if self.env[each] is value and _version(value) == version)
+        source = next(given, None) if n.op.startswith("call") else None
+        # Dropout and the like give what they are given.
+        self._made[n] = self._become(n, value) if source is None else self._made[source]
         return value
 
     def is_constant_written_to(self) -> bool:
@@ -288,6 +292,11 @@ class _Writer(fx.Interpreter):
 
     def _standing(self, argument: Any) -> Any:
         return self._made[argument] if isinstance(argument, fx.Node) else argument
+
+
+def _version(value: Any) -> int | None:
+    """How often something was written to it, if it is a tensor."""
+    return value._version if isinstance(value, Tensor) else None
 
 
 def _placed(places: Mapping[fx.Node, int], leaf: Any) -> Any:
