@@ -3,7 +3,8 @@
 Each convolution and linear layer of a folded network is run by itself, on an input of the shape that it gets,
 on each of torch's kernels: as it is, with channels last, prepacked by oneDNN, and as a linear layer where it
 is a convolution with one tap. The floor is the sum of the least times. Inputs are warm, activations and
-additions are free, and other operators (attention, pooling) count nothing, so it cannot be reached.
+additions are free, and other operators (attention, pooling) count nothing; but each call costs some ten
+microseconds, which engines save in part, so that small networks may be faster than that.
 """
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ drawn anew in every round, each after a pause and an uncounted call; the machine
 compare within a row only. Every output was compared with a float64 run of the source before; what differed is
 not timed. *fxfuse, torch* is `fxfuse.lower(folded, (x,))`; *fxfuse, auto* is the engine that `engine="auto"`
 chose, named in its column: its time is that engine's. *Floor*: the sum of the least times of all
-convolutions and linear layers, each by itself on the fastest of torch's kernels (`benchmarks/floor.py`).
+convolutions and linear layers, each by itself on the fastest of torch's kernels, with what a call costs
+(`benchmarks/floor.py`).
 
 ## What was to be reached
 
