@@ -274,6 +274,20 @@ def test_a_torch_without_onednn_graph_runs_the_folded_module_and_says_why(monkey
 # ---- what a graph for one kind of inputs is ------------------------------------------------------------
 
 
+def test_what_gives_what_it_is_given_is_gone():
+    modules = {"dropout": nn.Dropout(), "same": nn.Identity(), "act": nn.ReLU(inplace=True)}
+    model = folded(
+        Written(lambda m, y: m.act(m.same(m.dropout(F.dropout2d(y, training=False)))).clone(), **modules)
+    )
+    graph = specialised(model, (X,))
+    assert [str(node.target) for node in graph.module.graph.nodes if node.op.startswith("call")] == [
+        "conv",
+        "act",
+        "clone",
+    ]
+    assert torch.equal(graph.run(lambda tensors: graph.module(*tensors), [X]), model(X))
+
+
 def test_sizes_constants_assertions_and_containers_are_gone():
     def function(m, y):
         assert_(y.shape[1] == 8, "channels")
@@ -412,17 +426,56 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("view", VIEWS)
-def test_writes_through_views_stay_what_they_are_in_another_memory_format(view):
+def through_a_view(view):
     def function(_, y):
-        VIEWS[view](y).clamp_(-3, 3)
+        view(y).clamp_(-3, 3)
         return y.relu()
 
-    model = folded(Written(function))
+    return function
+
+
+def beside_a_view(view):
+    def function(_, y):
+        seen = view(y)
+        y.clamp_(-3, 3)
+        return seen.relu()
+
+    return function
+
+
+@pytest.mark.parametrize("written", [through_a_view, beside_a_view])
+@pytest.mark.parametrize("view", VIEWS)
+def test_writes_stay_what_they_are_in_another_memory_format(view, written):
+    model = folded(Written(written(VIEWS[view])))
     lowered = fxfuse.lower(model, (X,))
+    assert not lowered.lowering.reason
     with torch.no_grad():  # in the example nothing is clamped
         expected = copy.deepcopy(model)(50 * X)
         torch.testing.assert_close(lowered(50 * X), expected, rtol=1e-4, atol=1e-4)
+
+
+def added_in_place(_, y):
+    z = y.sigmoid()
+    z += y
+    return F.relu(z, inplace=True).flatten(1)
+
+
+HARMLESS = {
+    "in place": added_in_place,
+    "view": lambda _, y: y.relu().view(2, -1) + y.permute(0, 2, 3, 1).reshape(2, -1),
+    "view of bits": lambda _, y: y.relu() * y.sigmoid().view(torch.int32).view(torch.float32),
+    "dropout": lambda m, y: m.act(m.dropout(y)) + 1,
+}
+
+
+@pytest.mark.parametrize("way", HARMLESS)
+def test_images_have_their_channels_last_where_no_view_is_written_to(way, monkeypatch):
+    given, put = [], onednn._put_channels_last
+    monkeypatch.setattr(onednn, "_put_channels_last", lambda *args: (given.append(args), put(*args)))
+    modules = {"dropout": nn.Dropout(inplace=True), "act": nn.ReLU(inplace=True)}
+    lowered = fxfuse.lower(folded(Written(HARMLESS[way], **modules)), (X,))
+    assert not lowered.lowering.reason and len(given) == 1
+    near(lowered, X)
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
