@@ -1,12 +1,13 @@
 # make demo   fold a real network and look at a photograph with it, before and after
 # make test   the tests                  make fuzz   tens of thousands of random models
 # make lint   style and types            make plant  plants bugs and shows that the tests find them
+# make docs   the documentation, in docs/_build
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test fuzz plant lint clean
+.PHONY: demo test fuzz plant lint docs clean
 
 demo: $(INSTALLED)
 	@echo "fxfuse demo: EfficientNet-Lite0 with its ImageNet weights"
@@ -27,6 +28,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build
+	@echo "docs/_build/index.html"
+
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "making .venv and installing what constraints.txt pins (a few minutes the first time)"
 	@$(PYTHON) -m venv .venv
@@ -34,4 +39,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis docs/_build
