@@ -4,7 +4,7 @@ import fxfuse
 
 project = "fxfuse"
 author = "The fxfuse developers"
-copyright = author  # noqa: A001 - Sphinx reads it by this name
+copyright = author
 release = version = fxfuse.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

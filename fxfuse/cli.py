@@ -1,6 +1,7 @@
 """The command line: ``fxfuse fuse|explain|verify|bisect|list|demo``.
 
-Results go to stdout, progress to stderr. Exit codes: 0 done, 1 verification failed, 2 wrong usage.
+Results go to stdout, progress to stderr. Exit codes: 0 done, 1 verification failed, 2 wrong usage, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from fxfuse.reproduction import reproduction
 from fxfuse.shell import (
     Asked,
     Group,
+    again,
     complain,
     file_option,
     progress,
@@ -129,6 +131,7 @@ def fuse(
         show(headline(str(output), f"written, {size:.1f} MiB, for {taken}"))
     if lowering is not None:
         show(lowering_view(lowering))
+    show(Text(again(), style="dim"))
 
 
 def _folded(
@@ -183,6 +186,7 @@ def explain(asked: Asked, json_file: Path | None, html_file: Path | None, dot_fi
     if not write_json(told, json_file):
         show(headline(asked.spec, loaded.weights))
         show(report_view(report))
+        show(Text(again(), style="dim"))
 
 
 @main.command(epilog="Example: fxfuse verify model.pt2 folded.pt2")
@@ -213,6 +217,7 @@ def verify(asked: Asked, candidate: str | None, json_file: Path | None) -> None:
         show(headline(asked.spec, loaded.weights))
         show(headline("compared with", compared))
         show(comparison_view(comparison))
+        show(Text(again(), style="dim"))
     sys.exit(0 if comparison.ok else 1)
 
 
@@ -271,6 +276,7 @@ def bisect(asked: Asked, command: str | None, tolerance: float | None, state: Pa
             part.write_text(script, encoding="utf-8")
         show(Text(f"fold all but these with fxfuse.fuse(model, leave={list(found.culprits)})"))
         show(Text(f"to see it fail: python {output}"))
+    show(Text(again(), style="dim"))
 
 
 @main.command(name="list", epilog="Example: fxfuse list regnety")

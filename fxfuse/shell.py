@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,10 @@ from fxfuse.visible import one_line, visible
 
 Command = Callable[..., None]
 Step = Callable[[str], None]
+# The entry of a context's meta that has the words of the command line.
+_WORDS = "fxfuse.words"
+# As shells tell it: 128 and the number of the signal.
+_INTERRUPTED = 130
 
 
 class _Shape(click.ParamType["tuple[int, ...]"]):
@@ -146,17 +151,30 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except VerificationError as error:
-            complain(f"Verification failed: {error}")
+            complain(f"Verification failed: {error}\n{again()}")
             sys.exit(1)
         except FxfuseError as error:
             complain(f"Error: {error}")
             sys.exit(2)
+        except KeyboardInterrupt:
+            complain("Interrupted; files that were not finished are not there")
+            sys.exit(_INTERRUPTED)
 
     return run
 
 
+def again() -> str:
+    """The line that tells how to repeat the command that is running."""
+    return f"again: {shlex.join(['fxfuse', *click.get_current_context().meta[_WORDS]])}"
+
+
 class Group(click.Group):
     """Commands whose usage errors may quote anything."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Reads them, and keeps them as they are."""
+        ctx.meta[_WORDS] = [*args]
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""

@@ -1,8 +1,12 @@
 """The command line: what it prints, what it writes, and how it ends."""
 
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -374,3 +378,55 @@ def test_a_disk_that_is_full_ends_with_2_and_leaves_nothing():
     )
     assert ended.returncode == 2 and ended.stderr.startswith("Error: cannot write new.pt2: File too large")
     assert [path.name for path in Path.cwd().iterdir()] == ["made_here.py"]
+
+
+@pytest.mark.parametrize("verb", ["fuse", "explain", "verify", "bisect"])
+def test_the_last_line_repeats_the_run(run, verb):
+    words = [verb, "made_here:network", "--input", "2,3,8,8", "--seed", "3"]
+    first = run(*words)
+    assert first.exit_code == 0, first.output
+    *_, last = first.stdout.splitlines()
+    assert last == f"again: fxfuse {' '.join(words)}"
+    again = run(*shlex.split(last)[2:])
+    assert [line for line in again.stdout.splitlines() if "error" not in line] == [
+        line for line in first.stdout.splitlines() if "error" not in line
+    ]
+
+
+def test_words_with_spaces_are_quoted_in_the_last_line(run):
+    result = run("explain", "made_here:network", "--html", "a report.html")
+    assert result.stdout.splitlines()[-1] == "again: fxfuse explain made_here:network --html 'a report.html'"
+
+
+def test_json_on_stdout_is_nothing_but_json(run):
+    assert "again" not in run("explain", "made_here:network", "--json", "-").stdout
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path):
+    (tmp_path / "made_here.py").write_text(
+        FACTORY + "\ndef slow():\n    import time\n    open('begun', 'w').close()\n    time.sleep(60)\n"
+    )
+    words = [sys.executable, "-m", "fxfuse", "fuse", "made_here:slow", "-o", "folded.pt2"]
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as running:
+        for _ in range(600):
+            if (tmp_path / "begun").exists():
+                break
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        _, told = running.communicate(timeout=60)
+    assert running.returncode == 130 and "Interrupted" in told and "Traceback" not in told
+    assert {path.name for path in tmp_path.iterdir()} <= {"made_here.py", "begun", "__pycache__"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_can_complete_the_commands(shell):
+    settings = os.environ | {"_FXFUSE_COMPLETE": f"{shell}_source"}
+    command = str(Path(sys.executable).parent / "fxfuse")
+    done = subprocess.run([command], env=settings, capture_output=True, text=True, check=True)
+    assert "_FXFUSE_COMPLETE" in done.stdout
+
+
+def test_no_colour_where_none_is_wanted(run, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[3" not in run("explain", "made_here:network").stdout
