@@ -2,7 +2,7 @@
 
 A detector as a whole cannot be traced: how many boxes it finds decides what it does next. Its norms are all
 in the backbone, and that can. ``keep_modules=True`` gives a backbone of the same class, so that whoever looks
-into the detector finds what was there. The weights are random here: with ``weights="DEFAULT"`` they are COCO's.
+into the detector finds what was there. The weights are random; with ``weights="DEFAULT"`` they are COCO's.
 """
 
 from __future__ import annotations
