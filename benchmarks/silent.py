@@ -193,7 +193,7 @@ def measure(make: Callable[[], nn.Module], shape: Sequence[int], tool: str) -> f
 
 @torch.no_grad()
 def stale(tool: str) -> float | str:
-    """The same for a model whose weights are changed after the tool has seen it; NaN if it says it is a copy."""
+    """The same for a model whose weights are changed after the tool has seen it."""
     model = _randomised(nn.Sequential(_conv(), nn.BatchNorm2d(4)), torch.Generator().manual_seed(1))
     x = torch.randn(2, 4, 8, 8)
     call = TOOLS[tool](model, x)
@@ -226,16 +226,17 @@ def main() -> None:
     changed = {tool: stale(tool) for tool in compiled}
     record = {**surroundings(COMMAND), "found": found, "weights changed after compilation": changed}
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    told = ", ".join(f"{tool}: {_cell(each)}" for tool, each in changed.items())
     text = f"""# Wrong without a word
 
 Made by `{COMMAND}` at {record["commit"]}: {versions}.
 
-What tools make of models that are easy to fold wrongly. *right*: the output is that of eager PyTorch in float64, up to
-a relative distance of {RIGHT:g}; a number in bold is that distance, where it is more. Whether a norm was removed is not
-asked here.
+What tools make of models that are easy to fold wrongly. *right*: the output is that of eager PyTorch in float64,
+up to a relative distance of {RIGHT:g}; a number in bold is that distance, where it is more. Whether a norm was
+removed is not asked here.
 
 {table(rows(found))}
-Compiled, and the weights changed afterwards: {", ".join(f"{tool}: {_cell(each)}" for tool, each in changed.items())}.
+Compiled, and the weights changed afterwards: {told}.
 """
     print(text)
     write("silent", record, text)
