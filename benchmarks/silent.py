@@ -232,8 +232,8 @@ def main() -> None:
 Made by `{COMMAND}` at {record["commit"]}: {versions}.
 
 What tools make of models that are easy to fold wrongly. *right*: the output is that of eager PyTorch in
-float64, up to a relative distance of {RIGHT:g}; a number in bold is that distance, where it is more. Whether a
-norm was removed is not asked here.
+float64, up to a relative distance of {RIGHT:g}; a number in bold is that distance, where it is more. Whether
+a norm was removed is not asked here.
 
 {table(rows(found))}
 Compiled, and the weights changed afterwards: {told}.
