@@ -42,8 +42,9 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
         raise UnsupportedError("its kernels are for CPUs")
     module = graph.module if dtype is None else in_dtype(graph, dtype)
     module = _copied(module)
+    keeps_format = _writes_to_views(module)
     as_poolings(module)
-    if not _writes_to_views(module):
+    if not keeps_format:
         _put_channels_last(module, [result.is_contiguous() for result in graph.results])
     with torch.no_grad(), followed(), _Rewritten():
         traced: Any = torch.jit.trace(module, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
