@@ -11,12 +11,12 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PRINTED = {
-    "photograph.py": r": 49 of 49 norms folded.*before: class 285, probability (0\.78\d|0\.79\d)\n"
+    "photograph.py": r"49 of 49 norms folded.*before: class 285, probability (0\.78\d|0\.79\d)\n"
     r"after: class 285, probability \1",
-    "detector.py": r": (\d+) of \1 norms folded.*still a BackboneWithFPN\nnorms left: 0\nall levels",
-    "ahead_of_time.py": r": 34 of 34 norms folded.*batch 2 is the same: True\nbatch 5 is the same: True",
+    "detector.py": r"(\d+) of \1 norms folded.*still a BackboneWithFPN\nnorms left: 0\nall levels",
+    "ahead_of_time.py": r"34 of 34 norms folded.*batch 2 is the same: True\nbatch 5 is the same: True",
     # transformers is no dependency of the tests: make examples runs it.
-    "huggingface.py": r": (\d+) of \1 norms folded.*still a ResNetForImageClassification\nnorms left: 0\n"
+    "huggingface.py": r"(\d+) of \1 norms folded.*still a ResNetForImageClassification\nnorms left: 0\n"
     r"the same logits: True",
 }
 HEAVY = {"huggingface.py": "transformers"}
