@@ -57,9 +57,8 @@ def _draw(axes: Axes, rows: tuple[Row, ...], side: str) -> None:
         colour = COLOURS[row.state]
         axes.plot(node.lane, number, "o", color=colour, markersize=6)
         weight = "bold" if row.state in ("gone", "folded") else "normal"
-        axes.text(
-            lanes + 0.2, number, f"{node.operator}  {node.name}", color=colour, va="center", weight=weight
-        )
+        name = "" if node.name.endswith(node.operator) else node.name
+        axes.text(lanes + 0.2, number, f"{node.operator}  {name}", color=colour, va="center", weight=weight)
     axes.set(xlim=(-0.5, lanes + 6), ylim=(len(rows) - 0.4, -0.6))
     axes.set_title(side, loc="left", fontsize=10)
     axes.axis("off")

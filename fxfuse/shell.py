@@ -165,7 +165,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
 
 def again() -> str:
     """The line that tells how to repeat the command that is running."""
-    return f"again: {shlex.join(['fxfuse', *click.get_current_context().meta[_WORDS]])}"
+    return one_line(f"again: {shlex.join(['fxfuse', *click.get_current_context().meta[_WORDS]])}")
 
 
 class Group(click.Group):

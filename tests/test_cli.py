@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -429,4 +430,5 @@ def test_shells_can_complete_the_commands(shell):
 def test_no_colour_where_none_is_wanted(run, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert "\x1b[3" not in run("explain", "made_here:network").stdout
+    shown = run("explain", "made_here:network").stdout
+    assert "\x1b[" in shown and not re.search(r"\x1b\[[\d;]*[349]\dm", shown)

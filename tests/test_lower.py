@@ -463,7 +463,6 @@ def added_in_place(_, y):
 HARMLESS = {
     "in place": added_in_place,
     "view": lambda _, y: y.relu().view(2, -1) + y.permute(0, 2, 3, 1).reshape(2, -1),
-    "view of bits": lambda _, y: y.relu() * y.sigmoid().view(torch.int32).view(torch.float32),
     "dropout": lambda m, y: m.act(m.dropout(y)) + 1,
 }
 
