@@ -194,11 +194,12 @@ def measure(make: Callable[[], nn.Module], shape: Sequence[int], tool: str) -> f
 @torch.no_grad()
 def stale(tool: str) -> float | str:
     """The same for a model whose weights are changed after the tool has seen it."""
-    model = _randomised(nn.Sequential(_conv(), nn.BatchNorm2d(4)), torch.Generator().manual_seed(1))
+    conv = _conv()
+    model = _randomised(nn.Sequential(conv, nn.BatchNorm2d(4)), torch.Generator().manual_seed(1))
     x = torch.randn(2, 4, 8, 8)
     call = TOOLS[tool](model, x)
     call(x)
-    cast(nn.Conv2d, model[0]).weight.mul_(3)
+    conv.weight.mul_(3)
     return distance(call(x), copy.deepcopy(model).double()(x.double()))
 
 

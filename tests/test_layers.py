@@ -39,7 +39,6 @@ LAYERS = [
     ["lowering.__init__", "lowering.specialised", "lowering.timing", "lowering.records"],
     ["lowering.allocator"],
     ["lowering.traces", "lowering.inductor", "lowering.onnxruntime"],
-    ["lowering.means"],
     ["lowering.onednn", "lowering.openvino"],
     ["lowering.batches"],
     ["lowering.engines"],
