@@ -187,7 +187,7 @@ def _targets(cells: Mapping[str, Record]) -> Iterator[list[object]]:
     ready = {
         _key(cell): cell["ways"]["inductor"]["ready_seconds"] / cell["ways"][OWN]["ready_seconds"]
         for cell in rest
-        if "ready_seconds" in cell["ways"]["inductor"]
+        if "ready_seconds" in cell["ways"].get("inductor", {})
     }
     yield _target("*fxfuse, torch*: ready in a tenth of Inductor's time", ready, 10)
     near = {_key(cell): best(cell, RUNTIMES) / (median(cell, OWN) or math.nan) for cell in rest}

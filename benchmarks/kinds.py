@@ -3,7 +3,7 @@
 Each engine runs the folded network by itself, in a process of its own. The kernels' times are those that the
 engine tells: oneDNN's verbose mode, OpenVINO's performance counters, ONNX Runtime's profile; medians over
 some calls. The whole call is timed without any of that. What is left is *between kernels*: looking them up,
-allocating, waiting for threads, and Python.
+allocating, waiting for threads, Python, and operators that are not oneDNN's; below 0 where counting costs.
 """
 
 from __future__ import annotations

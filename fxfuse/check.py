@@ -73,7 +73,7 @@ def errors(plan: Plan, solution: Solution, reader: Reader) -> dict[Change, float
 
 
 class _Noise:
-    """Random numbers: the same in every run, and the same to begin with in every input."""
+    """Random numbers, the same in every run; inputs share them, so that few have to be drawn."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator("cpu").manual_seed(0)
@@ -87,7 +87,7 @@ class _Noise:
         return self._numbers[:count].view(shape)
 
     def below(self, limit: int) -> int:
-        """A whole number."""
+        """A whole number from 0, below `limit`."""
         return int(torch.randint(limit, (), generator=self._generator, device="cpu"))
 
     def _drawn(self, count: int) -> Tensor:

@@ -131,7 +131,7 @@ def fuse(
         show(headline(str(output), f"written, {size:.1f} MiB, for {taken}"))
     if lowering is not None:
         show(lowering_view(lowering))
-    show(Text(again(), style="dim"))
+    click.echo(again())
 
 
 def _folded(
@@ -186,7 +186,7 @@ def explain(asked: Asked, json_file: Path | None, html_file: Path | None, dot_fi
     if not write_json(told, json_file):
         show(headline(asked.spec, loaded.weights))
         show(report_view(report))
-        show(Text(again(), style="dim"))
+        click.echo(again())
 
 
 @main.command(epilog="Example: fxfuse verify model.pt2 folded.pt2")
@@ -217,7 +217,7 @@ def verify(asked: Asked, candidate: str | None, json_file: Path | None) -> None:
         show(headline(asked.spec, loaded.weights))
         show(headline("compared with", compared))
         show(comparison_view(comparison))
-        show(Text(again(), style="dim"))
+        click.echo(again())
     sys.exit(0 if comparison.ok else 1)
 
 
@@ -276,7 +276,7 @@ def bisect(asked: Asked, command: str | None, tolerance: float | None, state: Pa
             part.write_text(script, encoding="utf-8")
         show(Text(f"fold all but these with fxfuse.fuse(model, leave={list(found.culprits)})"))
         show(Text(f"to see it fail: python {output}"))
-    show(Text(again(), style="dim"))
+    click.echo(again())
 
 
 @main.command(name="list", epilog="Example: fxfuse list regnety")

@@ -418,7 +418,32 @@ def test_results_have_memory_of_their_own():
     assert torch.equal(z, X)
 
 
+@fx.wrap
+def rows(x):
+    """A view, by code that is not torch's."""
+    return x.reshape(2, -1)
+
+
+@fx.wrap
+def other(x, y):
+    y.clamp_(-3, 3)
+    return x
+
+
+@fx.wrap
+def longest(lengths, limit):
+    return min(limit, max(lengths.tolist()))
+
+
+@fx.wrap
+def capped(parts):
+    for each in parts:
+        each.clamp_(-3, 3)
+    return parts
+
+
 VIEWS = {
+    "foreign": rows,
     "flatten": lambda y: y.flatten(1),
     "reshape": lambda y: y.reshape(2, -1),
     "contiguous": lambda y: y.contiguous(),
@@ -458,6 +483,39 @@ def added_in_place(_, y):
     z = y.sigmoid()
     z += y
     return F.relu(z, inplace=True).flatten(1)
+
+
+WRITTEN = {
+    "another": lambda _, y: other(y.relu(), y) + y,
+    "parts": lambda _, y: capped(y.chunk(2, 1))[0] + y.mean(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("way", WRITTEN)
+def test_what_writes_and_gives_another_stays(way):
+    model = folded(Written(WRITTEN[way]))
+    lowered = fxfuse.lower(model, (X,))
+    with torch.no_grad():  # in the example nothing is capped
+        expected = copy.deepcopy(model)(50 * X)
+        torch.testing.assert_close(lowered(50 * X), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_numbers_that_are_a_limit_of_the_example_are_not_fixed():
+    def function(_, y, z):
+        return y[..., : longest(z, y.size(3))].relu().sum(-1)
+
+    lowered = fxfuse.lower(folded(WithSecond(function)), (X, torch.tensor([12, 20])))
+    assert "reads numbers" in lowered.lowering.reason
+
+
+def test_a_conversion_that_does_nothing_stays_for_another_dtype():
+    def function(_, y):
+        return (y[:, :2].float().sigmoid() * 8 + 600) * 8
+
+    lowered = fxfuse.lower(folded(Written(function)), (X,), dtype=torch.bfloat16)
+    assert not lowered.lowering.reason
+    with torch.no_grad():
+        assert float((lowered(X) - lowered.folded(X)).abs().max()) < 1
 
 
 HARMLESS = {

@@ -40,7 +40,8 @@ def fastest(folded: nn.Module, inputs: Sequence[Any], dtype: torch.dtype | None,
         raise UsageError(f"no engine that is installed computes in {dtype}; leave out dtype=...")
     chosen, times = fastest_of(ready, folded, inputs)
     timings = [replace(each, milliseconds=times.get(each.engine, math.nan)) for each in timings]
-    timings.append(Timing("folded", times["folded"], 0.0))
+    if times:
+        timings.append(Timing("folded", times["folded"], 0.0))
     timings.sort(key=lambda each: (math.isnan(each.milliseconds), each.milliseconds))
     seconds = time.perf_counter() - started
     chosen.lowering = replace(chosen.lowering, seconds=seconds, timings=tuple(timings))
@@ -52,8 +53,9 @@ def fastest_of(
 ) -> tuple[Lowered, dict[str, float]]:
     """The fastest of some, the first if no engine runs; and the times of those that run, and of `folded`."""
     running = {name: each for name, each in ready.items() if not each.lowering.reason}
+    if not running:
+        return next(iter(ready.values())), {}
     with torch.no_grad():
         calls = {name: partial(each, *inputs) for name, each in running.items()}
         times = medians(calls | {"folded": partial(folded, *inputs)}, rounds=15)
-    name = min(running, key=times.__getitem__, default=next(iter(ready)))
-    return ready[name], times
+    return running[min(running, key=times.__getitem__)], times

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-from fxfuse.aliases import roots
-from fxfuse.calls import written_inputs
+from fxfuse.aliases import plain_layer, roots
+from fxfuse.calls import operator_name, written_inputs
 from fxfuse.layout import as_reshape, demands_order
-from fxfuse.lowering.specialised import Specialised, UnsupportedError, in_dtype, surround
+from fxfuse.lowering.specialised import WRITES, Specialised, UnsupportedError, in_dtype, surround
 from fxfuse.lowering.traces import followed
 from fxfuse.tree import attribute
 
@@ -66,15 +66,20 @@ def _writes_to_views(module: fx.GraphModule) -> bool:
     """Whether something is written to what may have views, which in another memory format may be none."""
 
     def written(node: fx.Node) -> Sequence[fx.Node]:
-        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        return node.all_input_nodes if getattr(layer, "inplace", False) else written_inputs(node)
+        if not node.meta.get(WRITES, True):
+            return []
+        return node.all_input_nodes if node.op == "call_module" else written_inputs(node)
+
+    def gives_what_it_wrote_to(node: fx.Node) -> bool:
+        layer = plain_layer(module, node)
+        return getattr(layer, "inplace", False) or (node.op != "call_module" and bool(operator_name(node)))
 
     shares = roots(module.graph, module, written, {})
     viewed: set[fx.Node] = set()
     for node in module.graph.nodes:
         if any(shares[each] & viewed for each in written(node)):
             return True
-        if not written(node):  # what writes gives what it has written to
+        if not written(node) or not gives_what_it_wrote_to(node):
             viewed |= shares[node] - {node}
     return False
 

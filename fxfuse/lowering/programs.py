@@ -106,10 +106,13 @@ class _Compiler:
         few = pytree.tree_map_only(Tensor, lambda tensor: tensor[:size], self.inputs)
         try:
             part = specialised(self.folded, few)
-            if not is_for_fewer(whole.module, part.module, batch, size):
-                return None
+        except (UnsupportedError, *REJECTIONS):  # it takes no other batch
+            return None
+        if not is_for_fewer(whole.module, part.module, batch, size):
+            return None
+        try:
             return in_slices(self._program(part, part.tensors(pytree.tree_leaves(few))), size)
-        except (UnsupportedError, *REJECTIONS):  # it takes no other batch, or has no program for it
+        except UnsupportedError:
             return None
 
     def _compared(self, graph: Specialised, program: Program) -> Compiled:

@@ -20,11 +20,14 @@ from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfuse.aliases import is_query
-from fxfuse.calls import switches_mode, written_inputs
+from fxfuse.aliases import is_query, plain_layer
+from fxfuse.calls import layer_input, operator_name, switches_mode, written_inputs
 from fxfuse.guards import no_random_numbers
 from fxfuse.places import place_of
 from fxfuse.tree import storage
+
+# The entry of a node's meta that tells whether it was seen to write to anything.
+WRITES = "fxfuse_writes"
 
 Program = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """What an engine makes of a graph: a function from its tensors to its results."""
@@ -114,6 +117,7 @@ class _Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         kept: the memory that is not to be written to.
         is_free: whether what runs depends on no inputs.
+        writes: whether anything was written to since it was set.
     """
 
     supports_higher_order_operators = True
@@ -122,6 +126,7 @@ class _Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.kept = kept
         self.is_free = True
+        self.writes = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
@@ -130,6 +135,7 @@ class _Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for place, argument in enumerate(func._schema.arguments):
             value = args[place] if place < len(args) else given.get(argument.name)
             is_written = argument.alias_info is not None and argument.alias_info.is_write
+            self.writes |= is_written
             if is_written and isinstance(value, Tensor) and storage(value) in self.kept:
                 raise UnsupportedError("forward writes to its inputs, or to what the module holds")
         return func(*args, **given)
@@ -174,15 +180,16 @@ class _Writer(fx.Interpreter):
         if switches_mode(n):
             raise UnsupportedError(f"forward changes the mode that torch computes in, {_at(n)}")
         self._pure.is_free = not any(isinstance(each, fx.Node) for each in self._read(n))
-        versions = [(each, _version(self.env[each])) for each in n.all_input_nodes]
+        self._pure.writes = False
         try:
             value = super().run_node(n)
         except UnsupportedError as error:
             raise UnsupportedError(f"{error}, {_at(n)}") from error
-        given = (each for each, version in versions if self.env[each] is value and _version(value) == version)
-        source = next(given, None) if n.op.startswith("call") else None
-        # Dropout and the like give what they are given.
-        self._made[n] = self._become(n, value) if source is None else self._made[source]
+        passed = _passed_on(self.module, n)
+        if passed is not None and isinstance(value, Tensor) and self.env[passed] is value:
+            self._made[n] = self._made[passed]
+        else:
+            self._made[n] = self._become(n, value)
         return value
 
     def is_constant_written_to(self) -> bool:
@@ -235,7 +242,11 @@ class _Writer(fx.Interpreter):
             self._root[str(node.target)] = self.fetch_attr(str(node.target))
         args, kwargs = fx.node.map_aggregate((args, kwargs), self._given)
         made = self._written.create_node(node.op, node.target, args, kwargs, node.name)
-        made.meta = {"stack_trace": node.meta.get("stack_trace"), "val": _described(value)}
+        made.meta = {
+            "stack_trace": node.meta.get("stack_trace"),
+            "val": _described(value),
+            WRITES: self._pure.writes,
+        }
         return self._parts(made, value)
 
     def _parts(self, made: fx.Node, value: Any) -> Any:
@@ -294,9 +305,21 @@ class _Writer(fx.Interpreter):
         return self._made[argument] if isinstance(argument, fx.Node) else argument
 
 
-def _version(value: Any) -> int | None:
-    """How often something was written to it, if it is a tensor."""
-    return value._version if isinstance(value, Tensor) else None
+def _passed_on(module: nn.Module, node: fx.Node) -> fx.Node | None:
+    """What `node` gives as it is in eval mode, if it is known for that."""
+    layer = plain_layer(module, node)
+    if isinstance(layer, nn.Identity | nn.modules.dropout._DropoutNd):
+        return layer_input(node)
+    drops = operator_name(node) in _DROPOUTS
+    depth = getattr(node.target, "__module__", "") == "torchvision.ops.stochastic_depth"
+    given = node.args[0] if (drops or depth) and node.args else None
+    return given if isinstance(given, fx.Node) else None
+
+
+_DROPOUTS = {
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
+    *("feature_dropout", "feature_alpha_dropout"),
+}
 
 
 def _placed(places: Mapping[fx.Node, int], leaf: Any) -> Any:
