@@ -66,8 +66,7 @@ def kernels(layer: Layer, x: Tensor) -> Iterator[Callable[[], Tensor]]:
     yield partial(layer, last)
     packed = ops._reorder_convolution_weight(filters, *geometry, layer.groups, list(x.shape))
     yield partial(ops._convolution_pointwise, last, packed, bias, *geometry, layer.groups, "none", [], "")
-    ones = {(0, 0): layer.padding, (1, 1): layer.stride}
-    if layer.kernel_size == (1, 1) and layer.groups == 1 and all(k == v for k, v in ones.items()):
+    if (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1):
         rows = last.permute(0, 2, 3, 1).flatten(0, 2)
         packed = ops._reorder_linear_weight(weight.flatten(1), len(rows))
         yield partial(ops._linear_pointwise, rows, packed, bias, "none", [], "")

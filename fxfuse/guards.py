@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx.proxy import Proxy, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfuse.objects import held, user_classes
+from fxfuse.objects import own_attributes, user_classes
 from fxfuse.tree import NORM_RANKS, named_tensors, storage
 
 
@@ -58,7 +58,7 @@ def contents(module: nn.Module) -> list[tuple[str, list[int]]]:
     """What lies in the Python containers of a module, for telling whether forward has changed them."""
     return [
         (name, [*map(id, _entries(value))])
-        for name, value in held(module)
+        for name, value in own_attributes(module)
         if name[0] != "_" and isinstance(value, _KINDS)
     ]
 
@@ -109,7 +109,10 @@ class SourceIsReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [tensor for _, tensor in named_tensors(model)]
         self.unread = {storage(tensor) for tensor in tensors if tensor.numel()} if unread else set()
         tensors += [
-            each for module in model.modules() for _, each in held(module) if isinstance(each, Tensor)
+            each
+            for module in model.modules()
+            for _, each in own_attributes(module)
+            if isinstance(each, Tensor)
         ]
         self.memory = {storage(tensor) for tensor in tensors}
 
@@ -144,14 +147,14 @@ def _containers(model: nn.Module) -> list[Any]:
     """The containers that classes, and objects that are no modules, lead to."""
     classes = {kind for module in model.modules() for kind in user_classes(module)}
     waiting: list[Any] = [[*vars(kind).values()] for kind in classes]
-    waiting += [[value for _, value in held(module)] for module in model.modules()]
+    waiting += [[value for _, value in own_attributes(module)] for module in model.modules()]
     found: dict[int, Any] = {}
     seen: set[int] = set()
     while waiting and len(seen) < _MOST_OBJECTS:
         inner = waiting.pop()
         values = inner.values() if isinstance(inner, Mapping) else inner
         for value in values:
-            if type(value) in _KNOWN or id(value) in seen or isinstance(value, _KNOWN):
+            if id(value) in seen or isinstance(value, _KNOWN):
                 continue
             seen.add(id(value))
             if isinstance(value, _KINDS):
@@ -167,7 +170,7 @@ def _containers(model: nn.Module) -> list[Any]:
 
 _MOST_OBJECTS = 10_000
 _KINDS = (list, dict, set, deque)
-_KNOWN = (nn.Module, Tensor, type, FunctionType, MethodType, ModuleType, str, int, float, bool, type(None))
+_KNOWN = (nn.Module, Tensor, type, FunctionType, MethodType, ModuleType, str, int, float, type(None))
 
 
 def _identities(container: Any) -> list[tuple[int, int]]:

@@ -29,7 +29,7 @@ def is_torch(name: Any) -> bool:
     return str(name).partition(".")[0] == "torch"
 
 
-def held(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What a module holds itself, beside what every module has."""
     return ((name, value) for name, value in vars(module).items() if name not in STATE)
 

@@ -8,7 +8,6 @@ over the same storage.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Mapping
@@ -71,7 +70,7 @@ def _module(source: Any, memo: dict[int, Any]) -> Any:
     for tensor in (*source._parameters.values(), *source._buffers.values()):
         _tensor(tensor, memo)
     for name, value in source.__dict__.items():
-        twin.__dict__[name] = value if type(value) in _PLAIN else _own(value, memo)
+        twin.__dict__[name] = _own(value, memo)
     twin.__dict__.pop("_compiled_call_impl", None)  # Module.compile() binds it to the source
     return twin
 
@@ -103,9 +102,7 @@ def _container(value: Any, memo: dict[int, Any]) -> Any:
         return twin
     twin.clear()
     if isinstance(twin, dict):
-        twin.update(
-            {key if type(key) is str else _own(key, memo): _own(item, memo) for key, item in value.items()}
-        )
+        twin.update({_own(key, memo): _own(item, memo) for key, item in value.items()})
     else:
         items = [_own(item, memo) for item in value]
         twin.update(items) if isinstance(twin, set) else twin.extend(items)
@@ -144,8 +141,7 @@ def alias(source: Tensor, data: Tensor) -> Tensor:
         return source  # it may hold more than data
     if not isinstance(source, nn.Parameter):
         return data
-    same = source.is_inference() == torch.is_inference_mode_enabled()
-    with contextlib.nullcontext() if same else torch.inference_mode(source.is_inference()):
+    with torch.inference_mode(source.is_inference()):
         twin = nn.Parameter(data, requires_grad=source.requires_grad)
     twin.__dict__.update(source.__dict__)
     return twin

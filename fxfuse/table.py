@@ -320,10 +320,14 @@ def _named(builder: Builder, *names: str) -> dict[str, Builder]:
     return dict.fromkeys(names, builder)
 
 
+# Functions that in eval mode give what they are given.
+DROPOUTS = (
+    *("dropout", "dropout1d", "dropout2d", "dropout3d"),
+    *("feature_dropout", "alpha_dropout", "feature_alpha_dropout"),
+)
 TRANSPARENT: Mapping[str, Builder] = {
     **_named(_same, "contiguous", "clone", "identity"),
-    **_named(_dropout, "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"),
-    **_named(_dropout, "alpha_dropout", "feature_alpha_dropout", "native_dropout"),
+    **_named(_dropout, *DROPOUTS, "native_dropout"),
     **{f"avg_pool{dims}d": _average_pool(dims) for dims in (1, 2, 3)},
     **{f"{head}adaptive_avg_pool{d}d": _adaptive_average_pool(d) for d in (1, 2, 3) for head in ("", "_")},
     **{f"{head}max_pool{dims}d": _max_pool(dims) for dims in (1, 2, 3) for head in ("", "adaptive_")},

@@ -41,8 +41,7 @@ def is_below(name: str, owner: str) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` runs more than its forward."""
-    held = vars(module)
-    return any(held.get(hooks) for hooks in HOOKS)
+    return any(getattr(module, hooks, None) for hooks in HOOKS)
 
 
 def as_module(model: nn.Module | ExportedProgram) -> nn.Module:
@@ -58,10 +57,9 @@ def is_training(model: nn.Module) -> bool:
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers; one that has several names comes under each of them."""
     for path, module in model.named_modules(remove_duplicate=False):
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    yield joined(path, name), tensor
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield joined(path, name), tensor
 
 
 def attribute(root: nn.Module, name: str) -> Any:

@@ -38,6 +38,7 @@ LAYERS = [
     ["rewrite"],
     ["lowering.__init__", "lowering.specialised", "lowering.timing", "lowering.records"],
     ["lowering.allocator"],
+    ["lowering.edits"],
     ["lowering.traces", "lowering.inductor", "lowering.onnxruntime"],
     ["lowering.onednn", "lowering.openvino"],
     ["lowering.batches"],

@@ -905,7 +905,7 @@ def test_auto_takes_the_fastest_and_says_what_it_saw(monkeypatch):
     times = {each.engine: each.milliseconds for each in lowered.lowering.timings}
     assert [name for name in times if name != "folded"] == ["fast", "slow", "broken"]
     assert 3 <= times["fast"] < 30 <= times["slow"] and math.isnan(times["broken"])
-    assert times["folded"] > 0
+    assert "folded" in times and "folded" in str(lowered.lowering)
     assert "it cannot do this" in str(lowered.lowering)
     near(lowered, X)
     hasty = fxfuse.lower(model, (X,), "auto", tune_seconds=0)

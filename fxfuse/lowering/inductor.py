@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.lowering.specialised import Specialised, in_dtype
+from fxfuse.lowering.edits import in_dtype
+from fxfuse.lowering.specialised import Specialised
 
 
 def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Any:

@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 from fxfuse.aliases import plain_layer, roots
 from fxfuse.calls import operator_name, written_inputs
 from fxfuse.layout import as_reshape, demands_order
-from fxfuse.lowering.specialised import WRITES, Specialised, UnsupportedError, in_dtype, surround
+from fxfuse.lowering.edits import in_dtype, surround
+from fxfuse.lowering.specialised import WRITES, Specialised, UnsupportedError
 from fxfuse.lowering.traces import followed
 from fxfuse.tree import attribute
 

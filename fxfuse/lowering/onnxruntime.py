@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.lowering.specialised import Specialised, check_no_integers
+from fxfuse.lowering.edits import check_no_integers
+from fxfuse.lowering.specialised import Specialised
 
 
 def compile(graph: Specialised, inputs: Sequence[Tensor], _: torch.dtype | None) -> Any:

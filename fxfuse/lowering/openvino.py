@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.lowering.specialised import Specialised, check_no_integers
+from fxfuse.lowering.edits import check_no_integers
+from fxfuse.lowering.specialised import Specialised
 from fxfuse.lowering.traces import followed
 
 

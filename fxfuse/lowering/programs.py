@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.comparison import same_numbers
 from fxfuse.lowering.batches import in_slices, is_for_fewer, keeps_samples_apart
+from fxfuse.lowering.edits import in_dtype
 from fxfuse.lowering.engines import Engine
-from fxfuse.lowering.specialised import Program, Specialised, UnsupportedError, in_dtype, specialised
+from fxfuse.lowering.specialised import Program, Specialised, UnsupportedError, specialised
 from fxfuse.lowering.timing import medians
 from fxfuse.runs import REJECTIONS
 from fxfuse.tree import storage
@@ -46,14 +47,12 @@ def compiled(folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: to
     Of both the outputs are held against a run of `folded` in float64. The program may be about as far from it
     as `folded` is, in `dtype` if one is given: see ``fxfuse.verify`` on rounding.
     """
+    if not isinstance(folded, fx.GraphModule):
+        name = type(folded).__name__
+        return Compiled(None, f"{name} is no graph: it could not be traced whole, or its modules were kept")
     # Tensors of inference mode could not become constants.
     with _COMPILES, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
-            if not isinstance(folded, fx.GraphModule):
-                name = type(folded).__name__
-                raise UnsupportedError(
-                    f"{name} is no graph: it could not be traced whole, or its modules were kept"
-                )
             return _Compiler(folded, pytree.tree_map(_usable, tuple(inputs)), engine, dtype).compiled()
         except UnsupportedError as error:
             return Compiled(None, str(error))

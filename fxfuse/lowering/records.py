@@ -64,7 +64,8 @@ class Lowering:
         if self.reason:
             lines = [f"the folded module runs as it is, without the engine {self.engine}: {self.reason}"]
         for timing in self.timings:
-            told = f"{timing.milliseconds:.3g} ms, ready after {timing.seconds:.2g} s"
+            told = f"{timing.milliseconds:.3g} ms"
+            told += f", ready after {timing.seconds:.2g} s" if timing.seconds else ""
             lines.append(f"  {timing.engine:12}{timing.reason or told}")
         if self.comparison is not None and self.comparison.ok:
             own, folded = self.comparison.candidate_error, self.comparison.reference_error

@@ -7,11 +7,9 @@ from weights alone are not in the second graph any more.
 
 from __future__ import annotations
 
-import copy
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from fxfuse.aliases import is_query, plain_layer
 from fxfuse.calls import layer_input, operator_name, switches_mode, written_inputs
 from fxfuse.guards import no_random_numbers
 from fxfuse.places import place_of
+from fxfuse.table import DROPOUTS, LAYERS
 from fxfuse.tree import storage
 
 # The entry of a node's meta that tells whether it was seen to write to anything.
@@ -99,7 +98,7 @@ def specialised(module: fx.GraphModule, inputs: Sequence[Any]) -> Specialised:
         layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
         trains = layer is not None and layer.training and any(True for _ in layer.buffers())
         if trains or any(source.op == "get_attr" for source in written_inputs(node)):
-            raise UnsupportedError(f"forward writes to what the module holds, {_at(node)}")
+            raise UnsupportedError(f"forward writes to what the module holds, {at(node)}")
     writer = _Writer(module)
     try:
         with torch.no_grad(), no_random_numbers():
@@ -178,13 +177,13 @@ class _Writer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Runs it; writes down what becomes of it."""
         if switches_mode(n):
-            raise UnsupportedError(f"forward changes the mode that torch computes in, {_at(n)}")
+            raise UnsupportedError(f"forward changes the mode that torch computes in, {at(n)}")
         self._pure.is_free = not any(isinstance(each, fx.Node) for each in self._read(n))
         self._pure.writes = False
         try:
             value = super().run_node(n)
         except UnsupportedError as error:
-            raise UnsupportedError(f"{error}, {_at(n)}") from error
+            raise UnsupportedError(f"{error}, {at(n)}") from error
         passed = _passed_on(self.module, n)
         if passed is not None and isinstance(value, Tensor) and self.env[passed] is value:
             self._made[n] = self._made[passed]
@@ -203,7 +202,14 @@ class _Writer(fx.Interpreter):
         tensors = [*dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node))]
         self._written.output(tuple(tensors))
         places = {tensor: number for number, tensor in enumerate(tensors)}
-        outputs = pytree.tree_map(partial(_placed, places), leaves)
+        outputs = [
+            _Output(places[leaf])
+            if isinstance(leaf, fx.Node)
+            else leaf.tensor
+            if isinstance(leaf, _Constant)
+            else leaf
+            for leaf in leaves
+        ]
         self._written.eliminate_dead_code(is_impure_node=_is_needed)
         module = fx.GraphModule(self._root, self._written).eval()
         results = tuple(leaf.meta["val"] for leaf in tensors)
@@ -215,7 +221,7 @@ class _Writer(fx.Interpreter):
             return pytree.tree_map(self._input, value)
         if node.op == "get_attr":
             if not isinstance(value, Tensor):
-                raise UnsupportedError(f"forward calls a graph inside of it, {_at(node)}")
+                raise UnsupportedError(f"forward calls a graph inside of it, {at(node)}")
             return self._constant(value)
         args: Any
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._standing)
@@ -227,7 +233,7 @@ class _Writer(fx.Interpreter):
         read = self._read(node)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
             if any(isinstance(each, fx.Node) for each in read) and not (is_query(node) or self._guards(node)):
-                raise UnsupportedError(f"forward reads numbers of its inputs, {_at(node)}")
+                raise UnsupportedError(f"forward reads numbers of its inputs, {at(node)}")
             return value
         if not any(isinstance(each, fx.Node) for each in read):
             return pytree.tree_map_only(Tensor, self._constant, value)
@@ -306,26 +312,13 @@ class _Writer(fx.Interpreter):
 
 
 def _passed_on(module: nn.Module, node: fx.Node) -> fx.Node | None:
-    """What `node` gives as it is in eval mode, if it is known for that."""
+    """The input of `node`, if it is known to give just that in eval mode."""
     layer = plain_layer(module, node)
-    if isinstance(layer, nn.Identity | nn.modules.dropout._DropoutNd):
-        return layer_input(node)
-    drops = operator_name(node) in _DROPOUTS
+    if layer is not None:
+        return layer_input(node) if LAYERS.get(type(layer)) in ("identity", "dropout") else None
     depth = getattr(node.target, "__module__", "") == "torchvision.ops.stochastic_depth"
-    given = node.args[0] if (drops or depth) and node.args else None
+    given = node.args[0] if node.args and (depth or operator_name(node) in DROPOUTS) else None
     return given if isinstance(given, fx.Node) else None
-
-
-_DROPOUTS = {
-    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
-    *("feature_dropout", "feature_alpha_dropout"),
-}
-
-
-def _placed(places: Mapping[fx.Node, int], leaf: Any) -> Any:
-    if isinstance(leaf, fx.Node):
-        return _Output(places[leaf])
-    return leaf.tensor if isinstance(leaf, _Constant) else leaf
 
 
 def _described(value: Any) -> Any:
@@ -348,48 +341,6 @@ def _is_needed(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output", "call_module") or bool(written_inputs(node))
 
 
-def _at(node: fx.Node) -> str:
+def at(node: fx.Node) -> str:
+    """Where a node comes from, for a message."""
     return f"at {place_of(node) or node.name}"
-
-
-def check_no_integers(graph: Specialised) -> None:
-    """For engines that compute them in their own way.
-
-    Raises:
-        UnsupportedError: integers are computed.
-    """
-    for node in graph.module.graph.nodes:
-        values = pytree.tree_leaves(node.meta.get("val")) if node.op.startswith("call") else ()
-        for value in values:
-            if not (value.is_floating_point() or value.dtype is torch.bool):
-                raise UnsupportedError(f"it computes integers its own way, {_at(node)}")
-
-
-def in_dtype(graph: Specialised, dtype: torch.dtype) -> fx.GraphModule:
-    """Its module, computed in `dtype`; what goes in and comes out keeps its dtype."""
-    twin = copy.deepcopy(graph.module).to(dtype)
-    surround(twin, (_cast, dtype), [(_cast, like.dtype) for like in graph.results])
-    return twin
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-Step = tuple[Any, ...]
-"""A function of a tensor, and its further arguments."""
-
-
-def surround(module: fx.GraphModule, before: Step, after: Sequence[Step]) -> None:
-    """Does something to each input of a graph, and to each of its results, in place."""
-    graph = module.graph
-    for node in graph.find_nodes(op="placeholder"):
-        with graph.inserting_before(node.next):
-            made = graph.call_function(before[0], (node, *before[1:]))
-        node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
-    (output,) = graph.find_nodes(op="output")
-    results: Any = output.args[0]
-    with graph.inserting_before(output):
-        made_of = zip(results, after, strict=True)
-        output.args = (tuple(graph.call_function(step[0], (each, *step[1:])) for each, step in made_of),)
-    module.recompile()

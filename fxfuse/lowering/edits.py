@@ -1,0 +1,56 @@
+"""What engines ask of a specialised graph, and do to one before they compile it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxfuse.lowering.specialised import Specialised, UnsupportedError, at
+
+
+def check_no_integers(graph: Specialised) -> None:
+    """For engines that compute them in their own way.
+
+    Raises:
+        UnsupportedError: integers are computed.
+    """
+    for node in graph.module.graph.nodes:
+        values = pytree.tree_leaves(node.meta.get("val")) if node.op.startswith("call") else ()
+        for value in values:
+            if not (value.is_floating_point() or value.dtype is torch.bool):
+                raise UnsupportedError(f"it computes integers its own way, {at(node)}")
+
+
+def in_dtype(graph: Specialised, dtype: torch.dtype) -> fx.GraphModule:
+    """Its module, computed in `dtype`; what goes in and comes out keeps its dtype."""
+    twin = copy.deepcopy(graph.module).to(dtype)
+    surround(twin, (_cast, dtype), [(_cast, like.dtype) for like in graph.results])
+    return twin
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+Step = tuple[Any, ...]
+"""A function of a tensor, and its further arguments."""
+
+
+def surround(module: fx.GraphModule, before: Step, after: Sequence[Step]) -> None:
+    """Does something to each input of a graph, and to each of its results, in place."""
+    graph = module.graph
+    for node in graph.find_nodes(op="placeholder"):
+        with graph.inserting_before(node.next):
+            made = graph.call_function(before[0], (node, *before[1:]))
+        node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
+    (output,) = graph.find_nodes(op="output")
+    results: Any = output.args[0]
+    with graph.inserting_before(output):
+        made_of = zip(results, after, strict=True)
+        output.args = (tuple(graph.call_function(step[0], (each, *step[1:])) for each, step in made_of),)
+    module.recompile()
