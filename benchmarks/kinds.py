@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,31 +34,43 @@ from benchmarks.record import surroundings, write
 from fxfuse import zoo
 
 COMMAND = "python -m benchmarks.kinds"
-MODELS = ("torchvision:mobilenet_v2", "torchvision:efficientnet_b0", "torchvision:resnet50")
+MODELS = tuple(
+    f"torchvision:{name}"
+    for name in (
+        *("mobilenet_v3_large", "efficientnet_b0", "regnet_y_400mf", "densenet121", "shufflenet_v2_x1_0"),
+        *("mobilenet_v2", "resnet50"),
+    )
+)
 CALLS = 15
 POINTWISE, DEPTHWISE, JOINED = "1×1 convolution", "depthwise convolution", "1×1, and a depthwise one in it"
 KINDS = (POINTWISE, DEPTHWISE, JOINED, "other convolution", "linear", "other kernels")
 BETWEEN = "between kernels"
 Times = dict[str, float]
+# A call, and what tells the times of the kernels of some calls.
+Ways = tuple[Callable[[], Any], Callable[[], list[Times]]]
 
 
-def in_torch(folded: fx.GraphModule, x: Tensor) -> tuple[Callable[[], Any], Callable[[], Times]]:
-    """A call of the engine "torch", and one that tells the times of its kernels."""
+def _summed(kernels: Iterable[tuple[str, float]]) -> Times:
+    found: Times = defaultdict(float)
+    for kind, milliseconds in kernels:
+        found[kind] += milliseconds
+    return found
+
+
+def in_torch(folded: fx.GraphModule, x: Tensor) -> Ways:
+    """A call of the engine "torch", and what tells the times of its kernels."""
     lowered = fxfuse.lower(folded, (x,))
     if lowered.lowering.reason:
         raise RuntimeError(lowered.lowering.reason)
 
-    def told() -> Times:
+    def one() -> Times:
         with _printed() as file, torch.backends.mkldnn.verbose(1):  # type: ignore[no-untyped-call]
             lowered(x)
-        found: Times = defaultdict(float)
-        for line in file.read_text().splitlines():
-            if ",primitive,exec," in line:
-                found[_kind_in_onednn(line)] += float(line.rpartition(",")[2])
+        lines = [line for line in file.read_text().splitlines() if ",primitive,exec," in line]
         file.unlink()
-        return found
+        return _summed((_kind_in_onednn(line), float(line.rpartition(",")[2])) for line in lines)
 
-    return lambda: lowered(x), told
+    return lambda: lowered(x), lambda: [one() for _ in range(CALLS)]
 
 
 def _kind_in_onednn(line: str) -> str:
@@ -90,7 +102,7 @@ def _printed() -> Iterator[Path]:
         os.close(handle)
 
 
-def in_openvino(folded: fx.GraphModule, x: Tensor) -> tuple[Callable[[], Any], Callable[[], Times]]:
+def in_openvino(folded: fx.GraphModule, x: Tensor) -> Ways:
     """The same for OpenVINO."""
     import openvino  # noqa: PLC0415 - only the process that needs it pays for it
 
@@ -106,14 +118,14 @@ def in_openvino(folded: fx.GraphModule, x: Tensor) -> tuple[Callable[[], Any], C
     )
     given = [x.numpy()]
 
-    def told() -> Times:
+    def one() -> Times:
         counted.infer(given)
-        found: Times = defaultdict(float)
-        for each in counted.get_profiling_info():
-            found[_kind_in_openvino(each.node_type, each.exec_type)] += each.real_time.total_seconds() * 1e3
-        return found
+        return _summed(
+            (_kind_in_openvino(each.node_type, each.exec_type), each.real_time.total_seconds() * 1e3)
+            for each in counted.get_profiling_info()
+        )
 
-    return lambda: plain.infer(given), told
+    return lambda: plain.infer(given), lambda: [one() for _ in range(CALLS)]
 
 
 def _kind_in_openvino(kind: str, kernel: str) -> str:
@@ -124,7 +136,7 @@ def _kind_in_openvino(kind: str, kernel: str) -> str:
     return "linear" if kind in ("FullyConnected", "MatMul") else "other kernels"
 
 
-def in_onnxruntime(folded: fx.GraphModule, x: Tensor) -> tuple[Callable[[], Any], Callable[[], Times]]:
+def in_onnxruntime(folded: fx.GraphModule, x: Tensor) -> Ways:
     """The same for ONNX Runtime."""
     import onnxruntime  # noqa: PLC0415 - only the process that needs it pays for it
 
@@ -139,20 +151,20 @@ def in_onnxruntime(folded: fx.GraphModule, x: Tensor) -> tuple[Callable[[], Any]
         options.profile_file_prefix = str(Path(tempfile.gettempdir()) / f"kinds-{os.getpid()}")
         return onnxruntime.InferenceSession(text, options, providers=["CPUExecutionProvider"])
 
-    plain = session(profiles=False)
+    plain, profiled = session(profiles=False), session(profiles=True)
     given = {plain.get_inputs()[0].name: x.numpy()}
 
-    def told() -> Times:
-        profiled = session(profiles=True)
-        for _ in range(3):
+    def told() -> list[Times]:
+        for _ in range(CALLS):
             profiled.run(None, given)
         file = Path(profiled.end_profiling())
         events = [each for each in json.loads(file.read_text()) if each["name"].endswith("_kernel_time")]
         file.unlink()
-        found: Times = defaultdict(float)
-        for each in events[-len(events) // 3 :]:  # those of the last call
-            found[_kind_in_onnxruntime(each["args"])] += each["dur"] / 1e3
-        return found
+        size = len(events) // CALLS  # each call runs the same kernels
+        return [
+            _summed((_kind_in_onnxruntime(each["args"]), each["dur"] / 1e3) for each in events[start:][:size])
+            for start in range(0, len(events), size)
+        ]
 
     return lambda: plain.run(None, given), told
 
@@ -182,15 +194,12 @@ def measure(name: str, engine: str, batch: int) -> dict[str, float]:
     x = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     call, told = ENGINES[engine](folded, x)
     times: list[float] = []
-    kernels: list[Times] = []
     for number in range(CALLS + 2):
         started = time.perf_counter()
         call()
-        seconds = time.perf_counter() - started
         if number > 1:  # the first ones warm up
-            times.append(1e3 * seconds)
-            kernels.append(told())
-            call()
+            times.append(1e3 * (time.perf_counter() - started))
+    kernels = told()
     found = {kind: statistics.median(each.get(kind, 0.0) for each in kernels) for kind in KINDS}
     whole = statistics.median(times)
     return found | {BETWEEN: whole - sum(found.values()), "whole call": whole}

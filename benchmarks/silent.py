@@ -194,6 +194,7 @@ def measure(make: Callable[[], nn.Module], shape: Sequence[int], tool: str) -> f
 @torch.no_grad()
 def stale(tool: str) -> float | str:
     """The same for a model whose weights are changed after the tool has seen it."""
+    torch.manual_seed(0)
     conv = _conv()
     model = _randomised(nn.Sequential(conv, nn.BatchNorm2d(4)), torch.Generator().manual_seed(1))
     x = torch.randn(2, 4, 8, 8)
