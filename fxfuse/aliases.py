@@ -21,8 +21,13 @@ _QUERIES = {
 }
 # Those of them that ask for what an operator and its input have in common.
 _COMMON = {"ndim", "dtype", "device", "is_cuda", "dim", "ndimension", "is_floating_point", "is_complex"}
+_REDUCTIONS = {
+    *("mean", "sum", "amax", "amin"),
+    *(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for dims in (1, 2, 3)),
+}
 # Operators whose value is new memory, unless they write in place.
 FRESH = {
+    *_REDUCTIONS,
     *(*IN_PLACE, "div", "divide", "true_divide", "multiply", "subtract", "rsub", "neg"),
     *("cat", "concat", "concatenate"),
     *(*LINEAR_NAMES, *NORM_FUNCTIONS, *LIKE_ALL, *LIKE_INPUT),
@@ -83,7 +88,8 @@ def _viewed(node: fx.Node, layer: nn.Module | None, tensors: Container[fx.Node])
     if is_query(node):
         return ()
     if node.op == "call_module":
-        fresh = layer is not None and is_known(layer) and type(layer) not in LAYERS
+        name = None if layer is None else LAYERS.get(type(layer))
+        fresh = layer is not None and is_known(layer) and (name is None or name in FRESH)
         return () if fresh else node.all_input_nodes
     name = operator_name(node)
     joins = getattr(node.target, "__module__", "") == "_operator"  # x + y, of tuples too

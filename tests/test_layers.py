@@ -40,7 +40,7 @@ LAYERS = [
     ["lowering.allocator"],
     ["lowering.edits"],
     ["lowering.traces", "lowering.inductor", "lowering.onnxruntime"],
-    ["lowering.onednn", "lowering.openvino"],
+    ["lowering.onednn", "lowering.openvino", "lowering.cudnn"],
     ["lowering.batches"],
     ["lowering.engines"],
     ["lowering.programs"],

@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fxfuse
-from fxfuse import backend, cli
-from fxfuse.lowering import auto, batches, engines, onednn, programs, timing
+from fxfuse import aliases, backend, cli
+from fxfuse.lowering import auto, batches, cudnn, engines, onednn, programs, timing
 from fxfuse.lowering.specialised import UnsupportedError, specialised
+from fxfuse.tree import storage
 from tests.paths import paths
 from tests.programs import programs as random_programs
 from tests.strategies import noise
@@ -269,6 +270,124 @@ def test_a_torch_without_onednn_graph_runs_the_folded_module_and_says_why(monkey
     assert lowered.lowering.reason == "this build of torch is without oneDNN Graph"
     assert "runs as it is" in str(lowered.lowering)
     assert torch.equal(lowered(X), model(X))
+
+
+# ---- cuDNN's convolutions, whose kernels are stood in for on a CPU -------------------------------------
+
+
+@pytest.fixture
+def cudnn_calls(monkeypatch):
+    """Has the engine "torch" of a GPU on this CPU, with operators for cuDNN's kernels; lists their calls."""
+    calls = []
+
+    def convolution(x, weight, bias, stride, padding, dilation, groups):
+        return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0], groups)
+
+    def relu(*args):
+        calls.append("relu")
+        return convolution(*args).relu()
+
+    def add_relu(x, weight, z, alpha, *args):
+        calls.append("add relu")
+        assert z.shape == convolution(x, weight, *args).shape
+        assert all(each.is_contiguous(memory_format=torch.channels_last) for each in (x, weight, z))
+        return (convolution(x, weight, *args) + alpha * z).relu()
+
+    monkeypatch.setitem(engines.ENGINES, "torch", engines.Engine(cudnn.compile))
+    monkeypatch.setattr(cudnn, "medians", lambda functions, rounds: {"apart": 2.0, "together": 1.0})
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("cudnn_convolution_relu", relu, "CPU")
+        library.impl("cudnn_convolution_add_relu", add_relu, "CPU")
+        yield calls
+
+
+def two_readers(m, y):
+    z = m.second(y)
+    return z.relu() + z
+
+
+def under_a_view(m, y):
+    flat = y.flatten(2)
+    flat.mul_(-2)
+    return m.second(y.tanh()).add_(y).relu_()
+
+
+CUDNN = {
+    "relu": (lambda m, y: m.second(y).relu(), ["relu"]),
+    "sum": (lambda m, y: F.relu(y + m.second(y.tanh()), inplace=True), ["add relu"]),
+    "sum of two": (lambda m, y: F.relu(m.second(y.tanh()) + m.second(y.exp())), ["add relu"]),
+    "sum with itself": (lambda m, y: F.relu((z := m.second(y)) + z), []),
+    "weighted sum": (lambda m, y: torch.add(y, m.second(y.tanh()), alpha=2).relu(), []),
+    "sum with a row": (lambda m, y: (m.second(y.tanh()) + y[:, :, :1]).relu(), []),
+    "sum that grows": (lambda m, y: (m.second(y[:, :, :1].tanh()) + y).relu(), []),
+    "two readers": (two_readers, []),
+    "under a view": (under_a_view, ["add relu"]),
+    "depthwise": (lambda m, y: m.depthwise(y).relu(), []),
+    "transposed": (lambda m, y: m.transposed(y).relu(), []),
+    "no convolution": (lambda m, y: F.linear(y.mean((2, 3)), m.line).relu() + y.sum((1, 2, 3))[:, None], []),
+}
+
+
+@pytest.mark.parametrize("way", CUDNN)
+def test_what_cudnn_has_one_kernel_for(way, cudnn_calls):
+    function, expected = CUDNN[way]
+    modules = {
+        "second": nn.Conv2d(8, 8, 1, bias=way != "sum"),
+        "depthwise": nn.Conv2d(8, 8, 3, groups=8),
+        "transposed": nn.ConvTranspose2d(8, 4, 3),
+        "line": nn.Parameter(torch.randn(3, 8)),
+    }
+    model = folded(Written(function, **modules))
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lowered = fxfuse.lower(model, (X,))
+    assert not lowered.lowering.reason
+    near(lowered, X)
+    cudnn_calls.clear()
+    lowered(X)
+    assert cudnn_calls == expected
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name]) and tensor.stride() == weights[name].stride()
+
+
+def test_dtypes_that_cudnn_has_no_such_kernel_for(cudnn_calls):
+    model = folded(Written(lambda m, y: y.relu())).double()
+    lowered = fxfuse.lower(model, (X.double(),))
+    assert torch.allclose(lowered(X.double()), model(X.double())) and not cudnn_calls
+    lowered = fxfuse.lower(model.float(), (X,), dtype=torch.bfloat16)
+    assert not lowered.lowering.reason and not cudnn_calls
+    assert lowered(X).dtype is torch.float32
+
+
+def test_a_kernel_that_is_slower_is_not_taken(cudnn_calls, monkeypatch):
+    monkeypatch.setattr(cudnn, "medians", lambda functions, rounds: {"apart": 1.0, "together": 2.0})
+    lowered = fxfuse.lower(folded(Net()), (X,))
+    near(lowered, X)
+    assert not cudnn_calls
+
+
+@pytest.mark.usefixtures("cudnn_calls")
+def test_a_kernel_that_gives_other_numbers_is_not_taken():
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl(
+            "cudnn_convolution_relu",
+            lambda x, w, b, *how: torch.convolution(x, w, b, *how[:3], False, [0, 0], 1),
+            "CPU",
+            allow_override=True,
+        )
+        model = folded(Net())
+        lowered = fxfuse.lower(model, (X,))
+    assert "other numbers" in lowered.lowering.reason
+    assert torch.equal(lowered(X), model(X))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_on_a_gpu(dtype):
+    model, x = folded(Net()).cuda(), X.cuda()
+    lowered = fxfuse.lower(model, (x,), dtype=dtype)
+    assert not lowered.lowering.reason
+    assert lowered(x).device == x.device
+    near(lowered, x, limit=2e-5 if dtype is None else 5e-2)
 
 
 # ---- what a graph for one kind of inputs is ------------------------------------------------------------
@@ -527,21 +646,43 @@ def test_a_conversion_that_does_nothing_stays_for_another_dtype():
         assert float((lowered(X) - lowered.folded(X)).abs().max()) < 1
 
 
+def squeezed_in_place(m, y):
+    z = y.relu()
+    return z.mul_(m.pool(z).sigmoid()).mul_(z.mean((2, 3), keepdim=True))
+
+
 HARMLESS = {
     "in place": added_in_place,
     "view": lambda _, y: y.relu().view(2, -1) + y.permute(0, 2, 3, 1).reshape(2, -1),
     "dropout": lambda m, y: m.act(m.dropout(y)) + 1,
+    "squeeze and excitation": squeezed_in_place,
 }
 
 
 @pytest.mark.parametrize("way", HARMLESS)
 def test_images_have_their_channels_last_where_no_view_is_written_to(way, monkeypatch):
-    given, put = [], onednn._put_channels_last
-    monkeypatch.setattr(onednn, "_put_channels_last", lambda *args: (given.append(args), put(*args)))
-    modules = {"dropout": nn.Dropout(inplace=True), "act": nn.ReLU(inplace=True)}
+    given, put = [], onednn.put_channels_last
+    monkeypatch.setattr(onednn, "put_channels_last", lambda *args: (given.append(args), put(*args)))
+    modules = {
+        "dropout": nn.Dropout(inplace=True),
+        "act": nn.ReLU(inplace=True),
+        "pool": nn.AdaptiveAvgPool2d(1),
+    }
     lowered = fxfuse.lower(folded(Written(HARMLESS[way], **modules)), (X,))
     assert not lowered.lowering.reason and len(given) == 1
     near(lowered, X)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_poolings_and_reductions_give_new_memory_even_where_they_change_nothing(dims):
+    x, axes = torch.randn(1, 2, *[1] * dims), [*range(2, 2 + dims)]
+    poolings = {f"{kind}_pool{dims}d" for kind in ("adaptive_avg", "adaptive_max", "avg", "max")}
+    reductions = {"mean", "sum", "amax", "amin"}
+    assert poolings | reductions <= aliases.FRESH
+    results = [getattr(F, name)(x, 1) for name in poolings]
+    results += [getattr(x, name)(axes, keepdim=True) for name in reductions]
+    for result in results:
+        assert torch.equal(result, x) and storage(result) != storage(x)
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxfuse.layout import as_reshape, demands_order
 from fxfuse.lowering.specialised import Specialised, UnsupportedError, at
 
 
@@ -54,3 +55,26 @@ def surround(module: fx.GraphModule, before: Step, after: Sequence[Step]) -> Non
         made_of = zip(results, after, strict=True)
         output.args = (tuple(graph.call_function(step[0], (each, *step[1:])) for each, step in made_of),)
     module.recompile()
+
+
+def put_channels_last(module: fx.GraphModule, contiguous: Sequence[bool]) -> None:
+    """Has images their channels last, as kernels have them, so that nothing is reordered in between.
+
+    Args:
+        module: the graph, which is changed.
+        contiguous: which of its results are.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = _with_channels_last(tensor.data)
+    for node in module.graph.nodes:
+        if demands_order(node):
+            as_reshape(node)
+    surround(module, (_with_channels_last,), [(_as_before, each) for each in contiguous])
+
+
+def _with_channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def _as_before(tensor: Tensor, is_contiguous: bool) -> Tensor:
+    return tensor.contiguous() if is_contiguous else tensor

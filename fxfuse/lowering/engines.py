@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.errors import UsageError
-from fxfuse.lowering import inductor, onednn, onnxruntime, openvino
+from fxfuse.lowering import cudnn, inductor, onednn, onnxruntime, openvino
 from fxfuse.lowering.specialised import Program, Specialised
 
 Compile = Callable[[Specialised, Sequence[Tensor], torch.dtype | None], Program]
@@ -43,8 +43,14 @@ class Engine:
         return [name for name in self.packages if importlib.util.find_spec(name) is None]
 
 
+def _torch(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Program:
+    """On the kernels that torch brings along for the device."""
+    own: Compile = cudnn.compile if any(tensor.is_cuda for tensor in inputs) else onednn.compile
+    return own(graph, inputs, dtype)
+
+
 ENGINES = {
-    "torch": Engine(onednn.compile, slice_size=4),
+    "torch": Engine(_torch, slice_size=4),
     "openvino": Engine(openvino.compile, packages=("openvino",)),
     "onnxruntime": Engine(
         onnxruntime.compile, packages=("onnxruntime", "onnx", "onnxscript"), dtypes=frozenset()

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.errors import UsageError
 from fxfuse.lowering.engines import ENGINES
-from fxfuse.lowering.programs import Compiled, compiled
+from fxfuse.lowering.programs import DEVICES, Compiled, compiled
 from fxfuse.lowering.records import Lowering
 from fxfuse.reports import attach, report
 
@@ -63,7 +63,7 @@ class Lowered(nn.Module):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise UsageError("a lowered module gives no gradients; call it under torch.no_grad()")
         compiled = self._programs.get(kind := _kind(structure, leaves)) or self._compiled(kind, inputs)
-        if compiled.run is None or torch.is_autocast_enabled("cpu"):
+        if compiled.run is None or any(map(torch.is_autocast_enabled, DEVICES)):
             with torch.no_grad():
                 return self.folded(*args, **kwargs)
         return compiled.run(leaves)

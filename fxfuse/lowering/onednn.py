@@ -20,8 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxfuse.aliases import plain_layer, roots
 from fxfuse.calls import operator_name, written_inputs
-from fxfuse.layout import as_reshape, demands_order
-from fxfuse.lowering.edits import in_dtype, surround
+from fxfuse.lowering.edits import in_dtype, put_channels_last
 from fxfuse.lowering.specialised import WRITES, Specialised, UnsupportedError
 from fxfuse.lowering.traces import followed
 from fxfuse.tree import attribute
@@ -43,7 +42,7 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     module = graph.module if dtype is None else in_dtype(graph, dtype)
     module = _copied(module)
     if not _writes_to_views(module):
-        _put_channels_last(module, [result.is_contiguous() for result in graph.results])
+        put_channels_last(module, [result.is_contiguous() for result in graph.results])
     with torch.no_grad(), followed(), _Rewritten():
         traced: Any = torch.jit.trace(module, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
         frozen = torch.jit.freeze(traced)
@@ -83,29 +82,6 @@ def _writes_to_views(module: fx.GraphModule) -> bool:
         if not written(node) or not gives_what_it_wrote_to(node):
             viewed |= shares[node] - {node}
     return False
-
-
-def _put_channels_last(module: fx.GraphModule, contiguous: Sequence[bool]) -> None:
-    """Has images their channels last, as oneDNN has them, so that nothing is reordered in between.
-
-    Args:
-        module: the graph, which is changed.
-        contiguous: which of its results are.
-    """
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = _with_channels_last(tensor.data)
-    for node in module.graph.nodes:
-        if demands_order(node):
-            as_reshape(node)
-    surround(module, (_with_channels_last,), [(_as_before, each) for each in contiguous])
-
-
-def _with_channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
-
-
-def _as_before(tensor: Tensor, is_contiguous: bool) -> Tensor:
-    return tensor.contiguous() if is_contiguous else tensor
 
 
 class _Rewritten(TorchFunctionMode):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,9 @@ from fxfuse.lowering.timing import medians
 from fxfuse.runs import REJECTIONS
 from fxfuse.tree import storage
 from fxfuse.verdict import Comparison
+
+DEVICES = ("cpu", "cuda")
+"""Those that engines have kernels for."""
 
 _COMPILES = threading.RLock()  # tracers and compilers set what concerns the whole process
 _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
@@ -51,7 +55,11 @@ def compiled(folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: to
         name = type(folded).__name__
         return Compiled(None, f"{name} is no graph: it could not be traced whole, or its modules were kept")
     # Tensors of inference mode could not become constants.
-    with _COMPILES, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with ExitStack() as held:
+        for context in (_COMPILES, torch.inference_mode(False), torch.no_grad()):
+            held.enter_context(context)
+        for device in DEVICES:
+            held.enter_context(torch.autocast(device, enabled=False))
         try:
             return _Compiler(folded, pytree.tree_map(_usable, tuple(inputs)), engine, dtype).compiled()
         except UnsupportedError as error:

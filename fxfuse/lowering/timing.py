@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 _PAUSE = 0.05  # seconds until threads sleep
 
 
@@ -37,10 +39,18 @@ def samples(
         for name in order:
             time.sleep(_PAUSE)
             functions[name]()
+            _wait()
             begun = time.perf_counter()
             functions[name]()
+            _wait()
             found[name].append(1e3 * (time.perf_counter() - begun))
     return found
+
+
+def _wait() -> None:
+    """Until a GPU that is in use has done all that it was given."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
 
 
 def medians(functions: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:

@@ -1,0 +1,86 @@
+"""The engine "torch" on a CUDA device: cuDNN's convolutions, with what is done to their results.
+
+The graph is written down in operators of aten, without writes: then any value may have its channels last,
+which is the layout of cuDNN's fastest kernels. It has one kernel for a convolution, a sum and ReLU.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxfuse.lowering.edits import in_dtype, put_channels_last
+from fxfuse.lowering.specialised import Program, Specialised
+from fxfuse.lowering.timing import medians
+
+_ATEN = torch.ops.aten
+
+
+def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Program:
+    """A function of a list of tensors, with kernels for several operators where these are faster."""
+    module = graph.module if dtype is None else in_dtype(graph, dtype)
+    with torch.no_grad():
+        apart = copy.deepcopy(make_fx(functionalize(module))(*inputs)).requires_grad_(False)
+    put_channels_last(apart, [result.is_contiguous() for result in graph.results])
+    together = joined(apart)
+    if together is None:
+        return lambda tensors: apart(*tensors)
+    with torch.no_grad():
+        times = medians({"apart": lambda: apart(*inputs), "together": lambda: together(*inputs)}, rounds=3)
+    faster = apart if times["apart"] < times["together"] else together
+    return lambda tensors: faster(*tensors)
+
+
+def joined(module: fx.GraphModule) -> fx.GraphModule | None:
+    """`module` with one call for each convolution, sum and ReLU that cuDNN has one kernel for; None if none.
+
+    Args:
+        module: operators of aten that write to nothing, each node with its value as ``meta["val"]``.
+    """
+    twin = fx.GraphModule(module, copy.deepcopy(module.graph))
+    found = False
+    for relu in twin.graph.find_nodes(op="call_function", target=_ATEN.relu.default):
+        conv, addend = _convolution(relu.args[0])
+        if conv is None:
+            continue
+        x, weight, bias, *how, _, _, groups = conv.args
+        kernel = _ATEN.cudnn_convolution_relu if addend is None else _ATEN.cudnn_convolution_add_relu
+        added = () if addend is None else (addend, 1)
+        relu.target, relu.args = kernel.default, (x, weight, *added, bias, *how, groups)
+        found = True
+    if not found:
+        return None
+    twin.graph.eliminate_dead_code()
+    twin.recompile()
+    return twin
+
+
+def _convolution(value: Any) -> tuple[fx.Node | None, fx.Node | None]:
+    """The convolution that gives `value`, or a summand of it and then also what it is added to."""
+    if len(value.users) == 1 and value.target is _ATEN.add.Tensor and not value.kwargs:
+        for conv, other in (value.args, value.args[::-1]):
+            if _has_kernel(conv) and isinstance(other, fx.Node) and other is not conv:
+                # cuDNN broadcasts neither of them.
+                return (conv, other) if _kind(conv) == _kind(other) == _kind(value) else (None, None)
+    return (value if _has_kernel(value) else None), None
+
+
+def _has_kernel(value: Any) -> bool:
+    """Whether it is a convolution of images that cuDNN has such a kernel for, and nobody else reads it."""
+    if not isinstance(value, fx.Node) or value.target is not _ATEN.convolution.default:
+        return False
+    transposed, groups = value.args[6], value.args[8]
+    shape, dtype = _kind(value)
+    fits = len(shape) == 4 and 0 not in shape and dtype in (torch.float32, torch.float16)
+    return bool(fits and not transposed and groups == 1 and len(value.users) == 1)
+
+
+def _kind(node: fx.Node) -> tuple[torch.Size, torch.dtype]:
+    value = node.meta["val"]
+    return value.shape, value.dtype
