@@ -19,12 +19,13 @@ def surroundings(command: str) -> dict[str, Any]:
     """The command, the commit, the versions and the machine."""
     describe = ["git", "-C", str(RESULTS.parents[1]), "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True, check=False)
-    packages = ("fxfuse", "torch", "torchvision", "timm", "onnxruntime", "openvino")
+    packages = ("fxfuse", "torch", "torchvision", "timm", "onnxruntime", "openvino", "aimet-torch", "torchao")
+    installed = {each.name.lower() for each in importlib.metadata.distributions()}
     return {
         "command": command,
         "commit": commit.stdout.strip(),
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
+        | {name: importlib.metadata.version(name) for name in packages if name in installed},
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
     }
 

@@ -3,11 +3,16 @@
 Every model is small, in eval mode, with random statistics; its output in each tool is compared with a float64
 run of eager PyTorch. A tool is *right* up to a relative distance (L2) of 1e-3, else the distance is shown; it
 may also raise, which nobody overlooks. How many norms a tool removed is not asked here: see benchmarks.reach.
+
+AIMET and torchao are asked where they are installed: ``pip install -c constraints.txt -e '.[peers]'``, in an
+environment of its own.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +30,7 @@ import fxfuse
 from benchmarks.inference import distance, in_runtime
 from benchmarks.pages import table
 from benchmarks.record import surroundings, write
+from fxfuse import zoo
 
 COMMAND = "python -m benchmarks.silent"
 RIGHT = 1e-3
@@ -162,9 +168,35 @@ def _compiled(model: nn.Module, _: Tensor) -> Call:
     return cast(Call, torch.compile(model, backend="fxfuse", options={"then": "eager"}))
 
 
+def _aimet(model: nn.Module, x: Tensor) -> Call:
+    zoo.torchvision()  # which AIMET imports, and which need not fit this torch
+    from aimet_torch.batch_norm_fold import fold_all_batch_norms  # noqa: PLC0415
+
+    model = copy.deepcopy(model)
+    fold_all_batch_norms(model, tuple(x.shape), dummy_input=x)
+    return model
+
+
+def _torchao(model: nn.Module, x: Tensor) -> Call:
+    """What it does before it quantizes, with nothing to quantize."""
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e  # noqa: PLC0415
+    from torchao.quantization.pt2e.quantizer import Quantizer  # noqa: PLC0415
+
+    class Nothing(Quantizer):  # type: ignore[misc]
+        def annotate(self, model: Any) -> Any:
+            return model
+
+        def validate(self, model: Any) -> None:
+            pass
+
+    return cast(Call, prepare_pt2e(torch.export.export(model, (x,)).module(), Nothing()))
+
+
+PEERS = {"AIMET": ("aimet_torch", _aimet), "torchao": ("torchao", _torchao)}
 TOOLS: dict[str, Callable[[nn.Module, Tensor], Call]] = {
     "torch.fx": lambda model, _: fx_fuse(model),
     "torch.ao fuse_fx": lambda model, _: quantize_fx.fuse_fx(model),
+    **{name: fold for name, (package, fold) in PEERS.items() if importlib.util.find_spec(package)},
     "TorchScript freeze": lambda model, x: torch.jit.freeze(torch.jit.trace(model, x)),  # type: ignore[no-untyped-call]
     "Inductor, freezing": _frozen,
     "ONNX Runtime": partial(_runtime, "onnxruntime"),
@@ -220,6 +252,7 @@ def _cell(found: float | str) -> str:
 def main() -> None:
     """Measures and writes the page."""
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     cases = [(case, tool) for case in CASES for tool in TOOLS]
     found: dict[str, dict[str, float | str]] = {case: {} for case in CASES}
     for case, tool in track(cases, disable=not sys.stderr.isatty()):
@@ -235,7 +268,7 @@ Made by `{COMMAND}` at {record["commit"]}: {versions}.
 
 What tools make of models that are easy to fold wrongly. *right*: the output is that of eager PyTorch in
 float64, up to a relative distance of {RIGHT:g}; a number in bold is that distance, where it is more. Whether
-a norm was removed is not asked here.
+a norm was removed is not asked here. torchao: what its `prepare_pt2e` does where nothing is to be quantized.
 
 {table(rows(found))}
 Compiled, and the weights changed afterwards: {told}.

@@ -1,8 +1,9 @@
 """What each step towards the engine "torch" brings: the same folded network, run in ever other ways.
 
 *prepacked* is what fxfuse does not do: every convolution, with the activation behind it, as one call of
-torch's own oneDNN operators on packed weights. *oneDNN Graph* is the engine with its channels first. The ways
-are timed side by side (`fxfuse.lowering.timing`), the outputs compared before.
+torch's own oneDNN operators on packed weights. *oneDNN Graph* is the engine with its channels first. Beside
+them Inductor with freezing is called from Python, from C++, and as the package that AOTInductor makes. The
+ways are timed side by side (`fxfuse.lowering.timing`), the outputs compared before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import copy
 import statistics
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -123,7 +125,25 @@ def ways(folded: fx.GraphModule, x: Tensor) -> dict[str, Callable[[], Any]]:
             engine(x[:size])
             found[f"in slices of {size}"] = partial(sliced, engine, x, size)
             size //= 2
-    return found
+    return found | compiled(folded, x)
+
+
+def compiled(folded: fx.GraphModule, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """Inductor's kernels, called in three ways."""
+    found: dict[str, Callable[[], Any]] = {}
+    for way, in_cpp in {"Inductor": False, "Inductor, C++ wrapper": True}.items():
+        torch.compiler.reset()
+        options: dict[str, Any] = {"freezing": True, "cpp_wrapper": in_cpp}
+        found[way] = partial(torch.compile(folded, fullgraph=True, dynamic=False, options=options), x)
+        with torch._inductor.config.patch(freezing=True):  # Dynamo asks for it, too
+            found[way]()
+    exported = torch.export.export(folded, (x,))
+    with tempfile.TemporaryDirectory() as folder:
+        path = torch._inductor.aoti_compile_and_package(
+            exported, package_path=f"{folder}/model.pt2", inductor_configs={"freezing": True}
+        )
+        package: Any = torch._inductor.aoti_load_package(path)
+    return {**found, "AOTInductor": partial(package, x)}
 
 
 def lowered(folded: nn.Module, x: Tensor) -> nn.Module:
@@ -165,7 +185,8 @@ def page(record: dict[str, Any]) -> str:
 Made by `{record["command"]}` at {record["commit"]}: {machine["processor"]}, {machine["cores"]} cores,
 {machine["threads"]} threads, {versions}. Medians of {record["rounds"]} rounds, all ways of a table side by
 side. *prepacked*: each convolution with its activation as one call of torch's oneDNN operators on packed
-weights, which fxfuse does not use. *oneDNN Graph*: the engine with its channels first.
+weights, which fxfuse does not use. *oneDNN Graph*: the engine with its channels first. *Inductor* has frozen
+weights in all three ways.
 """
     for case in record["cases"]:
         medians = {way: statistics.median(times) for way, times in case["milliseconds"].items()}
