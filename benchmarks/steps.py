@@ -106,6 +106,30 @@ def prepacked(folded: fx.GraphModule, x: Tensor) -> Callable[[], Any]:
     return partial(fx.GraphModule(root, writer.written).eval(), x)
 
 
+class Product(nn.Module):
+    """A 1×1 convolution as a linear layer, over the channels of every place."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.linear = nn.Linear(conv.in_channels, conv.out_channels, conv.bias is not None)
+        self.linear.load_state_dict(dict(conv.state_dict(), weight=conv.weight.flatten(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the convolution gives for images (N, C, H, W)."""
+        y: Tensor = self.linear(x.permute(0, 2, 3, 1))
+        return y.permute(0, 3, 1, 2)
+
+
+def with_products(folded: fx.GraphModule) -> fx.GraphModule:
+    """`folded` with linear layers in the places of its 1×1 convolutions."""
+    twin = copy.deepcopy(folded)
+    for name, layer in folded.named_modules():
+        plain = isinstance(layer, nn.Conv2d) and layer.kernel_size == layer.stride == (1, 1)
+        if plain and layer.groups == 1 and layer.padding == (0, 0):
+            twin.set_submodule(name, Product(layer))
+    return twin
+
+
 def ways(folded: fx.GraphModule, x: Tensor) -> dict[str, Callable[[], Any]]:
     """What is timed."""
     last = copy.deepcopy(folded).to(memory_format=LAST)  # type: ignore[call-overload]
@@ -120,6 +144,7 @@ def ways(folded: fx.GraphModule, x: Tensor) -> dict[str, Callable[[], Any]]:
             found["oneDNN Graph"] = partial(lowered(folded, x), x)
         engine = lowered(folded, x)
         found["with channels last"] = partial(engine, x)
+        found["1×1 convolutions as linears"] = partial(lowered(with_products(folded), x), x)
         size = len(x) // 2
         while size:
             engine(x[:size])
