@@ -40,10 +40,9 @@ def lower(
     Args:
         folded: what ``fxfuse.fuse`` gave: a graph or an exported program.
         example_inputs: positional inputs; a ``torch.Size`` stands for a random tensor of that shape.
-        engine: "torch": the kernels that torch brings along, of oneDNN for CPUs and of cuDNN for CUDA. "inductor",
-            "openvino" or "onnxruntime": those of another compiler or runtime, which fxfuse's extra of that name
-            installs.
-            "auto": the fastest of those that are installed, timed on the example inputs;
+        engine: "torch": the kernels that torch brings along: oneDNN's for CPUs, cuDNN's for CUDA. "inductor",
+            "openvino" or "onnxruntime": those of another compiler or runtime, which fxfuse's extra of that
+            name installs. "auto": the fastest of those that are installed, timed on the example inputs;
             ``lowered.engine`` is its name, which can be given here the next time.
         dtype: ``torch.bfloat16`` to compute in that, with more rounding: ``lowered.lowering`` tells how much.
             Inputs and outputs keep their dtypes.
