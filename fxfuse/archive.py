@@ -13,6 +13,7 @@ import io
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ def read_program(path: Path) -> ExportedProgram:
             "program again with torch.export.save, from a source that you trust"
         ) from error
     try:
-        return load_pt2(rebuilt(entries)).exported_programs["model"]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # which is torch's own
+            return load_pt2(rebuilt(entries)).exported_programs["model"]
     except Exception as error:  # torch answers to what does not fit together with whatever it stumbles over
         reason = str(error).strip().rpartition("\n")[2]
         raise UsageError(

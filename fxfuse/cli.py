@@ -286,10 +286,11 @@ def list_models(pattern: str) -> None:
     """Lists the models that torchvision and timm know, or those with PATTERN in their name."""
     found = zoo.names(pattern)
     if not found:
-        raise UsageError(
-            f"no model of torchvision or timm, if they are installed, has {pattern!r} in its name; "
-            "fxfuse list prints all names"
-        )
+        if not zoo.names(""):
+            raise UsageError(
+                "torchvision and timm, whose models are listed, are missing: pip install 'fxfuse[zoo]'"
+            )
+        raise UsageError(f"no model has {pattern!r} in its name; fxfuse list prints all names")
     click.echo("\n".join(map(one_line, found)))
 
 

@@ -49,7 +49,9 @@ def mapped(value: Tensor, source: Norm | Affine, channels: Channels, reader: Rea
         if channels.shift:
             centred = value + part(-taken(reader.tensor(source.mean))).view(-1, 1)
             bias = named(source.bias)
-        result = F.batch_norm(centred, torch.zeros_like(var), var, named(source.weight), bias, eps=source.eps)
+        zero, weight = torch.zeros_like(var), named(source.weight)
+        # F.batch_norm of some torch versions takes no ε of zero.
+        result = torch.batch_norm(centred, weight, bias, zero, var, False, 0.0, source.eps, False)
     else:
         constant = taken(number(source, reader).to(value.device).flatten()).view(-1, 1)
         if source.role == "times":

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.fx.proxy import Proxy, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,6 +94,20 @@ def no_swapped_parameters() -> Iterator[None]:
         raise TraceError("forward uses functional_call, which a graph does not record")
 
     with patched(torch.nn.utils.stateless, "_functional_call", refuse):
+        yield
+
+
+@contextlib.contextmanager
+def no_own_gradients() -> Iterator[None]:
+    """A graph would record what the forward of an autograd.Function does, and lose its backward."""
+    original = vars(Function)["apply"]
+
+    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(each, Proxy) for each in flat((args, kwargs))):
+            raise TraceError(f"forward applies {cls.__name__}, whose backward a graph does not record")
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    with patched(Function, "apply", classmethod(apply)):
         yield
 
 

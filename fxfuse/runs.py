@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -44,4 +44,6 @@ def _parts(place: str, leaf: Any) -> Iterator[tuple[str, Any]]:
             for path, part in leaves:
                 yield from _parts(f"{place}.{field.name}{pytree.keystr(path)}", part)
     else:
-        yield place, torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
+        numpy = sys.modules.get("numpy")  # which need not be installed
+        is_array = numpy is not None and isinstance(leaf, numpy.ndarray)
+        yield place, torch.from_numpy(leaf) if is_array else leaf

@@ -513,7 +513,7 @@ def test_autocast_changes_neither_dtypes_nor_what_is_followed(refold):
     assert not fxfuse.report(run).constants and len(fxfuse.report(run).folded) == 1
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own
 def test_tangents_of_parameters_get_through():
     model = randomise(Net()).requires_grad_(False)
     run = compiled(model)

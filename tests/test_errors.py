@@ -416,10 +416,7 @@ COMMANDS = {
         f"no input is known for {HERE}:factory, without which nothing can be compared; "
         "say which with --input 1,3,224,224"
     ),
-    ("list", "no such name"): (
-        "no model of torchvision or timm, if they are installed, has 'no such name' in its name; "
-        "fxfuse list prints all names"
-    ),
+    ("list", "no such name"): ("no model has 'no such name' in its name; fxfuse list prints all names"),
 }
 
 

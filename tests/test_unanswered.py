@@ -419,14 +419,14 @@ def test_the_result_runs_its_own_modules(keep_modules):
     assert fused.float()(X.float()).dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_a_kept_module_can_be_scripted():
     fused = fxfuse.fuse(randomise(Base()), keep_modules=True)
     assert_exact(fused(X), torch.jit.script(fused)(X))
 
 
 @MODES
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_scripted_submodules_are_called(keep_modules):
     def forward(self, x):
         return self.bn(self.conv(self.scripted(x)))
