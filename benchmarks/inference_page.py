@@ -21,7 +21,7 @@ TORCHS = ("eager", "eager, channels_last", "torch.fx", "inductor", "inductor, fr
 RUNTIMES = ("onnxruntime", "openvino")
 PEERS = (*TORCHS, *RUNTIMES)
 BEHIND = ("eager", "eager, channels_last", "inductor", "inductor, freezing", *RUNTIMES)
-COLUMNS = (*PEERS, OWN, AUTO)
+COLUMNS = (OWN, AUTO, *PEERS)
 BRANCHES = ("repvgg", "mobileone", "fastvit", "repvit")
 
 
@@ -42,12 +42,11 @@ def page(record: Record) -> str:
     made = next(iter(cells.values()))["made"]
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     machine = made["machine"]
-    commits = ", ".join(sorted({cell["made"]["commit"] for cell in cells.values()}))
     batches = sorted({cell["batch"] for cell in cells.values()})
     text = f"""# How fast inference is
 
-Made by `{record["command"]}` at {commits}: {machine["processor"]}, {machine["cores"]} cores,
-{machine["threads"]} threads, {versions}.
+Made by `{record["command"]}`, each batch at the commit that its section names: {machine["processor"]},
+{machine["cores"]} cores, {machine["threads"]} threads, {versions}.
 
 Milliseconds of a call, medians, float32, default allocator. All ways of a row ran in one process, in an order
 drawn anew in every round, each after a pause and an uncounted call; the machine is shared and noisy, so
@@ -55,15 +54,16 @@ compare within a row only. Every output was compared with a float64 run of the s
 not timed. *fxfuse, torch* is `fxfuse.lower(folded, (x,))`; *fxfuse, auto* is the engine that `engine="auto"`
 chose, named in its column: its time is that engine's. *Floor*: the sum of the least times of all
 convolutions and linear layers, each by itself on the fastest of torch's kernels, with what a call costs
-(`benchmarks/floor.py`).
-
-## What was to be reached
-
-{table(_targets(cells))}"""
+(`benchmarks/floor.py`). *Behind fxfuse*: what `fxfuse.fuse` gave, in the same compiler or runtime.
+[What was to be reached](#what-was-to-be-reached) is at the end.
+"""
     for batch in batches:
         rows = {key: cell for key, cell in cells.items() if cell["batch"] == batch}
+        commits = ", ".join(sorted({cell["made"]["commit"] for cell in rows.values()}))
         text += f"""
 ## Batch {batch}
+
+At {commits}.
 
 ![Speed relative to eager](inference-{batch}.svg)
 
@@ -104,7 +104,13 @@ too. Compilers that Inductor starts are processes of their own and not in it.
         ]
         text += f"\n### What did not run\n\n{''.join(failures) or 'Nothing.'}\n" if failures else ""
         text += f"\n### What was wrong, and not timed\n\n{''.join(wrong)}\n" if wrong else ""
-    return text
+    return f"""{text}
+## What was to be reached
+
+A number in brackets is a speed, that of the other = 1, so that less than 1 is slower; where it is about the
+time until ready, it is how many times shorter that is. `resnet18 × 8` is resnet18 with eight images.
+
+{table(_targets(cells))}"""
 
 
 def _name(cell: Record) -> str:
@@ -119,7 +125,7 @@ def _times(cells: Mapping[str, Record]) -> Iterator[list[object]]:
         shown = [
             "-" if each is None else f"**{each:.3g}**" if each == fastest else f"{each:.3g}" for each in times
         ]
-        shown[-1] += f" ({cell['ways'][AUTO].get('chosen', '')})"
+        shown[COLUMNS.index(AUTO)] += f" ({cell['ways'][AUTO].get('chosen', '')})"
         yield [_name(cell), *shown]
 
 

@@ -194,6 +194,10 @@ def _torchao(model: nn.Module, x: Tensor) -> Call:
 
 PEERS = {"AIMET": ("aimet_torch", _aimet), "torchao": ("torchao", _torchao)}
 TOOLS: dict[str, Callable[[nn.Module, Tensor], Call]] = {
+    "fxfuse.fuse": lambda model, _: fxfuse.fuse(model),
+    "fxfuse, kept modules": lambda model, _: fxfuse.fuse(model, keep_modules=True),
+    "fxfuse backend": _compiled,
+    "fxfuse.lower": lambda model, x: fxfuse.lower(fxfuse.fuse(model), (x,)),
     "torch.fx": lambda model, _: fx_fuse(model),
     "torch.ao fuse_fx": lambda model, _: quantize_fx.fuse_fx(model),
     **{name: fold for name, (package, fold) in PEERS.items() if importlib.util.find_spec(package)},
@@ -201,10 +205,6 @@ TOOLS: dict[str, Callable[[nn.Module, Tensor], Call]] = {
     "Inductor, freezing": _frozen,
     "ONNX Runtime": partial(_runtime, "onnxruntime"),
     "OpenVINO": partial(_runtime, "openvino"),
-    "fxfuse.fuse": lambda model, _: fxfuse.fuse(model),
-    "fxfuse, kept modules": lambda model, _: fxfuse.fuse(model, keep_modules=True),
-    "fxfuse backend": _compiled,
-    "fxfuse.lower": lambda model, x: fxfuse.lower(fxfuse.fuse(model), (x,)),
 }
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import ResNetConfig, ResNetForImageClassification
 
 import fxfuse
+from fxfuse import zoo
+
+zoo.torchvision()  # which transformers imports, and which need not fit this torch
+from transformers import ResNetConfig, ResNetForImageClassification  # noqa: E402
 
 torch.manual_seed(0)
 model = ResNetForImageClassification(ResNetConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[2, 2]))

@@ -33,6 +33,6 @@ def explanation(text: str) -> str:
 
 
 def section(code: str) -> str:
-    """What stands in ``refusals.md`` under the heading of that code: "FXF101"."""
+    """What stands in ``refusals.md`` under the heading that begins with that code: "FXF101"."""
     text = resources.files("fxfuse").joinpath("refusals.md").read_text(encoding="utf-8")
-    return re.split(rf"^### {code}\n", text, flags=re.MULTILINE)[1].partition("\n##")[0].strip() + "\n"
+    return re.split(rf"^### {code}: .*\n", text, flags=re.MULTILINE)[1].partition("\n##")[0].strip() + "\n"
