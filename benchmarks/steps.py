@@ -157,9 +157,9 @@ def compiled(folded: fx.GraphModule, x: Tensor) -> dict[str, Callable[[], Any]]:
     """Inductor's kernels, called in three ways."""
     found: dict[str, Callable[[], Any]] = {}
     for way, in_cpp in {"Inductor": False, "Inductor, C++ wrapper": True}.items():
-        torch.compiler.reset()
+        twin = copy.deepcopy(folded)  # what is compiled of one is not looked up for another
         options: dict[str, Any] = {"freezing": True, "cpp_wrapper": in_cpp}
-        found[way] = partial(torch.compile(folded, fullgraph=True, dynamic=False, options=options), x)
+        found[way] = partial(torch.compile(twin, fullgraph=True, dynamic=False, options=options), x)
         with torch._inductor.config.patch(freezing=True):  # Dynamo asks for it, too
             found[way]()
     exported = torch.export.export(folded, (x,))
