@@ -21,13 +21,10 @@ _QUERIES = {
 }
 # Those of them that ask for what an operator and its input have in common.
 _COMMON = {"ndim", "dtype", "device", "is_cuda", "dim", "ndimension", "is_floating_point", "is_complex"}
-_REDUCTIONS = {
-    *("mean", "sum", "amax", "amin"),
-    *(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for dims in (1, 2, 3)),
-}
 # Operators whose value is new memory, unless they write in place.
 FRESH = {
-    *_REDUCTIONS,
+    *("mean", "sum", "amax", "amin"),
+    *(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for dims in (1, 2, 3)),
     *(*IN_PLACE, "div", "divide", "true_divide", "multiply", "subtract", "rsub", "neg"),
     *("cat", "concat", "concatenate"),
     *(*LINEAR_NAMES, *NORM_FUNCTIONS, *LIKE_ALL, *LIKE_INPUT),

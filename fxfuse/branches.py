@@ -24,7 +24,6 @@ from fxfuse.transparent import Sum
 
 def merges(graph: fx.Graph, known: Surroundings) -> tuple[list[Merge], list[Apart]]:
     """What can be merged in `graph`, and the branches that cannot, both from its end to its beginning."""
-    moves = known.moves
     forms = Forms(graph, known)
     for node in graph.nodes:  # in this order no form is asked for before those that it is made of
         if not forms.is_inner(node):
@@ -32,7 +31,7 @@ def merges(graph: fx.Graph, known: Surroundings) -> tuple[list[Merge], list[Apar
     judge = Judge(forms, known.memory)
     merger = _Merger(forms, known.memory.order, judge, known.barred)
     explainer = Explainer(forms, judge, known.barred)
-    done = {*moves}
+    done = {*known.moves}
     merged: list[Merge] = []
     apart: list[Apart] = []
     for node in reversed(graph.nodes):

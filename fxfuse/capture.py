@@ -50,10 +50,10 @@ class Capture:
         Modules that the graph does not call are left out.
         """
         built = fx.GraphModule(self.root, self.graph, self.name)
-        for hooks in (*HOOKS, *_HOOK_OPTIONS):
+        named = (*HOOKS, *_HOOK_OPTIONS)
+        for hooks in named:
             getattr(built, hooks).update(getattr(self.root, hooks))
         # deepcopy of a GraphModule keeps of its hooks only those that are named here.
-        named = (*HOOKS, *_HOOK_OPTIONS)
         carried = {hooks: getattr(built, hooks) for hooks in named if getattr(built, hooks)}
         if carried and not isinstance(self.root, fx.GraphModule):
             built.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = carried

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -22,7 +22,7 @@ from fxfuse.plan import Plan
 from fxfuse.refusals import Code
 from fxfuse.replica import replicate
 from fxfuse.rewrite import bypass, drop_unused
-from fxfuse.tree import attribute
+from fxfuse.tree import attribute, parts_of
 
 # The classes that hold the forward of torch.nn's norms.
 _TORCH_NORMS = (_BatchNorm, nn.SyncBatchNorm, _InstanceNorm)
@@ -49,18 +49,9 @@ class KeepingReader(Reader):
             self._kept[node] = self._if_exchangeable(node, super().read(node))
         return self._kept[node]
 
-    def norm(self, node: fx.Node) -> str:
-        """The name of the norm that `node`, a source, is or belongs to."""
-        op = super().read(node)
-        return op.name if isinstance(op, Norm) else str(getattr(op, "norm", None))
-
     def operator(self, node: fx.Node) -> str:
         """The name of the module of the linear operator at `node`."""
         return str(node.target) if node.op == "call_module" else caller(node)
-
-    def sources(self, plan: Plan) -> dict[str, None]:
-        """The norms of which the plan moves something."""
-        return {self.norm(move.node): None for move in plan.moves}
 
     def taken_up(self, plan: Plan) -> dict[str, list[tuple[str, str, Channels]]]:
         """For each linear operator the maps that it takes up."""
@@ -69,8 +60,7 @@ class KeepingReader(Reader):
         }
         for move in plan.moves:
             for site in move.sites:
-                entry = (self.norm(move.node), site.side, site.channels)
-                found[self.operator(site.node)].append(entry)
+                found[self.operator(site.node)].append((move.name, site.side, site.channels))
         return found
 
     def _if_exchangeable(self, node: fx.Node, op: Op) -> Op:
@@ -124,19 +114,8 @@ class KeepingReader(Reader):
         """The nodes that call the module, one that it is in or that shares a tensor with it, or read one."""
         module = attribute(self.root, name)
         own = {id(module), *map(id, (*module.parameters(), *module.buffers()))}
-        return {user for node, used in self._used.items() if used & own for user in used_by(node)}
-
-
-def parts_of(value: nn.Module | Tensor) -> frozenset[int]:
-    """The identities of a tensor, or of a module, all that is in it, and their tensors."""
-    if isinstance(value, Tensor):
-        return frozenset({id(value)})
-    return frozenset(map(id, (*value.modules(), *value.parameters(), *value.buffers())))
-
-
-def used_by(node: fx.Node) -> set[fx.Node]:
-    """Who uses what `node` names."""
-    return set(node.users) if node.op == "get_attr" else {node}
+        using = (node for node, used in self._used.items() if used & own)
+        return {user for node in using for user in (node.users if node.op == "get_attr" else (node,))}
 
 
 def _takes_bias(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ import inspect
 import textwrap
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import chain, permutations
+from itertools import permutations
 from types import FunctionType
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import nn
 
 from fxfuse.functions import definition, nested, reads
 from fxfuse.objects import STATE, attributes, is_torch, modules_in, own_classes
-from fxfuse.tree import CONTAINERS, HOOKS, has_hooks
+from fxfuse.tree import CONTAINERS, HOOKS, has_hooks, parts_of
 
 Value = frozenset[str]
 _NOTHING: Value = frozenset()
@@ -129,7 +129,7 @@ class _Reader:
 
     def spread(self) -> None:
         """Exposes what lies below an exposed submodule, and what shares parts with one that has to stay."""
-        parts = {path: _parts(module) for path, module in self.modules.items()}
+        parts = {path: parts_of(module) for path, module in self.modules.items()}
         own = {id(tensor) for tensor in (*self.module.parameters(False), *self.module.buffers(False))}
         for path in self.uses:
             if parts[path] & own:
@@ -404,7 +404,3 @@ def _is_plain_attribute(module: nn.Module, name: str) -> bool:
     places = (vars(module), module._parameters, module._buffers, module._modules)
     value = next((place[name] for place in places if name in place), hidden)
     return all(isinstance(each, _PLAIN) for each in (value if isinstance(value, tuple) else (value,)))
-
-
-def _parts(module: nn.Module) -> set[int]:
-    return {id(each) for each in chain(module.modules(), module.parameters(), module.buffers())}

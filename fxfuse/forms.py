@@ -98,13 +98,8 @@ class Form:
     @property
     def saved(self) -> int:
         """How much less than all steps the one operator costs that does it all; more, if it is negative."""
-        return self.cost - self.merged_cost
-
-    @property
-    def merged_cost(self) -> int:
-        """What the one operator costs that does it all."""
         assert self.geometry is not None and self.channels is not None and self.in_channels is not None
-        return multiplications(self.geometry, self.channels, self.in_channels)
+        return self.cost - multiplications(self.geometry, self.channels, self.in_channels)
 
 
 Step = Linear | Norm | Affine | Window | Total | Form

@@ -26,12 +26,12 @@ from fxfuse.tree import NORM_RANKS, named_tensors, storage
 def no_random_numbers() -> Iterator[None]:
     """Random numbers that do not depend on the input would be drawn once and fixed for ever."""
     python, numpy = random.getstate(), _numpy_state()
-    with torch.random.fork_rng(devices=[]):
-        generator = torch.get_rng_state()
+    before = _torch_states()
+    with torch.random.fork_rng(devices=range(len(before) - 1)):
         try:
             yield
         finally:
-            drawn = not torch.equal(generator, torch.get_rng_state()) or random.getstate() != python
+            drawn = not all(map(torch.equal, before, _torch_states())) or random.getstate() != python
             drawn |= _numpy_state() != numpy
             random.setstate(python)
     if drawn:
@@ -229,6 +229,12 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+def _torch_states() -> list[Tensor]:
+    """The states of torch's random numbers, of the CPU and of all GPUs if these are in use."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return [torch.get_rng_state(), *on_gpus]
 
 
 def _numpy_state() -> tuple[bytes, int] | None:

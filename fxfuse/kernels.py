@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxfuse.affine import AffineMap
 from fxfuse.fold import Absorption, absorb_unchecked
-from fxfuse.geometry import Geometry, point
+from fxfuse.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,3 @@ class Kernel:
         """The weight (groups, out/groups, in/groups, taps) with fewer groups."""
         weight = self.held(replace(self.geometry, groups=groups)).weight
         return weight.view(groups, self.channels // groups, weight.shape[1], -1)
-
-
-def identity(channels: int, dims: int, device: torch.device) -> Kernel:
-    """x itself, for `dims` spatial axes."""
-    return Kernel.alike(1.0, point(dims, channels), device)

@@ -292,15 +292,14 @@ class _Matcher:
                 if any(entry != KEPT for entry in part.index):
                     yield from self._backward(source, value, part)
         else:
-            raise self._opaque(value, op)
+            raise self._opaque_producer(value, op)
 
     def _check_only_reader(self, value: fx.Node, reader: fx.Node, channels: Channels) -> None:
         """Who else reads `value` wants it as it was, unless it takes other channels of it."""
         others = [each for each in self._readers(value) if each is not reader]
         taken = self._taken(reader, value, channels)
-        if others and (
-            taken is None or any(self._overlaps(other, value, channels, taken) for other in others)
-        ):
+        theirs = (self._taken(other, value, channels) for other in others)
+        if others and (taken is None or any(each is None or not each.isdisjoint(taken) for each in theirs)):
             names = ", ".join(other.name for other in others)
             raise _Stop(Code.OTHER_USERS, f"{value.name} -> {names}")
 
@@ -316,10 +315,6 @@ class _Matcher:
         taken = op.taken(shape[axis])
         return None if taken is None else set(taken)
 
-    def _overlaps(self, other: fx.Node, value: fx.Node, channels: Channels, taken: set[int]) -> bool:
-        theirs = self._taken(other, value, channels)
-        return theirs is None or not theirs.isdisjoint(taken)
-
     def _readers(self, value: fx.Node) -> list[fx.Node]:
         """The nodes that read `value`; of a split those that read its parts."""
         found: list[fx.Node] = []
@@ -330,14 +325,12 @@ class _Matcher:
                 found.append(user)
         return found
 
-    def _opaque(self, value: fx.Node, op: object) -> _Stop:
+    def _opaque_producer(self, value: fx.Node, op: object) -> _Stop:
         if isinstance(op, (Norm, LeftNorm)):
             return _Stop(Code.NORM_BEFORE_LEFT, op.name)
         if value.op == "placeholder":
             return _Stop(Code.NOTHING_BEFORE, value.name)
-        if isinstance(op, Opaque):
-            return _Stop(op.code, op.detail or value.name)
-        return _Stop(Code.OPAQUE_PRODUCER, value.name)
+        return self._opaque(value, op)
 
     # ---- forward ----
 
@@ -360,11 +353,11 @@ class _Matcher:
                 if any(entry != KEPT for entry in part.index):
                     yield from self._forward(reader, part)
             else:
-                raise self._opaque_reader(reader, op)
+                raise self._opaque(reader, op)
 
-    def _opaque_reader(self, reader: fx.Node, op: object) -> _Stop:
+    def _opaque(self, node: fx.Node, op: object) -> _Stop:
         code, detail = (op.code, op.detail) if isinstance(op, Opaque) else (Code.OPAQUE_PRODUCER, "")
-        return _Stop(code, detail or reader.name)
+        return _Stop(code, detail or node.name)
 
     def _check_forward(self, node: fx.Node, source: Norm | Affine) -> None:
         """The value must be one that the operators after it take as it is, without what `node` made of it."""

@@ -12,7 +12,7 @@ from fxfuse.affine import exact
 from fxfuse.fold import Absorption, absorb_unchecked
 from fxfuse.forms import Form, Total
 from fxfuse.geometry import Geometry, Window, point
-from fxfuse.kernels import Kernel, identity
+from fxfuse.kernels import Kernel
 from fxfuse.maps import affine_of
 from fxfuse.nodes import Affine, Linear, Norm
 from fxfuse.ops import Reader
@@ -38,7 +38,7 @@ class Merger:
         """The kernel of a form, of whose channels there are so many where that is open."""
         channels = channels if form.channels is None else form.channels
         if not form.parts:
-            return identity(channels, self.dims, self.device)
+            return Kernel.alike(1.0, point(self.dims, channels), self.device)
         found, absorbed = self._kernel(form, channels), self.absorptions.get(form.node)
         if absorbed is None or absorbed.after is None or not takes_up(form, self.reader):
             return found

@@ -100,10 +100,6 @@ class Reader:
         passes = not node.users and isinstance(self.read(node), Transparent)
         return passes and not self.written_inputs(node)
 
-    def attribute(self, name: str) -> Any:
-        """The parameter, buffer or module of that qualified name."""
-        return attribute(self.root, name)
-
     def _unwritten(self, name: str) -> Any:
         value = attribute(self.root, name)
         return None if isinstance(value, Tensor) and storage(value) in self._written else value
@@ -357,10 +353,10 @@ class Reader:
 
     def _item(self, bound: Mapping[str, Any]) -> Op | None:
         source = bound["input"]
-        if isinstance(source, fx.Node) and isinstance(self.read(source), Split):
-            return self._part(source, bound["index"])
-        if isinstance(source, fx.Node) and gives_several(source):
-            op = self.read(source)
+        op = self.read(source) if isinstance(source, fx.Node) else None
+        if isinstance(op, Split):
+            return part(Call(op.input, arguments(source).get), bound["index"])
+        if op is not None and gives_several(source):
             # What gives a tuple is read as if it gave the first value alone; nobody reads the others.
             known = isinstance(op, (Norm, Transparent)) or (isinstance(op, Opaque) and bool(op.like))
             return Within(source, is_identity=True) if known and self._gives_first_only(source) else None
@@ -375,12 +371,6 @@ class Reader:
         sources = () if found is None else found.inputs
         fits = found is not None and all(isinstance(source, fx.Node) for source in sources)
         return found if fits else None
-
-    def _part(self, split: fx.Node, index: Any) -> Op | None:
-        """One of the parts that `split` gives."""
-        op = self.read(split)
-        assert isinstance(op, Split)
-        return part(Call(op.input, arguments(split).get), index)
 
     def _like(self, name: str, bound: Mapping[str, Any]) -> tuple[fx.Node, ...]:
         operands = [value for value in bound.values() if isinstance(value, fx.Node)]

@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+DEVICES = ("cpu", "cuda")
+"""Those of which autocast is looked at."""
+
 
 class LeastPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the largest eps of a dtype to which something in float64 is rounded on the way."""
@@ -59,14 +62,22 @@ _UNREADABLE = object()
 
 
 @contextlib.contextmanager
+def no_autocast() -> Iterator[None]:
+    """Without autocast on any device."""
+    with contextlib.ExitStack() as stack:
+        for device in DEVICES:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
 def precise() -> Iterator[None]:
     """Without TF32, reduced-precision sums, autocast and nondeterminism; all is restored afterwards."""
     before = [_read(get) for get, _, _ in _SETTINGS]
     deterministic = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     with contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(no_autocast())
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", ".*does not have a deterministic implementation.*")
         try:

@@ -58,8 +58,6 @@ def isolated(model: _M) -> _M:
 
 
 def _module(source: Any, memo: dict[int, Any]) -> Any:
-    if source is None:
-        return None
     if id(source) in memo:
         return memo[id(source)]
     if isinstance(source, torch.jit.ScriptModule):

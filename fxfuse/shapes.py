@@ -30,6 +30,7 @@ from fxfuse.ops import Reader
 from fxfuse.replica import isolated
 from fxfuse.runs import clean_run
 from fxfuse.transparent import Concat, Rearranged, Slice, Sum, Transparent, Within, broadcast
+from fxfuse.tree import attribute
 
 _ARITHMETIC: Mapping[Any, Callable[[Any, Any], Any]] = {
     each: each for each in (operator.add, operator.sub, operator.mul, operator.floordiv)
@@ -172,7 +173,7 @@ class GraphShapes:
     def _follow(self, node: fx.Node, op: Op) -> tuple[Shape | None, torch.dtype | None]:
         """Shape and dtype, as far as they follow from those of the inputs."""
         if node.op == "get_attr":
-            value = self._reader.attribute(str(node.target))
+            value = attribute(self._reader.root, str(node.target))
             return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (None, None)
         if isinstance(op, Linear):
             shape = self._shapes[op.input]

@@ -289,9 +289,6 @@ class _LeafFunction:
     function: FunctionType
     namespace: dict[str, Any]
 
-    def is_same(self, other: _LeafFunction) -> bool:
-        return self.function is other.function and self.namespace is other.namespace
-
     @contextlib.contextmanager
     def patched(self, tracer: fx.Tracer) -> Iterator[None]:
         """While the context lasts, a call with proxies becomes a node of the graph."""
@@ -322,9 +319,8 @@ def _what_failed(
         function = caller.f_globals.get(callee.f_code.co_name)
         if not isinstance(function, FunctionType) or function.__code__ is not callee.f_code:
             continue
-        leaf = _LeafFunction(function, caller.f_globals)
-        if not any(leaf.is_same(other) for other in known):
-            return leaf
+        if not any(leaf.function is function and leaf.namespace is caller.f_globals for leaf in known):
+            return _LeafFunction(function, caller.f_globals)
     return None
 
 

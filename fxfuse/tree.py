@@ -95,3 +95,10 @@ def storage(value: Any) -> int:
     """What two tensors have in common if writing to one may change the other; something unique otherwise."""
     plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
     return value.untyped_storage().data_ptr() if plain else id(value)
+
+
+def parts_of(value: nn.Module | Tensor) -> frozenset[int]:
+    """The identities of a tensor, or of a module, all that is in it, and their tensors."""
+    if isinstance(value, Tensor):
+        return frozenset({id(value)})
+    return frozenset(map(id, (*value.modules(), *value.parameters(), *value.buffers())))

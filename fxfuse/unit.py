@@ -96,7 +96,7 @@ class Unit:
 
     def _moved(self) -> dict[str, None]:
         """The norms that would go."""
-        return {norm: None for each in self._variants for norm in each.reader.sources(each.plan)}
+        return {move.name: None for each in self._variants for move in each.plan.moves}
 
     def _disputed(self) -> dict[str, Code]:
         """The norms that are not treated alike wherever they, or their operators, are called."""
@@ -120,7 +120,7 @@ class Unit:
         called = tuple({f"{node.target}." for node in nodes if node.op == "call_module"})
         for each in self._variants:
             for move in each.plan.moves:
-                norm = each.reader.norm(move.node)
+                norm = move.name
                 operators = [each.reader.operator(site.node) for site in move.sites]
                 if any(name.startswith(called) for name in (norm, *operators)):
                     yield norm
@@ -130,7 +130,7 @@ class Unit:
         for each in self._variants:
             traced = {code for node in each.reader.graph.nodes for _, code in node.meta.get(METHODS, ())}
             for move in each.plan.moves:
-                norm = each.reader.norm(move.node)
+                norm = move.name
                 nodes = (move.node, *(site.node for site in move.sites))
                 operators = [each.reader.operator(site.node) for site in move.sites]
                 backward = move.direction == "backward"
@@ -181,7 +181,7 @@ class Unit:
         found: dict[str, Fold] = {}
         for each in self._variants:
             for move in each.plan.moves:
-                norm = each.reader.norm(move.node)
+                norm = move.name
                 into = tuple(dict.fromkeys(each.reader.operator(site.node) for site in move.sites))
                 error = each.solution.errors.get(move)
                 found.setdefault(norm, Fold(norm, into, move.direction, place_of(move.node), error))

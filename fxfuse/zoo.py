@@ -156,10 +156,8 @@ def _torchvision(name: str) -> Loaded:
     options: dict[str, Any] = {}
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
         options["weights_backbone"] = None
-    if name in (
-        "inception_v3",
-        "googlenet",
-    ):  # they warn unless told whether to draw weights, which takes long
+    # They warn unless told whether to draw weights, which takes long.
+    if name in ("inception_v3", "googlenet"):
         options["init_weights"] = False
     model = models.get_model(name, weights=None, **options)
     file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])

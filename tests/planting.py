@@ -740,7 +740,7 @@ def exchange_modules_that_are_called_twice() -> None:
 
 @bug(*KEPT_MODULES)
 def trace_one_choice_of_the_options() -> None:
-    wrap(unit, "variants", lambda original, module: original(module)[:1])
+    wrap(unit, "variants", lambda original, *args: original(*args)[:1])
 
 
 @bug(*KEPT_MODULES)
@@ -758,8 +758,8 @@ def fold_what_the_rest_of_the_model_has_too() -> None:
 
 @bug(*UNBATCHED)
 def assume_ranks_in_modules_that_are_kept() -> None:
-    def planned(original: Any, *args: Any, **_: Any) -> Any:
-        return original(*args)
+    def planned(original: Any, *args: Any) -> Any:
+        return original(*args[:3])
 
     wrap(unit, "planned", planned)
 
@@ -796,12 +796,12 @@ def leave_views_as_they_are() -> None:
 
 @bug(*BACKEND)
 def never_fold_again() -> None:
-    wrap(following._Weights, "is_stale", lambda *_: False)
+    wrap(following.Watch, "is_stale", lambda *_: False)
 
 
 @bug(*BACKEND)
 def trust_norms_to_count_versions() -> None:
-    wrap(following.Followers, "_have_changed", lambda *_: False)
+    wrap(following, "_joined", lambda *_: [])
 
 
 @bug(*BACKEND)

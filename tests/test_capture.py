@@ -327,28 +327,6 @@ def test_modules_that_are_reached_without_being_registered_are_found_or_told():
     assert_refused_by_capture_alone(hidden, "not registered as a submodule", (IMAGE,))
 
 
-@pytest.mark.parametrize(
-    ("thing", "message"),
-    [
-        (nn.Conv2d, "the class Conv2d, no torch.nn.Module"),
-        ({"weight": 1}, r"\(dict\), no torch.nn.Module"),
-        (nn.Sequential(nn.LazyConv2d(3, 1)).eval(), r"2 lazy parameters are not initialised yet \(0.weight"),
-        (nn.Sequential(nn.Conv2d(3, 3, 1)), r"Sequential\) is in training mode.*call model.eval\(\)"),
-    ],
-)
-def test_what_cannot_be_captured_is_wrong_use(thing, message):
-    with pytest.raises(fxfuse.UsageError, match=message):
-        fxfuse.fuse(thing)
-
-
-def test_example_inputs_have_to_be_a_tuple():
-    model = randomise(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
-    with pytest.raises(fxfuse.UsageError, match=r"\(Tensor\); .* pass a tuple"):
-        fxfuse.fuse(model, example_inputs=IMAGE)
-    with pytest.raises(fxfuse.UsageError, match=r"\(Tensor\); .* pass a tuple"):
-        fxfuse.verify(model, model, IMAGE)
-
-
 class Swish(torch.autograd.Function):
     @staticmethod
     def forward(_ctx, x):
@@ -408,25 +386,6 @@ def test_hooks_of_the_model_itself_survive_deepcopy():
     model = randomise(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     model.register_forward_hook(lambda _module, _args, output: output * 2)
     assert_exact(model(IMAGE), copy.deepcopy(fxfuse.fuse(model))(IMAGE))
-
-
-def test_a_compiled_model_is_wrong_use():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns about itself when the compiler is first imported
-        compiled = torch.compile(nn.Sequential(nn.Conv2d(3, 3, 1)).eval())
-    with pytest.raises(fxfuse.UsageError, match=r"compiled already.*torch.compile\(fxfuse.fuse"):
-        fxfuse.fuse(compiled)
-
-
-def test_example_inputs_that_the_model_rejects_are_wrong_use():
-    model = randomise(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
-    with pytest.raises(fxfuse.UsageError, match=r"rejects the example inputs \(2, 5, 4, 4\)"):
-        fxfuse.fuse(model, example_inputs=(torch.ones(2, 5, 4, 4, dtype=torch.float64),))
-
-
-def test_a_model_without_fxfuse_has_no_report():
-    with pytest.raises(fxfuse.UsageError, match="not made by fxfuse"):
-        fxfuse.report(nn.Identity())
 
 
 def test_every_name_in_a_capture_is_the_sources_own():

@@ -324,6 +324,7 @@ CUDNN = {
     "under a view": (under_a_view, ["add relu"]),
     "depthwise": (lambda m, y: m.depthwise(y).relu(), []),
     "transposed": (lambda m, y: m.transposed(y).relu(), []),
+    "strides of one number": (lambda m, y: F.conv2d(y.tanh(), m.second.weight, stride=[2]).relu(), []),
     "no convolution": (lambda m, y: F.linear(y.mean((2, 3)), m.line).relu() + y.sum((1, 2, 3))[:, None], []),
 }
 
@@ -347,6 +348,37 @@ def test_what_cudnn_has_one_kernel_for(way, cudnn_calls):
     assert cudnn_calls == expected
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, weights[name]) and tensor.stride() == weights[name].stride()
+
+
+def test_an_input_is_added_by_cudnn(cudnn_calls):
+    lowered = fxfuse.lower(folded(WithSecond(lambda _, y, z: (y + z).relu())), (X, torch.randn(2, 8, 12, 12)))
+    near(lowered, X, torch.randn(2, 8, 12, 12))
+    assert {*cudnn_calls} == {"add relu"}
+
+
+def test_where_cudnn_fails_its_kernels_are_not_taken(cudnn_calls, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no engine")
+
+    monkeypatch.setattr(cudnn, "medians", fails)
+    lowered = fxfuse.lower(folded(Net()), (X,))
+    assert not lowered.lowering.reason and not cudnn_calls
+    near(lowered, X)
+
+
+def test_kernels_that_may_differ_from_call_to_call_are_not_taken_where_that_is_forbidden(cudnn_calls):
+    with torch.backends.cudnn.flags(deterministic=True):
+        lowered = fxfuse.lower(folded(Net()), (X,))
+    assert not lowered.lowering.reason and not cudnn_calls
+
+
+def test_a_constant_that_is_given_as_it_is_belongs_to_the_caller(cudnn_calls):
+    model = folded(Written(lambda m, y: (y.relu(), m.table.type_as(y)), table=nn.Parameter(torch.randn(4))))
+    lowered = fxfuse.lower(model, (X,))
+    assert cudnn_calls and not lowered.lowering.reason
+    expected = model.table.detach().clone()
+    lowered(X)[1].detach().add_(5)
+    assert torch.equal(lowered(X)[1], expected)
 
 
 def test_dtypes_that_cudnn_has_no_such_kernel_for(cudnn_calls):

@@ -185,11 +185,6 @@ def test_explain_says_what_fuse_would(dialect):
     assert str(before) == str(described(program))
 
 
-def test_modules_of_a_program_cannot_be_kept():
-    with pytest.raises(fxfuse.UsageError, match="no modules to keep"):
-        fxfuse.fuse(export(randomise(Net()), X), keep_modules=True)
-
-
 @dialects
 def test_outputs_keep_their_names_and_places(dialect):
     def forward(m, x):

@@ -43,8 +43,7 @@ def fastest(folded: nn.Module, inputs: Sequence[Any], dtype: torch.dtype | None,
     if times:
         timings.append(Timing("folded", times["folded"], 0.0))
     timings.sort(key=lambda each: (math.isnan(each.milliseconds), each.milliseconds))
-    seconds = time.perf_counter() - started
-    chosen.lowering = replace(chosen.lowering, seconds=seconds, timings=tuple(timings))
+    chosen.lowering = replace(chosen.lowering, seconds=time.perf_counter() - started, timings=tuple(timings))
     return chosen
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxfuse.aliases import plain_layer
 from fxfuse.calls import arguments, operator_name
 from fxfuse.channels import Channels, Shape, every
 from fxfuse.lowering.specialised import Program
@@ -22,7 +21,7 @@ from fxfuse.nodes import Affine, Linear, Norm, Opaque
 from fxfuse.ops import Reader
 from fxfuse.shapes import GraphShapes
 from fxfuse.table import SPLITS
-from fxfuse.transparent import Concat, Rearranged, Slice, Sum, Within
+from fxfuse.transparent import Sum, Transparent
 from fxfuse.tree import attribute
 
 
@@ -98,7 +97,7 @@ class _Proof:
         if node.op == "placeholder":
             return True
         op = self._reader.read(node)
-        if isinstance(op, (Within, Rearranged, Slice, Concat, Sum)):
+        if isinstance(op, Transparent):
             return self._passes(op, shape)
         read = [each for each in node.all_input_nodes if each in self.apart]
         if isinstance(op, (Linear, Norm, Affine)):
@@ -110,7 +109,7 @@ class _Proof:
             return self._acts_on_elements(node, shape)
         return self._is_product(node, read) or self._is_softmax(node, read)
 
-    def _passes(self, op: Within | Rearranged | Slice | Concat | Sum, shape: Shape) -> bool:
+    def _passes(self, op: Transparent, shape: Shape) -> bool:
         found = op.backward(self._samples(len(shape)), self._shapes)
         if not isinstance(found, list):
             return False
@@ -135,7 +134,7 @@ class _Proof:
 
     def _normalised_axes(self, node: fx.Node) -> float:
         """Over how many of the last axes it takes means, if it does more than to act on elements."""
-        layer = plain_layer(self._reader.root, node)
+        layer = self._reader.layer(node)
         if layer is not None:
             return len(layer.normalized_shape) if isinstance(layer, nn.LayerNorm) else 0
         name = operator_name(node)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,20 +29,32 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     with torch.no_grad():
         apart = copy.deepcopy(make_fx(functionalize(module))(*inputs)).requires_grad_(False)
     put_channels_last(apart, [result.is_contiguous() for result in graph.results])
-    together = joined(apart)
-    if together is None:
-        return lambda tensors: apart(*tensors)
-    with torch.no_grad():
-        times = medians({"apart": lambda: apart(*inputs), "together": lambda: together(*inputs)}, rounds=3)
-    faster = apart if times["apart"] < times["together"] else together
+    faster = _faster(apart, joined(apart), inputs)
     return lambda tensors: faster(*tensors)
+
+
+def _faster(
+    apart: fx.GraphModule, together: fx.GraphModule | None, inputs: Sequence[Tensor]
+) -> fx.GraphModule:
+    """`together`, if there is one, its kernels are allowed and run, and it takes less time than `apart`."""
+    settings: Any = torch.backends.cudnn
+    deterministic = settings.deterministic or torch.are_deterministic_algorithms_enabled()
+    if together is None or deterministic or not settings.enabled:
+        return apart
+    try:
+        with torch.no_grad():
+            calls = {"apart": partial(apart, *inputs), "together": partial(together, *inputs)}
+            times = medians(calls, rounds=3)
+    except RuntimeError:  # as on ROCm, or where cuDNN has no kernel for a shape
+        return apart
+    return together if times["together"] < times["apart"] else apart
 
 
 def joined(module: fx.GraphModule) -> fx.GraphModule | None:
     """`module` with one call for each convolution, sum and ReLU that cuDNN has one kernel for; None if none.
 
     Args:
-        module: operators of aten that write to nothing, each node with its value as ``meta["val"]``.
+        module: operators of aten that write to nothing. Values are known by ``meta["val"]``.
     """
     twin = fx.GraphModule(module, copy.deepcopy(module.graph))
     found = False
@@ -75,12 +88,14 @@ def _has_kernel(value: Any) -> bool:
     """Whether it is a convolution of images that cuDNN has such a kernel for, and nobody else reads it."""
     if not isinstance(value, fx.Node) or value.target is not _ATEN.convolution.default:
         return False
-    transposed, groups = value.args[6], value.args[8]
-    shape, dtype = _kind(value)
-    fits = len(shape) == 4 and 0 not in shape and dtype in (torch.float32, torch.float16)
-    return bool(fits and not transposed and groups == 1 and len(value.users) == 1)
+    transposed, groups, kind = value.args[6], value.args[8], _kind(value)
+    if transposed or groups != 1 or kind is None or len(value.users) != 1:
+        return False
+    # It expands no stride, padding or dilation that is given as one number.
+    whole = all(len(each) == 2 for each in value.args[3:6])
+    return whole and len(kind[0]) == 4 and 0 not in kind[0] and kind[1] in (torch.float32, torch.float16)
 
 
-def _kind(node: fx.Node) -> tuple[torch.Size, torch.dtype]:
-    value = node.meta["val"]
-    return value.shape, value.dtype
+def _kind(node: fx.Node) -> tuple[torch.Size, torch.dtype] | None:
+    value = node.meta.get("val")
+    return None if value is None else (value.shape, value.dtype)

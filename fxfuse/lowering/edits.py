@@ -48,6 +48,7 @@ def surround(module: fx.GraphModule, before: Step, after: Sequence[Step]) -> Non
     for node in graph.find_nodes(op="placeholder"):
         with graph.inserting_before(node.next):
             made = graph.call_function(before[0], (node, *before[1:]))
+        made.meta = {**node.meta}
         node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
     (output,) = graph.find_nodes(op="output")
     results: Any = output.args[0]

@@ -16,8 +16,9 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.errors import UsageError
 from fxfuse.lowering.engines import ENGINES
-from fxfuse.lowering.programs import DEVICES, Compiled, compiled
+from fxfuse.lowering.programs import Compiled, compiled
 from fxfuse.lowering.records import Lowering
+from fxfuse.precision import DEVICES
 from fxfuse.reports import attach, report
 
 _LOG = logging.getLogger("fxfuse")
@@ -51,7 +52,7 @@ class Lowered(nn.Module):
         self.training = False
         self._lock = threading.Lock()
         self._forget()
-        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(Lowered._forget)  # type: ignore[no-untyped-call]
         with contextlib.suppress(UsageError):  # it need not have been made by fxfuse
             attach(self, report(folded))
 
@@ -105,7 +106,7 @@ class Lowered(nn.Module):
             raise UsageError(f"{names} can only be given by keyword, which engines do not know")
         return bound.args
 
-    def _forget(self) -> None:
+    def _forget(self, *_: object) -> None:
         self._programs: dict[Hashable, Compiled] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -120,10 +121,6 @@ class Lowered(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lock = threading.Lock()
         self._forget()
-
-
-def _forget(module: Lowered, _: object) -> None:
-    module._forget()
 
 
 def lowered(folded: nn.Module, inputs: Sequence[Any], engine: str, dtype: torch.dtype | None) -> Lowered:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,12 +18,10 @@ from fxfuse.lowering.edits import in_dtype
 from fxfuse.lowering.engines import Engine
 from fxfuse.lowering.specialised import Program, Specialised, UnsupportedError, specialised
 from fxfuse.lowering.timing import medians
+from fxfuse.precision import no_autocast
 from fxfuse.runs import REJECTIONS
 from fxfuse.tree import storage
 from fxfuse.verdict import Comparison
-
-DEVICES = ("cpu", "cuda")
-"""Those that engines have kernels for."""
 
 _COMPILES = threading.RLock()  # tracers and compilers set what concerns the whole process
 _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
@@ -55,11 +52,7 @@ def compiled(folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: to
         name = type(folded).__name__
         return Compiled(None, f"{name} is no graph: it could not be traced whole, or its modules were kept")
     # Tensors of inference mode could not become constants.
-    with ExitStack() as held:
-        for context in (_COMPILES, torch.inference_mode(False), torch.no_grad()):
-            held.enter_context(context)
-        for device in DEVICES:
-            held.enter_context(torch.autocast(device, enabled=False))
+    with _COMPILES, torch.inference_mode(False), torch.no_grad(), no_autocast():
         try:
             return _Compiler(folded, pytree.tree_map(_usable, tuple(inputs)), engine, dtype).compiled()
         except UnsupportedError as error:
@@ -105,9 +98,10 @@ class _Compiler:
 
     def _in_slices(self, whole: Specialised) -> Program | None:
         """A program for a few samples at a time; None if that cannot be shown to be the same."""
-        batches = {tuple(tensor.shape[:1]) for tensor in whole.tensors(pytree.tree_leaves(self.inputs))}
+        tensors = whole.tensors(pytree.tree_leaves(self.inputs))
+        batches = {tuple(tensor.shape[:1]) for tensor in tensors}
         (batch,) = batches.pop() if len(batches) == 1 else (0,)
-        size = self.engine.slice_size
+        size = 0 if any(tensor.is_cuda for tensor in tensors) else self.engine.slice_size
         if not size or batch < 2 * size or batch % size or not keeps_samples_apart(whole.module, batch):
             return None
         few = pytree.tree_map_only(Tensor, lambda tensor: tensor[:size], self.inputs)
@@ -147,11 +141,11 @@ def _positional(graph: Specialised, program: Program) -> Callable[..., Any]:
 
 
 def _with_own_memory(program: Program, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> Program:
-    """`program`, of whose results none lies in the memory of its inputs or of another result.
+    """`program`, of whose results none lies in the memory of its inputs, its constants or another result.
 
-    Engines take x + 0 for x. A caller may write to what it gets.
+    Engines take x + 0 for x. A caller may write to what it gets. Constants are in the results of each call.
     """
-    used = {storage(tensor) for tensor in tensors}
+    used = {storage(tensor) for tensor in (*tensors, *program(tensors))}
     shared: set[int] = set()
     for number, result in enumerate(results):
         if storage(result) in used:

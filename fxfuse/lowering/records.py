@@ -51,13 +51,8 @@ class Lowering:
 
     def to_dict(self) -> dict[str, Any]:
         """It as JSON values."""
-        return {
-            "engine": self.engine,
-            "reason": self.reason,
-            "seconds": self.seconds,
-            "comparison": None if self.comparison is None else self.comparison.to_dict(),
-            "timings": [timing.to_dict() for timing in self.timings],
-        }
+        comparison = None if self.comparison is None else self.comparison.to_dict()
+        return asdict(self) | {"comparison": comparison, "timings": [each.to_dict() for each in self.timings]}
 
     def __str__(self) -> str:
         lines = [f"engine {self.engine}, ready after {self.seconds:.2g} s"]

@@ -48,9 +48,10 @@ def samples(
 
 
 def _wait() -> None:
-    """Until a GPU that is in use has done all that it was given."""
+    """Until GPUs that are in use have done all that they were given."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(device)
 
 
 def medians(functions: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
