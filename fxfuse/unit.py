@@ -120,10 +120,9 @@ class Unit:
         called = tuple({f"{node.target}." for node in nodes if node.op == "call_module"})
         for each in self._variants:
             for move in each.plan.moves:
-                norm = move.name
                 operators = [each.reader.operator(site.node) for site in move.sites]
-                if any(name.startswith(called) for name in (norm, *operators)):
-                    yield norm
+                if any(name.startswith(called) for name in (move.name, *operators)):
+                    yield move.name
 
     def _apart(self) -> Iterator[str]:
         """The norms that a method besides forward calls without their operators, or the other way round."""
@@ -181,10 +180,9 @@ class Unit:
         found: dict[str, Fold] = {}
         for each in self._variants:
             for move in each.plan.moves:
-                norm = move.name
                 into = tuple(dict.fromkeys(each.reader.operator(site.node) for site in move.sites))
                 error = each.solution.errors.get(move)
-                found.setdefault(norm, Fold(norm, into, move.direction, place_of(move.node), error))
+                found.setdefault(move.name, Fold(move.name, into, move.direction, place_of(move.node), error))
         return [*found.values()]
 
     def refusals(self) -> list[Refusal]:

@@ -47,6 +47,7 @@ LAYERS = [
     ["lowering.onednn", "lowering.openvino", "lowering.cudnn"],
     ["lowering.batches"],
     ["lowering.engines"],
+    ["lowering.recorded"],
     ["lowering.programs"],
     ["lowering.lowered"],
     ["lowering.auto", "lowering.dynamo"],

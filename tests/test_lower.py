@@ -26,6 +26,8 @@ from torch import Tensor, fx, nn
 import fxfuse
 from fxfuse import aliases, backend, cli
 from fxfuse.lowering import auto, batches, cudnn, engines, onednn, programs, timing
+from fxfuse.lowering import lower as lower_module
+from fxfuse.lowering import lowered as lowered_module
 from fxfuse.lowering.specialised import UnsupportedError, specialised
 from fxfuse.tree import storage
 from tests.paths import paths
@@ -412,11 +414,50 @@ def test_a_kernel_that_gives_other_numbers_is_not_taken():
     assert torch.equal(lowered(X), model(X))
 
 
+def test_recordings_are_of_what_runs_on_a_gpu():
+    with pytest.raises(fxfuse.UsageError, match="no input is on a CUDA device; leave out cuda_graphs=True"):
+        fxfuse.lower(folded(Net()), (X,), cuda_graphs=True)
+
+
+def test_results_of_a_recording_are_the_callers_and_each_stream_has_its_own(monkeypatch):
+    made, stream = [], [1]
+
+    def recorded(call, own):
+        made.append(own)
+        results = call(*own)
+
+        def replay(*given):
+            for mine, theirs in zip(own, given, strict=True):
+                mine.copy_(theirs)
+            for mine, now in zip(results, call(*own), strict=True):
+                mine.copy_(now)
+            return results
+
+        return replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorded)
+    for module in (lower_module, lowered_module):
+        monkeypatch.setattr(module, "streams", lambda tensors: tuple(stream) * len(tensors))
+    example = X.clone()
+    lowered = fxfuse.lower(folded(Net()), (example,), cuda_graphs=True)
+    assert not lowered.lowering.reason and len(made) == 1
+    first = lowered(X)
+    expected = first.clone()
+    near(lowered, X + 1)
+    assert torch.equal(first, expected) and torch.equal(example, X)
+    assert len(made) == 1
+    stream[0] = 2
+    near(lowered, X)
+    assert len(made) == 2
+    assert copy.deepcopy(lowered).cuda_graphs
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_on_a_gpu(dtype):
+def test_on_a_gpu(dtype, cuda_graphs):
     model, x = folded(Net()).cuda(), X.cuda()
-    lowered = fxfuse.lower(model, (x,), dtype=dtype)
+    lowered = fxfuse.lower(model, (x,), dtype=dtype, cuda_graphs=cuda_graphs)
     assert not lowered.lowering.reason
     assert lowered(x).device == x.device
     near(lowered, x, limit=2e-5 if dtype is None else 5e-2)

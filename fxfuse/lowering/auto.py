@@ -19,7 +19,9 @@ from fxfuse.lowering.records import Timing
 from fxfuse.lowering.timing import medians
 
 
-def fastest(folded: nn.Module, inputs: Sequence[Any], dtype: torch.dtype | None, seconds: float) -> Lowered:
+def fastest(
+    folded: nn.Module, inputs: Sequence[Any], dtype: torch.dtype | None, seconds: float, cuda_graphs: bool
+) -> Lowered:
     """The fastest of the engines that are installed, for inputs like these.
 
     Engines are tried in the order of their table, until the time is over; the first is tried in any case.
@@ -33,7 +35,7 @@ def fastest(folded: nn.Module, inputs: Sequence[Any], dtype: torch.dtype | None,
         if timings and time.perf_counter() - started > seconds:
             timings.append(Timing(name, math.nan, math.nan, "not tried: the time was over"))
             continue
-        candidate = lowered(folded, inputs, name, dtype)
+        candidate = lowered(folded, inputs, name, dtype, cuda_graphs)
         ready[name] = candidate
         timings.append(Timing(name, math.nan, candidate.lowering.seconds, candidate.lowering.reason))
     if not ready:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from fxfuse.arguments import check_eval, check_inputs, check_module, rejection
 from fxfuse.errors import UsageError
@@ -16,6 +17,7 @@ from fxfuse.inputs import sample
 from fxfuse.lowering.auto import fastest, fastest_of
 from fxfuse.lowering.engines import engine as engine_of
 from fxfuse.lowering.lowered import Lowered, lowered
+from fxfuse.lowering.recorded import streams
 from fxfuse.lowering.records import Lowering, Timing
 from fxfuse.runs import REJECTIONS, run
 from fxfuse.tree import as_module
@@ -28,6 +30,7 @@ def lower(
     *,
     dtype: torch.dtype | None = None,
     tune_seconds: float = 60.0,
+    cuda_graphs: bool = False,
 ) -> Lowered:
     """A module that computes what `folded` does, on the fused kernels of an engine.
 
@@ -47,10 +50,13 @@ def lower(
         dtype: ``torch.bfloat16`` to compute in that, with more rounding: ``lowered.lowering`` tells how much.
             Inputs and outputs keep their dtypes.
         tune_seconds: how long "auto" may go on with engines that it has not tried yet.
+        cuda_graphs: records programs as CUDA graphs, one for each kind of inputs and each stream that calls,
+            which saves the launch of every kernel and takes memory for each.
 
     Raises:
         UsageError: `folded` is no module, is in training mode, or rejects the example inputs; an engine is
-            not known or not installed, or cannot compute in `dtype`.
+            not known or not installed, or cannot compute in `dtype`; CUDA graphs are asked for, and no input
+            is on a CUDA device.
     """
     folded = as_module(folded)
     check_module(folded, "folded module")
@@ -65,9 +71,11 @@ def lower(
         raise UsageError(
             f"the folded module rejects the example inputs {rejection(inputs, error, folded)}"
         ) from error
+    if cuda_graphs and not streams([leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]):
+        raise UsageError("no input is on a CUDA device; leave out cuda_graphs=True")
     if engine == "auto":
-        return fastest(folded, inputs, dtype, tune_seconds)
-    return lowered(folded, inputs, engine, dtype)
+        return fastest(folded, inputs, dtype, tune_seconds, cuda_graphs)
+    return lowered(folded, inputs, engine, dtype, cuda_graphs)
 
 
 def timed(folded: nn.Module, inputs: Sequence[Any], engine: str) -> Lowering:

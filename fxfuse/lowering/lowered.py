@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fxfuse.errors import UsageError
 from fxfuse.lowering.engines import ENGINES
 from fxfuse.lowering.programs import Compiled, compiled
+from fxfuse.lowering.recorded import recording, streams
 from fxfuse.lowering.records import Lowering
 from fxfuse.precision import DEVICES
 from fxfuse.reports import attach, report
@@ -40,14 +41,18 @@ class Lowered(nn.Module):
         folded: the folded module.
         engine: the name of the engine.
         dtype: in which it computes; None: in that of the weights.
+        cuda_graphs: whether programs are recorded as CUDA graphs, one for each stream that calls.
         lowering: what `fxfuse.lower` saw of it.
     """
 
-    def __init__(self, folded: nn.Module, engine: str, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, folded: nn.Module, engine: str, dtype: torch.dtype | None, cuda_graphs: bool = False
+    ) -> None:
         super().__init__()
         self.folded = folded
         self.engine = engine
         self.dtype = dtype
+        self.cuda_graphs = cuda_graphs
         self.lowering = Lowering(engine)
         self.training = False
         self._lock = threading.Lock()
@@ -63,7 +68,7 @@ class Lowered(nn.Module):
         tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise UsageError("a lowered module gives no gradients; call it under torch.no_grad()")
-        compiled = self._programs.get(kind := _kind(structure, leaves)) or self._compiled(kind, inputs)
+        compiled = self._programs.get(kind := self._kind(structure, leaves)) or self._compiled(kind, inputs)
         if compiled.run is None or any(map(torch.is_autocast_enabled, DEVICES)):
             with torch.no_grad():
                 return self.folded(*args, **kwargs)
@@ -82,17 +87,24 @@ class Lowered(nn.Module):
     def prepare(self, inputs: Sequence[Any]) -> Compiled:
         """What answers for inputs like these."""
         leaves, structure = pytree.tree_flatten(tuple(inputs))
-        return self._compiled(_kind(structure, leaves), tuple(inputs))
+        return self._compiled(self._kind(structure, leaves), tuple(inputs))
 
     def _compiled(self, kind: Hashable, inputs: tuple[Any, ...]) -> Compiled:
         programs = self._programs  # these, even if the weights change meanwhile
         with self._lock:
             if kind not in programs and len(programs) < _KINDS:
-                found = programs[kind] = compiled(self.folded, inputs, ENGINES[self.engine], self.dtype)
+                engine = ENGINES[self.engine]
+                engine = recording(engine) if self.cuda_graphs else engine
+                found = programs[kind] = compiled(self.folded, inputs, engine, self.dtype)
                 self._tell(found.reason)
                 if len(programs) == _KINDS:
                     self._tell(f"there are programs for {_KINDS} kinds of inputs; others get none")
             return programs.get(kind, Compiled(None))
+
+    def _kind(self, structure: pytree.TreeSpec, leaves: Sequence[Any]) -> Hashable:
+        """What a program depends on, of its inputs and of torch."""
+        own = streams([leaf for leaf in leaves if isinstance(leaf, Tensor)]) if self.cuda_graphs else ()
+        return (structure, torch.get_num_threads(), own, *map(_kind_of_leaf, leaves))
 
     def _tell(self, reason: str) -> None:
         if reason:
@@ -123,19 +135,20 @@ class Lowered(nn.Module):
         self._forget()
 
 
-def lowered(folded: nn.Module, inputs: Sequence[Any], engine: str, dtype: torch.dtype | None) -> Lowered:
+def lowered(
+    folded: nn.Module,
+    inputs: Sequence[Any],
+    engine: str,
+    dtype: torch.dtype | None,
+    cuda_graphs: bool = False,
+) -> Lowered:
     """`folded` on the kernels of an engine, ready for inputs like these."""
     started = time.perf_counter()
-    made = Lowered(folded, engine, dtype)
+    made = Lowered(folded, engine, dtype, cuda_graphs)
     first = made.prepare(inputs)
     seconds = time.perf_counter() - started
     made.lowering = Lowering(engine, first.reason, seconds, first.comparison)
     return made
-
-
-def _kind(structure: pytree.TreeSpec, leaves: Sequence[Any]) -> Hashable:
-    """What a program depends on, of its inputs and of torch."""
-    return (structure, torch.get_num_threads(), *map(_kind_of_leaf, leaves))
 
 
 def _kind_of_leaf(leaf: Any) -> Hashable:
