@@ -13,21 +13,25 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
+_CODE = ("fxfuse", "benchmarks", "constraints.txt")  # a result that was written before does not matter
 
 
 def surroundings(command: str) -> dict[str, Any]:
     """The command, the commit, the versions and the machine."""
-    describe = ["git", "-C", str(RESULTS.parents[1]), "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True, check=False)
     packages = ("fxfuse", "torch", "torchvision", "timm", "onnxruntime", "openvino", "aimet-torch", "torchao")
     installed = {each.name.lower() for each in importlib.metadata.distributions()}
     return {
         "command": command,
-        "commit": commit.stdout.strip(),
+        "commit": _git("describe", "--always") + ("-dirty" if _git("status", "--porcelain", *_CODE) else ""),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages if name in installed},
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
     }
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(RESULTS.parents[1]), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write(name: str, record: dict[str, Any], page: str) -> None:

@@ -18,7 +18,7 @@ from torch import fx, nn
 from fxfuse.calls import given_arguments, layer_input
 from fxfuse.capture import Capture, capture
 from fxfuse.errors import CaptureError
-from fxfuse.exchange import KeepingReader, caller, exchange_norm, is_broadcast, parts_of
+from fxfuse.exchange import KeepingReader, caller, exchange_norm, is_broadcast
 from fxfuse.methods import others, separates
 from fxfuse.nodes import Affine, Linear, Norm, Query
 from fxfuse.ops import Reader, norms_inside
@@ -33,7 +33,7 @@ from fxfuse.replica import replicate
 from fxfuse.shapes import GraphShapes
 from fxfuse.solve import Solution
 from fxfuse.tracer import METHODS
-from fxfuse.tree import attribute
+from fxfuse.tree import attribute, parts_of
 
 
 @dataclass

@@ -88,11 +88,12 @@ def _has_kernel(value: Any) -> bool:
     """Whether it is a convolution of images that cuDNN has such a kernel for, and nobody else reads it."""
     if not isinstance(value, fx.Node) or value.target is not _ATEN.convolution.default:
         return False
-    transposed, groups, kind = value.args[6], value.args[8], _kind(value)
+    how: Any = value.args
+    transposed, groups, kind = how[6], how[8], _kind(value)
     if transposed or groups != 1 or kind is None or len(value.users) != 1:
         return False
     # It expands no stride, padding or dilation that is given as one number.
-    whole = all(len(each) == 2 for each in value.args[3:6])
+    whole = all(len(each) == 2 for each in how[3:6])
     return whole and len(kind[0]) == 4 and 0 not in kind[0] and kind[1] in (torch.float32, torch.float16)
 
 

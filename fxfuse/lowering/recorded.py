@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def recording(engine: Engine) -> Engine:
 def _recorded(program: Program, inputs: Sequence[Tensor]) -> Program:
     """A recording has memory of its own for what it reads and writes; its results are copies."""
     own = tuple(tensor.clone() for tensor in inputs)
-    replay = torch.cuda.make_graphed_callables(lambda *given: tuple(program(given)), own)
+    replay: Any = torch.cuda.make_graphed_callables(lambda *given: tuple(program(given)), own)
     replays = threading.Lock()
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
