@@ -333,6 +333,14 @@ class Swish(torch.autograd.Function):
         return x * torch.sigmoid(x)
 
 
+def test_a_function_with_gradients_of_its_own_is_refused_on_every_torch():
+    """Some versions trace through it, and its backward is lost."""
+    model = randomise(AsksForClass())
+    model.__class__ = type("Model", (AsksForClass,), {"forward": lambda m, x: Swish.apply(m.norm(m.conv(x)))})
+    message = "forward applies Swish, whose backward a graph does not record"
+    assert_refused_by_capture_alone(model, message, (IMAGE,), refused=["FXF210"])
+
+
 @pytest.mark.parametrize(
     "forward",
     [

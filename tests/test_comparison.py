@@ -10,6 +10,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse import Comparison, Report, zoo
+from fxfuse.comparison import same_numbers
 from tests.support import randomise
 
 IMAGE = torch.randn(2, 3, 12, 12)
@@ -204,6 +205,20 @@ def test_inputs_that_a_model_writes_to_are_copied():
     model.register_forward_pre_hook(lambda _, args: (args[0].mul_(2),))
     assert fxfuse.verify(model, copy.deepcopy(model), (image,)).ok
     assert torch.equal(image, IMAGE)
+
+
+def test_a_program_and_what_it_is_compared_with_run_under_the_flags_of_the_user():
+    model, seen = network(), []
+
+    def noting(*inputs):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return model(*inputs)
+
+    for allowed in (True, False):
+        with torch.backends.cudnn.flags(allow_tf32=allowed):
+            assert same_numbers(model, noting, (IMAGE,), noting).ok
+        assert seen == [allowed, allowed]
+        seen.clear()
 
 
 def test_comparison_and_report_survive_json():
