@@ -39,8 +39,8 @@ from fxfuse.solve import Folded, Solution, merged_kernel
 
 # In-channels, of each group, in which the input is not zero.
 _CHANNELS = 4
-# So many weights at most are tried together.
-_TOGETHER = 1 << 16
+# So many weights at most are tried together: what is computed of them stays in the cache.
+_TOGETHER = 1 << 15
 # Sums in float64 may differ by this, relative to what is summed.
 _SUMS = 2.0**-42
 
