@@ -34,12 +34,17 @@ from benchmarks.record import surroundings, write
 from fxfuse import zoo
 
 COMMAND = "python -m benchmarks.kinds"
-MODELS = tuple(
-    f"torchvision:{name}"
-    for name in (
-        *("mobilenet_v3_large", "efficientnet_b0", "regnet_y_400mf", "densenet121", "shufflenet_v2_x1_0"),
-        *("mobilenet_v2", "resnet50"),
-    )
+# Networks, and how many images.
+CASES = (
+    *(
+        (f"torchvision:{name}", 1)
+        for name in (
+            *("mobilenet_v3_large", "efficientnet_b0", "regnet_y_400mf", "densenet121", "shufflenet_v2_x1_0"),
+            *("mobilenet_v2", "resnet50"),
+        )
+    ),
+    ("torchvision:shufflenet_v2_x1_0", 32),
+    ("timm:maxvit_tiny_tf_224", 8),
 )
 CALLS = 15
 POINTWISE, DEPTHWISE, JOINED = "1×1 convolution", "depthwise convolution", "1×1, and a depthwise one in it"
@@ -222,12 +227,13 @@ def page(record: dict[str, Any]) -> str:
 Made by `{record["command"]}` at {record["commit"]}: {machine["processor"]}, {machine["cores"]} cores,
 {machine["threads"]} threads, {versions}.
 
-Folded networks, float32, batch {record["batch"]}. The times of kernels are those that each engine tells of
-itself, medians of {CALLS} calls, each engine in a process of its own; *between kernels* is what is left of
-the whole call, which was timed without the engine's own counting.
+Folded networks, float32. The times of kernels are those that each engine tells of itself, medians of
+{CALLS} calls, each engine in a process of its own; *between kernels* is what is left of the whole call,
+which was timed without the engine's own counting.
 """
-    for name, times in record["models"].items():
-        text += f"\n## {name}\n\n{table(rows(times))}"
+    for case in record["cases"]:
+        images = "one image" if case["batch"] == 1 else f"{case['batch']} images"
+        text += f"\n## {case['model']}, {images}\n\n{table(rows(case['milliseconds']))}"
     return text
 
 
@@ -235,15 +241,17 @@ def main() -> None:
     """Measures and writes the page."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.add_argument("--model", action="append", help="torchvision:NAME or timm:NAME, once for each")
-    parser.add_argument("--batch", type=int, default=1, help="images in a call")
+    parser.add_argument("--batch", type=int, default=1, help="images in a call of these")
     options = parser.parse_args()
-    names = options.model or MODELS
-    cases = [(name, engine) for name in names for engine in ENGINES]
-    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in names}
-    for name, engine in track(cases, disable=not sys.stderr.isatty()):
+    cases = [(name, options.batch) for name in options.model or ()] or CASES
+    found: list[dict[str, Any]] = [
+        {"model": name, "batch": batch, "milliseconds": {}} for name, batch in cases
+    ]
+    runs = [(case, engine) for case in found for engine in ENGINES]
+    for case, engine in track(runs, disable=not sys.stderr.isatty()):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found[name][engine] = pool.apply(measure, (name, engine, options.batch))
-    record = {**surroundings(COMMAND), "batch": options.batch, "models": found}
+            case["milliseconds"][engine] = pool.apply(measure, (case["model"], engine, case["batch"]))
+    record = {**surroundings(COMMAND), "cases": found}
     text = page(record)
     print(text)
     write("kinds", record, text)
