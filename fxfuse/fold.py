@@ -54,10 +54,13 @@ def absorb(what: Absorption) -> tuple[Tensor, Tensor] | Code:
     folded_bias = shift.to(device=weight.device, dtype=weight.dtype)
     scale = _scale(what)
     assert scale is not None
-    folded, extremes = _scaled(weight, scale)
+    folded, sums = _scaled(weight, scale)
     if weight.is_meta:
         return folded, folded_bias
-    if not bool(extremes.isfinite().all()) or not bool(folded_bias.isfinite().all()):
+    # Sums of numbers may overflow, too.
+    if not bool(sums.isfinite().all()) and not bool(folded.isfinite().all()):
+        return Code.OVERFLOW
+    if not bool(folded_bias.isfinite().all()):
         return Code.OVERFLOW
     is_small = bool((shift.abs() < torch.finfo(weight.dtype).tiny).any())
     if is_small and _is_lost(exact(weight) * scale, shift, what, weight.dtype):
@@ -139,13 +142,13 @@ def _spread(scale: Tensor, what: Absorption, *, per_row: bool) -> Tensor:
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight`·`scale`, computed in float64 and rounded once; and extremes of it, NaN if there is one."""
+    """`weight`·`scale`, computed in float64, rounded once; and sums of it, not finite if a number is not."""
     result = torch.empty_like(weight, requires_grad=False)
     rows = max(1, _PIECE * weight.shape[0] // weight.numel())
     product = torch.empty_like(weight[:rows], dtype=torch.float64, device=scale.device, requires_grad=False)
     pieces = (torch.split(tensor, rows) for tensor in (weight.detach(), scale, result))
-    extremes: list[Tensor] = []
+    sums: list[Tensor] = []
     for source, factor, target in zip(*pieces, strict=True):
         target.copy_(product[: source.shape[0]].copy_(source).mul_(factor))
-        extremes += torch.aminmax(target)
-    return result, torch.stack(extremes)
+        sums.append(target.sum())
+    return result, torch.stack(sums)

@@ -135,6 +135,26 @@ def test_fold_that_overflows_float16_is_left(part, form):
     assert torch.equal(model(x).nan_to_num(), fused(x).nan_to_num())
 
 
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (3, 2, 2, 2), (1, 0, 2, 1)])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_one_weight_that_overflows_is_enough(place, sign):
+    model = scaling(10.0)
+    with torch.no_grad():
+        model[0].weight[place] = sign * 5e4
+    fused = fxfuse.fuse(model)
+    assert folded_of(fused) == (0, ["FXF401"])
+
+
+def test_weights_whose_sum_overflows_are_folded():
+    model = scaling(0.5)
+    with torch.no_grad():
+        model[0].weight.fill_(6e4)
+    assert not model[0].weight.sum().isfinite()
+    fused = fxfuse.fuse(model)
+    assert folded_of(fused) == (1, [])
+    assert torch.equal(fused.get_submodule("0").weight, torch.full((4, 3, 3, 3), 3e4).half())
+
+
 def scaling(*factors):
     """A float16 conv and norms that multiply by `factors`."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), *(nn.BatchNorm2d(4, eps=0.0) for _ in factors)).eval()
