@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from fxfuse.algebra import ZERO, Truth, UnmeasurableError, least_explained, others_than_rounded
 from fxfuse.arguments import check_eval, check_inputs, check_module, rejection
@@ -84,11 +83,7 @@ def verify(
 
 
 def same_numbers(
-    folded: nn.Module,
-    candidate: Callable[..., Any],
-    inputs: Sequence[Any],
-    reference: Callable[..., Any],
-    apart: Callable[[int], bool] = lambda _: False,
+    folded: nn.Module, candidate: Callable[..., Any], inputs: Sequence[Any], reference: Callable[..., Any]
 ) -> Comparison:
     """Whether two functions are about equally near to `folded` in float64; see `verify` on rounding.
 
@@ -97,9 +92,6 @@ def same_numbers(
         candidate: the function that is to be checked.
         inputs: positional inputs.
         reference: the function that counts as right but for rounding.
-        apart: whether so many samples of the inputs, which lie along the first axis, give by themselves what
-            they give among the others. Then only those in which the two functions differ most are run in
-            float64.
     """
     actual = run(candidate, inputs, seed=0, is_own=True)  # both with TF32 if it is on, as they run later
     expected = run(reference, inputs, seed=0, is_own=True)
@@ -107,15 +99,6 @@ def same_numbers(
         mismatch = _structural_mismatch(expected, actual)
         if mismatch:
             return _unmeasured(mismatch, ok=False)
-        label = f"given: {_shapes(inputs)}"
-        ulps, agreement = units(expected, actual), top1(expected, actual)
-        doubts = [*_doubts_about(expected)]
-        rows = _furthest(expected, actual)
-        if rows and apart(len(rows)):
-            label += f", samples {', '.join(map(str, rows))} in float64"
-            inputs, expected, actual = pytree.tree_map_only(
-                Tensor, lambda tensor: tensor[rows], (inputs, expected, actual)
-            )
         exact: Outputs = {}
         notes = []
         try:
@@ -127,21 +110,9 @@ def same_numbers(
             for place, value in expected.items()
             if isinstance(value, Tensor) and value.numel()
         ]
-        found = _summary(measured, doubts, notes)
-        return replace(found, ulps=ulps, top1=agreement, inputs=(label,))
-
-
-def _furthest(expected: Outputs, actual: Outputs) -> list[int]:
-    """Where along the first axis the two differ most: two places for each output."""
-    found: set[int] = set()
-    for place, value in expected.items():
-        if isinstance(value, Tensor) and value.numel() and value.dim():
-            other = actual[place]
-            is_exact = not value.is_floating_point() and not value.is_complex()
-            difference = (other != value).double() if is_exact else other - value
-            distances = torch.linalg.vector_norm(difference.reshape(len(value), -1), dim=1)
-            found |= {*distances.topk(min(2, len(value))).indices.tolist()}  # NaN is the largest
-    return sorted(found)
+        found = _summary(measured, [*_doubts_about(expected)], notes)
+        label = f"given: {_shapes(inputs)}"
+        return replace(found, ulps=units(expected, actual), top1=top1(expected, actual), inputs=(label,))
 
 
 def compared(

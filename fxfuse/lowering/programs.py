@@ -45,9 +45,8 @@ class Compiled:
 def compiled(folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: torch.dtype | None) -> Compiled:
     """A program of an engine for inputs like these, on which it is compared with `folded`.
 
-    Of both the outputs are held against a run of `folded` in float64; of a batch whose samples are shown to
-    be apart, those of the samples in which the two differ most. The program may be about as far from it as
-    `folded` is, in `dtype` if one is given: see ``fxfuse.verify`` on rounding.
+    Of both the outputs are held against a run of `folded` in float64. The program may be about as far from it
+    as `folded` is, in `dtype` if one is given: see ``fxfuse.verify`` on rounding.
     """
     if not isinstance(folded, fx.GraphModule):
         name = type(folded).__name__
@@ -75,10 +74,14 @@ class _Compiler:
         tensors = graph.tensors(pytree.tree_leaves(self.inputs))
         program = self._program(graph, tensors)
         sliced = self._in_slices(graph)
-        if sliced is not None and _is_faster(partial(sliced, tensors), partial(program, tensors)):
-            found = self._compared(graph, sliced)
-            if found.run is not None:
-                return found
+        if sliced is not None:
+            times = medians(
+                {"whole": partial(program, tensors), "sliced": partial(sliced, tensors)}, rounds=3
+            )
+            if times["sliced"] < times["whole"]:
+                found = self._compared(graph, sliced)
+                if found.run is not None:
+                    return found
         return self._compared(graph, program)
 
     def _program(self, graph: Specialised, tensors: Sequence[Tensor]) -> Program:
@@ -96,28 +99,22 @@ class _Compiler:
     def _in_slices(self, whole: Specialised) -> Program | None:
         """A program for a few samples at a time; None if that cannot be shown to be the same."""
         tensors = whole.tensors(pytree.tree_leaves(self.inputs))
+        batches = {tuple(tensor.shape[:1]) for tensor in tensors}
+        (batch,) = batches.pop() if len(batches) == 1 else (0,)
         size = 0 if any(tensor.is_cuda for tensor in tensors) else self.engine.slice_size
-        if not size or _batch(tensors) % size:
-            return None
-        part = self._for_few(whole, size)
-        if part is None:
-            return None
-        try:
-            return in_slices(self._program(part, [tensor[:size] for tensor in tensors]), size)
-        except UnsupportedError:
-            return None
-
-    def _for_few(self, whole: Specialised, size: int) -> Specialised | None:
-        """The graph for so many samples of the batch; None if it cannot be shown to do the same for them."""
-        batch = _batch(whole.tensors(pytree.tree_leaves(self.inputs)))
-        if batch < 2 * size or not keeps_samples_apart(whole.module, batch):
+        if not size or batch < 2 * size or batch % size or not keeps_samples_apart(whole.module, batch):
             return None
         few = pytree.tree_map_only(Tensor, lambda tensor: tensor[:size], self.inputs)
         try:
             part = specialised(self.folded, few)
         except (UnsupportedError, *REJECTIONS):  # it takes no other batch
             return None
-        return part if is_for_fewer(whole.module, part.module, batch, size) else None
+        if not is_for_fewer(whole.module, part.module, batch, size):
+            return None
+        try:
+            return in_slices(self._program(part, part.tensors(pytree.tree_leaves(few))), size)
+        except UnsupportedError:
+            return None
 
     def _compared(self, graph: Specialised, program: Program) -> Compiled:
         """The program, if it gives what the folded module does."""
@@ -126,14 +123,9 @@ class _Compiler:
             rounded = in_dtype(graph, self.dtype)
             reference = _positional(graph, lambda tensors: rounded(*tensors))
         candidate = _positional(graph, program)
-        has_constants = any(isinstance(each, Tensor) for each in graph.outputs)
-
-        def apart(samples: int) -> bool:
-            return not has_constants and self._for_few(graph, samples) is not None
-
         # Where nothing could be seen, as with zeros, other numbers are drawn.
         for values in (self.inputs, pytree.tree_map(_drawn, self.inputs)):
-            found = same_numbers(self.folded, candidate, values, reference, apart)
+            found = same_numbers(self.folded, candidate, values, reference)
             if not found.ok:
                 errors = f"{found.candidate_error:.2g}, of the folded module {found.reference_error:.2g}"
                 wrong = f"it gives other numbers: error against float64 {errors}"
@@ -141,21 +133,6 @@ class _Compiler:
             if found.conclusive:
                 return Compiled(partial(graph.run, program), comparison=found)
         return Compiled(None, "whether it gives the same numbers could not be seen", found)
-
-
-def _is_faster(one: Callable[[], Any], other: Callable[[], Any]) -> bool:
-    """Whether `one` takes less time; most that do not are told after a single round."""
-    for rounds in (1, 2):
-        times = medians({"one": one, "other": other}, rounds)
-        if times["one"] >= times["other"]:
-            return False
-    return True
-
-
-def _batch(tensors: Sequence[Tensor]) -> int:
-    """The number of samples; 0 if it is not the same for all."""
-    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
-    return sizes.pop() if len(sizes) == 1 else 0
 
 
 def _positional(graph: Specialised, program: Program) -> Callable[..., Any]:
