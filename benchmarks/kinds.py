@@ -243,6 +243,8 @@ def main() -> None:
     parser.add_argument("--model", action="append", help="torchvision:NAME or timm:NAME, once for each")
     parser.add_argument("--batch", type=int, default=1, help="images in a call of these")
     options = parser.parse_args()
+    if options.batch != 1 and not options.model:
+        parser.error("--batch is for networks that are named by --model")
     cases = [(name, options.batch) for name in options.model or ()] or CASES
     found: list[dict[str, Any]] = [
         {"model": name, "batch": batch, "milliseconds": {}} for name, batch in cases

@@ -29,7 +29,10 @@ from benchmarks.memory import peak, trimmed
 from benchmarks.record import surroundings, write
 from fxfuse import zoo
 
-MODELS = ("resnet50", "resnet152", "efficientnet_b7", "regnet_y_32gf")
+MODELS = (
+    *("resnet50", "resnet152", "efficientnet_b7", "regnet_y_32gf"),
+    *("efficientnet_b0", "mobilenet_v3_large"),  # many norms, few weights
+)
 TOOLS: dict[str, Callable[[nn.Module], nn.Module]] = {"fxfuse": fxfuse.fuse, "torch.fx": optimization.fuse}
 COMMAND = "python -m benchmarks.pass_time"
 
@@ -122,15 +125,21 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     }
 
 
+def told(seconds: list[float]) -> str:
+    """Median and quartiles."""
+    first, median, third = (f"{1000 * each:.0f}" for each in statistics.quantiles(seconds, n=4))
+    return f"{median} ({first}–{third})"
+
+
 def page(record: dict[str, Any]) -> str:
     """The results as a page for the documentation."""
     rows = [
         [
             name,
             m["norms"],
-            *(f"{1000 * m['first']['median'][tool]:.0f} ms" for tool in ("torch.fx", "fxfuse")),
+            *(told(m["first"]["seconds"][tool]) for tool in ("torch.fx", "fxfuse")),
             f"{m['first']['ratio']:.2f}",
-            *(f"{1000 * m['further']['median'][tool]:.0f} ms" for tool in ("torch.fx", "fxfuse")),
+            *(told(m["further"]["seconds"][tool]) for tool in ("torch.fx", "fxfuse")),
             f"{m['further']['ratio']:.2f}",
             f"{m['peak_mib']['torch.fx']:.0f} MiB",
             f"{m['peak_mib']['fxfuse']:.0f} MiB",
@@ -150,11 +159,10 @@ def page(record: dict[str, Any]) -> str:
 Made by `{record["command"]}` at commit {record["commit"]}: {machine["processor"]}, {machine["cores"]} cores,
 {machine["threads"]} threads, {versions}.
 
-Medians of {record["rounds"]} calls each, tracing included. *First*: the first call of a process, each in a
-process of its own; a network is folded once, and this is what one waits for. *Further*: calls in one process,
-both tools in random order. By then memory that was freed can be used again, by which torch.fx gains more,
-since it copies every weight several times. Memory is the peak beyond what the process had before, each tool
-in a process of its own.
+Milliseconds, medians of {record["rounds"]} calls each and their quartiles, tracing included. *First*: the
+first call of a process, each in a process of its own, after all imports. *Further*: calls in one process,
+both tools in random order, where memory that was freed can be used again. Memory is the peak beyond what the
+process had before, each tool in a process of its own.
 
 """ + "".join(f"| {' | '.join(map(str, row))} |\n" for row in table)
 

@@ -39,7 +39,7 @@ from fxfuse.solve import Folded, Solution, merged_kernel
 
 # In-channels, of each group, in which the input is not zero.
 _CHANNELS = 4
-# So many weights at most are tried together: what is computed of them stays in the cache.
+# So many weights at most are tried together: memory of larger temporaries is given back each time.
 _TOGETHER = 1 << 15
 # Sums in float64 may differ by this, relative to what is summed.
 _SUMS = 2.0**-42
