@@ -22,6 +22,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any, cast
 
@@ -212,9 +214,13 @@ def main() -> None:
             if key in record["models"] and not options.again:
                 continue
             # A process of its own: what engines leave behind is gone with it.
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 without = "inductor" if options.quick else ""
-                found = pool.apply(measure, (name, batch, options.rounds, without))
+                try:
+                    found = pool.submit(measure, name, batch, options.rounds, without).result()
+                except BrokenProcessPool:
+                    print(f"{key}: its process was killed; memory may have run out", file=sys.stderr)
+                    continue
             made = surroundings(COMMAND)
             record["models"][key] = found | {"name": name, "batch": batch, "made": made}
             record |= {"command": COMMAND}

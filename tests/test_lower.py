@@ -28,6 +28,7 @@ from fxfuse import aliases, backend, cli
 from fxfuse.lowering import auto, batches, cudnn, engines, onednn, programs, timing
 from fxfuse.lowering import lower as lower_module
 from fxfuse.lowering import lowered as lowered_module
+from fxfuse.lowering.edits import put_channels_last
 from fxfuse.lowering.specialised import UnsupportedError, specialised
 from fxfuse.tree import storage
 from tests.paths import paths
@@ -745,6 +746,45 @@ def test_images_have_their_channels_last_where_no_view_is_written_to(way, monkey
     }
     lowered = fxfuse.lower(folded(Written(HARMLESS[way], **modules)), (X,))
     assert not lowered.lowering.reason and len(given) == 1
+    near(lowered, X)
+
+
+def split(y, groups):
+    """Channels in groups; y: (2, 8, 12, 12)."""
+    return y.view(2, groups, 8 // groups, 12, 12)
+
+
+SHUFFLES = {
+    "torchvision's": lambda y, g: torch.transpose(split(y, g), 1, 2).contiguous().view(2, 8, 12, 12),
+    "reshape": lambda y, g: split(y, g).transpose(-3, 1).reshape(2, -1, 12, 12),
+    "clone": lambda y, g: torch.reshape(split(y, g).transpose(dim1=1, dim0=2).clone(), (2, 8, 12, 12)),
+    "groups stay": lambda y, g: (z := split(y, g)).transpose(1, 2).reshape(2, 8, 12, 12) + z.sum(2)[:, :1],
+}
+NO_SHUFFLES = {
+    "other axes": lambda y, g: split(y, g).transpose(2, 3).reshape(2, 8, 12, 12),
+    "height and width": lambda y, g: split(y, g).transpose(3, 4).reshape(2, 8, 12, 12),
+    "another shape": lambda y, g: split(y, g).transpose(1, 2).reshape(2, 4, 24, 12),
+    "another split": lambda y, g: y.reshape(2, 4, 6, 4, 12).transpose(1, 2).reshape(2, 8, 12, 12),
+    "not back": lambda y, g: split(y, g).transpose(1, 2).contiguous(),
+    "tokens": lambda y, g: y.flatten(2).view(2, g, 8 // g, 144).transpose(1, 2).reshape(2, 8, 144),
+    "twice": lambda y, g: split(y, g).transpose(1, 2).transpose(2, 3).reshape(2, 8, 12, 12),
+}
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+@pytest.mark.parametrize("way", [*SHUFFLES, *NO_SHUFFLES])
+def test_a_shuffle_of_channels_is_one_operator(way, groups):
+    model = folded(Written(lambda m, y: (SHUFFLES | NO_SHUFFLES)[way](y.relu(), groups)))
+    graph = specialised(model, (X,)).module
+    put_channels_last(graph, [False])
+    called = [node for node in graph.graph.nodes if node.target is F.channel_shuffle]
+    assert len(called) == (way in SHUFFLES)
+    assert [node.args[1] for node in called] in ([], [groups])
+    if called and way != "groups stay":
+        assert not any(node.target in ("transpose", torch.transpose) for node in graph.graph.nodes)
+        assert graph(X)[0].is_contiguous(memory_format=torch.channels_last)
+    lowered = fxfuse.lower(model, (X,))
+    assert not lowered.lowering.reason
     near(lowered, X)
 
 
