@@ -404,9 +404,14 @@ def test_json_on_stdout_is_nothing_but_json(run):
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path):
-    (tmp_path / "made_here.py").write_text(
-        FACTORY + "\ndef slow():\n    import time\n    open('begun', 'w').close()\n    time.sleep(60)\n"
-    )
+    slow = """
+def slow():
+    import signal, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what runs behind them ignore it
+    open('begun', 'w').close()
+    time.sleep(60)
+"""
+    (tmp_path / "made_here.py").write_text(FACTORY + slow)
     words = [sys.executable, "-m", "fxfuse", "fuse", "made_here:slow", "-o", "folded.pt2"]
     with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as running:
         for _ in range(600):
