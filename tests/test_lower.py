@@ -754,6 +754,12 @@ def split(y, groups):
     return y.view(2, groups, 8 // groups, 12, 12)
 
 
+def negated(y):
+    """`y` itself, written to."""
+    y.neg_()
+    return y
+
+
 SHUFFLES = {
     "torchvision's": lambda y, g: torch.transpose(split(y, g), 1, 2).contiguous().view(2, 8, 12, 12),
     "reshape": lambda y, g: split(y, g).transpose(-3, 1).reshape(2, -1, 12, 12),
@@ -768,6 +774,7 @@ NO_SHUFFLES = {
     "not back": lambda y, g: split(y, g).transpose(1, 2).contiguous(),
     "tokens": lambda y, g: y.flatten(2).view(2, g, 8 // g, 144).transpose(1, 2).reshape(2, 8, 144),
     "twice": lambda y, g: split(y, g).transpose(1, 2).transpose(2, 3).reshape(2, 8, 12, 12),
+    "written to": lambda y, g: negated(split(y, g).transpose(1, 2).clone()).reshape(2, 8, 12, 12),
 }
 
 

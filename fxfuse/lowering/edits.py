@@ -89,6 +89,8 @@ def _join_shuffle(node: fx.Node) -> None:
     x = split and split.args[0]
     if operator_name(node) != "reshape" or not (turned and split and isinstance(x, fx.Node)):
         return
+    if copied is not node and len(copied.users) > 1:  # who may write to it
+        return
     outer, inner, result = (tuple(each.meta["val"].shape) for each in (x, split, node))
     given = arguments(turned)
     axes = {given[name] % len(inner) for name in ("dim0", "dim1")}
