@@ -93,8 +93,10 @@ def put(root: nn.Module, name: str, value: object) -> None:
 
 def storage(value: Any) -> int:
     """What two tensors have in common if writing to one may change the other; something unique otherwise."""
-    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
-    return value.untyped_storage().data_ptr() if plain else id(value)
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return id(value)
+    memory = value.untyped_storage()
+    return memory.data_ptr() or int(memory._cdata)  # without numbers, there is no address
 
 
 def parts_of(value: nn.Module | Tensor) -> frozenset[int]:

@@ -48,6 +48,8 @@ LAYERS = [
     ["lowering.batches"],
     ["lowering.engines"],
     ["lowering.recorded"],
+    ["lowering.making"],
+    ["lowering.slices"],
     ["lowering.programs"],
     ["lowering.lowered"],
     ["lowering.auto", "lowering.dynamo"],

@@ -25,9 +25,10 @@ from torch import Tensor, fx, nn
 
 import fxfuse
 from fxfuse import aliases, backend, cli
-from fxfuse.lowering import auto, batches, cudnn, engines, onednn, programs, timing
+from fxfuse.lowering import auto, cudnn, engines, onednn, timing
 from fxfuse.lowering import lower as lower_module
 from fxfuse.lowering import lowered as lowered_module
+from fxfuse.lowering import slices as cutting
 from fxfuse.lowering.edits import put_channels_last
 from fxfuse.lowering.specialised import UnsupportedError, specialised
 from fxfuse.tree import storage
@@ -921,26 +922,28 @@ def with_parts(function):
 
 @pytest.fixture
 def slices(monkeypatch):
-    """Has slices of four samples taken wherever they may be, and counts that."""
+    """Has slices of two samples taken wherever they may be, and counts that."""
     taken = []
 
-    def in_slices(program, size):
-        taken.append(size)
-        return batches.in_slices(program, size)
+    def one_by_one(sizes, programs):
+        taken.append(sizes)
+        return own(sizes, programs)
 
-    monkeypatch.setattr(programs, "in_slices", in_slices)
-    monkeypatch.setattr(programs, "medians", lambda *_, **__: {"whole": 2.0, "sliced": 1.0})
+    own = cutting._one_by_one
+    monkeypatch.setattr(cutting, "_one_by_one", one_by_one)
+    monkeypatch.setattr(cutting, "medians", lambda *_, **__: {"small": 1.0, "large": 3.0})
     return taken
 
 
 @pytest.mark.parametrize("way", APART)
 def test_samples_that_are_kept_apart_may_run_in_slices(way, slices):
     lowered = fxfuse.lower(fxfuse.fuse(with_parts(APART[way])), (BATCH,))
-    assert not lowered.lowering.reason and slices == [4]
+    assert not lowered.lowering.reason and slices == [[2] * 4]
     near(lowered, BATCH)
     near(lowered, torch.randn(12, 3, 12, 12))
-    near(lowered, torch.randn(9, 3, 12, 12))
-    assert slices == [4, 4]
+    near(lowered, torch.randn(7, 3, 12, 12))
+    near(lowered, torch.randn(11, 3, 12, 12))
+    assert slices == [[2] * 4, [2] * 6, [2, 2, 2, 2, 3]]
 
 
 @pytest.mark.parametrize("way", MIXED)
@@ -956,10 +959,10 @@ def test_samples_that_are_mixed_run_together(way, slices):
 def test_several_inputs_run_in_slices_if_all_are_batches(slices):
     model = folded(WithSecond(lambda m, y, z: F.relu(y + z)))
     near(fxfuse.lower(model, (BATCH, torch.randn(8, 8, 12, 12))), BATCH, torch.randn(8, 8, 12, 12))
-    assert slices == [4]
+    assert slices == [[2] * 4]
     near(fxfuse.lower(model, (BATCH, torch.randn(1, 8, 12, 12))), BATCH, torch.randn(1, 8, 12, 12))
     near(fxfuse.lower(model, (BATCH, torch.randn(8, 12, 12))), BATCH, torch.randn(8, 12, 12))
-    assert slices == [4]
+    assert slices == [[2] * 4]
 
 
 # ---- random graphs -------------------------------------------------------------------------------------
@@ -973,9 +976,9 @@ def test_random_graphs_give_what_they_gave(case, in_slices):
         reject()
     model, x = model.float(), case.inputs()[0].float()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(programs, "medians", lambda *_, **__: {"whole": 2.0, "sliced": 1.0})
+        patch.setattr(cutting, "medians", lambda *_, **__: {"small": 1.0, "large": 3.0})
         if in_slices and x.dim():
-            x = torch.cat([x] * 8)[:8]
+            x = torch.cat([x] * 9)[:9]
         try:
             fused = fxfuse.fuse(model)
             fused(x.clone())

@@ -1,4 +1,4 @@
-"""Batches that can be run some samples at a time.
+"""Whether the samples of a batch are computed apart from one another.
 
 Samples lie along the first axis of every value that depends on the inputs. That no operator mixes them is
 read from the engine that moves maps: a map with an entry for each sample, which acts on what an operator
@@ -11,12 +11,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxfuse.calls import arguments, operator_name
 from fxfuse.channels import Channels, Shape, every
-from fxfuse.lowering.specialised import Program
 from fxfuse.nodes import Affine, Linear, Norm, Opaque
 from fxfuse.ops import Reader
 from fxfuse.shapes import GraphShapes
@@ -64,16 +63,6 @@ def is_for_fewer(one: fx.GraphModule, other: fx.GraphModule, batch: int, fewer: 
         ):
             return False
     return keeps_samples_apart(other, fewer)
-
-
-def in_slices(program: Program, size: int) -> Program:
-    """`program`, made for `size` samples, for any multiple of that."""
-
-    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        slices = zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)
-        return [torch.cat(parts) for parts in zip(*map(program, slices), strict=True)]
-
-    return run
 
 
 class _Proof:

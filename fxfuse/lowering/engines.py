@@ -29,13 +29,13 @@ class Engine:
         compile: does it.
         packages: those that it needs beside torch; the extra of fxfuse that brings them is called as it is.
         dtypes: in which it can compute, besides float32.
-        slice_size: how many samples of a large batch it is tried on at a time; 0: on whole batches only.
+        slices: whether it is run on slices of large batches where samples are apart.
     """
 
     compile: Compile
     packages: tuple[str, ...] = ()
     dtypes: frozenset[torch.dtype] = frozenset({torch.bfloat16})
-    slice_size: int = 0
+    slices: bool = False
 
     @property
     def missing(self) -> list[str]:
@@ -50,7 +50,7 @@ def _torch(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | No
 
 
 ENGINES = {
-    "torch": Engine(_torch, slice_size=4),
+    "torch": Engine(_torch, slices=True),
     "openvino": Engine(openvino.compile, packages=("openvino",)),
     "onnxruntime": Engine(
         onnxruntime.compile, packages=("onnxruntime", "onnx", "onnxscript"), dtypes=frozenset()

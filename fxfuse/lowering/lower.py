@@ -65,17 +65,29 @@ def lower(
     if engine != "auto":
         engine_of(engine, dtype)
     inputs = sample(folded, example_inputs, seed=0)
+    if cuda_graphs and not streams([leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]):
+        raise UsageError("no input is on a CUDA device; leave out cuda_graphs=True")
+    try:
+        if engine == "auto":
+            made = fastest(folded, inputs, dtype, tune_seconds, cuda_graphs)
+        else:
+            made = lowered(folded, inputs, engine, dtype, cuda_graphs)
+    except REJECTIONS:
+        _check_takes(folded, inputs)
+        raise
+    if made.lowering.comparison is None:  # it did not come to that
+        _check_takes(folded, inputs)
+    return made
+
+
+def _check_takes(folded: nn.Module, inputs: Sequence[Any]) -> None:
+    """Raises a UsageError if `folded` does not take the inputs."""
     try:
         run(folded, inputs, seed=0)
     except REJECTIONS as error:
         raise UsageError(
             f"the folded module rejects the example inputs {rejection(inputs, error, folded)}"
         ) from error
-    if cuda_graphs and not streams([leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]):
-        raise UsageError("no input is on a CUDA device; leave out cuda_graphs=True")
-    if engine == "auto":
-        return fastest(folded, inputs, dtype, tune_seconds, cuda_graphs)
-    return lowered(folded, inputs, engine, dtype, cuda_graphs)
 
 
 def timed(folded: nn.Module, inputs: Sequence[Any], engine: str) -> Lowering:

@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.errors import UsageError
 from fxfuse.lowering.engines import ENGINES
-from fxfuse.lowering.programs import Compiled, compiled
+from fxfuse.lowering.making import Compiled
+from fxfuse.lowering.programs import compiled
 from fxfuse.lowering.recorded import recording, streams
 from fxfuse.lowering.records import Lowering
 from fxfuse.precision import DEVICES

@@ -1,8 +1,8 @@
 """The engine "torch": the kernels of oneDNN that torch brings along, each with the operators around it.
 
 oneDNN Graph cuts a graph into pieces that it has one kernel for, such as a convolution with all that is
-done to its result. torch reaches it through TorchScript: a trace is frozen, profiled in its first run, and
-compiled in its second. Nodes that oneDNN does not know run as they are.
+done to its result. torch reaches it through TorchScript: a trace is profiled in its first run, and compiled
+in its second. Nodes that oneDNN does not know run as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from fxfuse.calls import operator_name, written_inputs
 from fxfuse.lowering.edits import in_dtype, put_channels_last
 from fxfuse.lowering.specialised import WRITES, Specialised, UnsupportedError
 from fxfuse.lowering.traces import followed
-from fxfuse.tree import attribute
 
 _KERNEL = "prim::oneDNNFusionGroup"
 
@@ -39,27 +38,23 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
         raise UnsupportedError("this build of torch is without oneDNN Graph")
     if any(tensor.device.type != "cpu" for tensor in (*inputs, *graph.module.state_dict().values())):
         raise UnsupportedError("its kernels are for CPUs")
-    module = graph.module if dtype is None else in_dtype(graph, dtype)
-    module = _copied(module)
+    module = copy.deepcopy(graph.module) if dtype is None else in_dtype(graph, dtype)
+    module.requires_grad_(False)  # what is no input of a function becomes a constant of its trace
     if not _writes_to_views(module):
         put_channels_last(module, [result.is_contiguous() for result in graph.results])
+
+    def function(*tensors: Tensor) -> Any:
+        return module(*tensors)
+
     with torch.no_grad(), followed(), _Rewritten():
-        traced: Any = torch.jit.trace(module, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
-        frozen = torch.jit.freeze(traced)
+        traced: Any = torch.jit.trace(function, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
     with torch.no_grad(), _onednn_graph():
         for _ in range(2):
-            frozen(*inputs)
+            traced(*inputs)
         compiled: Any = torch.jit.last_executed_optimized_graph()  # type: ignore[attr-defined]
     if not compiled.findAllNodes(_KERNEL):
         raise UnsupportedError("oneDNN Graph has no kernel for any part of it")
-    return lambda tensors: frozen(*tensors)
-
-
-def _copied(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which no two names share parameters, which a trace does not know."""
-    graph = copy.deepcopy(module.graph)
-    named = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
-    return fx.GraphModule({name: copy.deepcopy(attribute(module, name)) for name in named}, graph).eval()
+    return lambda tensors: traced(*tensors)
 
 
 def _writes_to_views(module: fx.GraphModule) -> bool:

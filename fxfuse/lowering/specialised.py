@@ -10,10 +10,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -108,6 +109,12 @@ def specialised(module: fx.GraphModule, inputs: Sequence[Any]) -> Specialised:
     if writer.is_constant_written_to():
         raise UnsupportedError("forward writes to a constant")
     return writer.specialised()
+
+
+def without_numbers(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs for `specialised` with which nothing is computed but what depends on weights and sizes alone."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return cast(tuple[Any, ...], pytree.tree_map_only(Tensor, mode.from_tensor, inputs))
 
 
 class _Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]

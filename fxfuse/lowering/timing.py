@@ -19,7 +19,10 @@ _PAUSE = 0.05  # seconds until threads sleep
 
 
 def samples(
-    functions: Mapping[str, Callable[[], Any]], rounds: int = 7, seconds: float = 10.0
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int = 7,
+    seconds: float = 10.0,
+    pause: float = _PAUSE,
 ) -> dict[str, list[float]]:
     """Milliseconds of calls, by function: one for each round, of which there are fewer if they take longer.
 
@@ -27,6 +30,7 @@ def samples(
         functions: what to call.
         rounds: how often each is timed.
         seconds: after which no round begins; three are made in any case.
+        pause: before each, and before its uncounted call; functions that share their threads need neither.
     """
     order = [*functions]
     found: dict[str, list[float]] = {name: [] for name in functions}
@@ -37,9 +41,10 @@ def samples(
             break
         draw.shuffle(order)
         for name in order:
-            time.sleep(_PAUSE)
-            functions[name]()
-            _wait()
+            if pause:
+                time.sleep(pause)
+                functions[name]()
+                _wait()
             begun = time.perf_counter()
             functions[name]()
             _wait()
@@ -54,6 +59,12 @@ def _wait() -> None:
             torch.cuda.synchronize(device)
 
 
-def medians(functions: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
-    """The median time of each, in milliseconds."""
-    return {name: statistics.median(times) for name, times in samples(functions, rounds).items()}
+def medians(
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int = 7,
+    seconds: float = 10.0,
+    pause: float = _PAUSE,
+) -> dict[str, float]:
+    """The median time of each, in milliseconds; see `samples`."""
+    found = samples(functions, rounds, seconds, pause)
+    return {name: statistics.median(times) for name, times in found.items()}

@@ -1,0 +1,130 @@
+"""A folded module and inputs → an engine's program, and whether it gives the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxfuse.comparison import same_numbers
+from fxfuse.lowering.edits import in_dtype
+from fxfuse.lowering.engines import Engine
+from fxfuse.lowering.specialised import Program, Specialised, UnsupportedError, specialised
+from fxfuse.tree import storage
+from fxfuse.verdict import Comparison
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What answers for inputs of one kind.
+
+    Attributes:
+        run: gives the outputs for the leaves of the inputs; None if the folded module has to.
+        reason: why it has to.
+        comparison: of the program with the folded module; None if it did not come to that.
+    """
+
+    run: Callable[[Sequence[Any]], Any] | None
+    reason: str = ""
+    comparison: Comparison | None = None
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes programs of a folded module on an engine, computing in `dtype` if one is given."""
+
+    folded: fx.GraphModule
+    engine: Engine
+    dtype: torch.dtype | None
+
+    def made(self, inputs: tuple[Any, ...]) -> Made:
+        """The program for inputs like these.
+
+        Raises:
+            UnsupportedError: there is none; whatever the engine raises is a reason.
+        """
+        graph = specialised(self.folded, inputs)
+        tensors = graph.tensors(pytree.tree_leaves(inputs))
+        try:
+            program = self.engine.compile(graph, tensors, self.dtype)
+            results = program(tensors)
+        except UnsupportedError:
+            raise
+        except Exception as error:  # engines have no errors in common
+            told = str(error).strip().partition("\n")[0]
+            raise UnsupportedError(f"{type(error).__name__}: {told}") from error
+        return Made(self, inputs, graph, _with_own_memory(program, tensors, results))
+
+
+@dataclass(frozen=True)
+class Made:
+    """A program for inputs of one kind.
+
+    Attributes:
+        maker: who made it.
+        inputs: those that it was made for.
+        graph: what it computes.
+        program: computes that.
+    """
+
+    maker: Maker
+    inputs: tuple[Any, ...]
+    graph: Specialised
+    program: Program
+
+    def call(self) -> Sequence[Tensor]:
+        """Its results for the inputs that it was made for."""
+        return self.program(self.graph.tensors(pytree.tree_leaves(self.inputs)))
+
+    def compared(self) -> Compiled:
+        """It, if it gives what the folded module does."""
+        folded = self.maker.folded
+        reference: Callable[..., Any] = folded
+        if self.maker.dtype is not None:
+            rounded = in_dtype(self.graph, self.maker.dtype)
+            reference = self._positional(lambda tensors: rounded(*tensors))
+        candidate = self._positional(self.program)
+        # Where nothing could be seen, as with zeros, other numbers are drawn.
+        for values in (self.inputs, pytree.tree_map(_drawn, self.inputs)):
+            found = same_numbers(folded, candidate, values, reference)
+            if not found.ok:
+                errors = f"{found.candidate_error:.2g}, of the folded module {found.reference_error:.2g}"
+                wrong = f"it gives other numbers: error against float64 {errors}"
+                return Compiled(None, wrong if found.worst else found.notes[0], found)
+            if found.conclusive:
+                return Compiled(partial(self.graph.run, self.program), comparison=found)
+        return Compiled(None, "whether it gives the same numbers could not be seen", found)
+
+    def _positional(self, program: Program) -> Callable[..., Any]:
+        """What forward gives for its inputs, by a program."""
+        return lambda *inputs: self.graph.run(program, pytree.tree_leaves(inputs))
+
+
+def _with_own_memory(program: Program, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> Program:
+    """`program`, of whose results none lies in the memory of its inputs, its constants or another result.
+
+    Engines take x + 0 for x. A caller may write to what it gets. Constants are in the results of each call.
+    """
+    used = {storage(tensor) for tensor in (*tensors, *program(tensors))}
+    shared: set[int] = set()
+    for number, result in enumerate(results):
+        if storage(result) in used:
+            shared.add(number)
+        used.add(storage(result))
+    if not shared:
+        return program
+    return lambda given: [
+        result.clone() if number in shared else result for number, result in enumerate(program(given))
+    ]
+
+
+def _drawn(leaf: Any) -> Any:
+    """Random numbers in the place of numbers."""
+    if isinstance(leaf, Tensor) and leaf.is_floating_point():
+        return torch.empty_like(leaf).normal_(generator=torch.Generator(leaf.device).manual_seed(0))
+    return leaf
