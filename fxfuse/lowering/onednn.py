@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from fxfuse.aliases import plain_layer, roots
 from fxfuse.calls import operator_name, written_inputs
 from fxfuse.lowering.edits import in_dtype, put_channels_last
+from fxfuse.lowering.overwriting import keep_what_is_read_later
 from fxfuse.lowering.specialised import WRITES, Specialised, UnsupportedError
 from fxfuse.lowering.traces import followed
 
@@ -48,6 +49,7 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
 
     with torch.no_grad(), followed(), _Rewritten():
         traced: Any = torch.jit.trace(function, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
+    keep_what_is_read_later(traced.graph)
     with torch.no_grad(), _onednn_graph():
         for _ in range(2):
             traced(*inputs)
