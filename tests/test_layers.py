@@ -43,7 +43,7 @@ LAYERS = [
     ["lowering.__init__", "lowering.specialised", "lowering.timing", "lowering.records"],
     ["lowering.allocator"],
     ["lowering.edits"],
-    ["lowering.traces", "lowering.inductor", "lowering.onnxruntime", "lowering.overwriting"],
+    ["lowering.torchscript", "lowering.inductor", "lowering.onnxruntime"],
     ["lowering.onednn", "lowering.openvino", "lowering.cudnn"],
     ["lowering.batches"],
     ["lowering.engines"],

@@ -25,7 +25,7 @@ def check_no_integers(graph: Specialised) -> None:
     for node in graph.module.graph.nodes:
         values = pytree.tree_leaves(node.meta.get("val")) if node.op.startswith("call") else ()
         for value in values:
-            if not (value.is_floating_point() or value.dtype is torch.bool):
+            if isinstance(value, Tensor) and not (value.is_floating_point() or value.dtype is torch.bool):
                 raise UnsupportedError(f"it computes integers its own way, {at(node)}")
 
 

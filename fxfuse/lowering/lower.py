@@ -72,22 +72,13 @@ def lower(
             made = fastest(folded, inputs, dtype, tune_seconds, cuda_graphs)
         else:
             made = lowered(folded, inputs, engine, dtype, cuda_graphs)
-    except REJECTIONS:
-        _check_takes(folded, inputs)
-        raise
-    if made.lowering.comparison is None:  # it did not come to that
-        _check_takes(folded, inputs)
-    return made
-
-
-def _check_takes(folded: nn.Module, inputs: Sequence[Any]) -> None:
-    """Raises a UsageError if `folded` does not take the inputs."""
-    try:
-        run(folded, inputs, seed=0)
+        if made.lowering.comparison is None:  # it may not have run
+            run(folded, inputs, seed=0)
     except REJECTIONS as error:
         raise UsageError(
             f"the folded module rejects the example inputs {rejection(inputs, error, folded)}"
         ) from error
+    return made
 
 
 def timed(folded: nn.Module, inputs: Sequence[Any], engine: str) -> Lowering:

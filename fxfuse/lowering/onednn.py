@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,9 +22,8 @@ from torch.overrides import TorchFunctionMode
 from fxfuse.aliases import plain_layer, roots
 from fxfuse.calls import operator_name, written_inputs
 from fxfuse.lowering.edits import in_dtype, put_channels_last
-from fxfuse.lowering.overwriting import keep_what_is_read_later
 from fxfuse.lowering.specialised import WRITES, Specialised, UnsupportedError
-from fxfuse.lowering.traces import followed
+from fxfuse.lowering.torchscript import edited
 
 _KERNEL = "prim::oneDNNFusionGroup"
 
@@ -47,16 +47,17 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     def function(*tensors: Tensor) -> Any:
         return module(*tensors)
 
-    with torch.no_grad(), followed(), _Rewritten():
+    with torch.no_grad(), warnings.catch_warnings(), _Rewritten():
+        warnings.simplefilter("ignore")  # of sizes that are numbers in a trace
         traced: Any = torch.jit.trace(function, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
-    keep_what_is_read_later(traced.graph)
+    program, constants = edited(traced.graph)
     with torch.no_grad(), _onednn_graph():
         for _ in range(2):
-            traced(*inputs)
+            program(*inputs, *constants)
         compiled: Any = torch.jit.last_executed_optimized_graph()  # type: ignore[attr-defined]
     if not compiled.findAllNodes(_KERNEL):
         raise UnsupportedError("oneDNN Graph has no kernel for any part of it")
-    return lambda tensors: traced(*tensors)
+    return lambda tensors: program(*tensors, *constants)
 
 
 def _writes_to_views(module: fx.GraphModule) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from fxfuse.lowering.edits import check_no_integers
 from fxfuse.lowering.specialised import Specialised
-from fxfuse.lowering.traces import followed
 
 
 def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Any:
@@ -19,7 +19,8 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     check_no_integers(graph)
     import openvino  # noqa: PLC0415 - it need not be installed
 
-    with torch.no_grad(), followed():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes that are numbers in a trace
         model = openvino.convert_model(
             graph.module, example_input=tuple(inputs), input=[list(tensor.shape) for tensor in inputs]
         )

@@ -15,6 +15,7 @@ from fxfuse.lowering.making import Compiled, Maker
 from fxfuse.lowering.slices import in_slices
 from fxfuse.lowering.specialised import UnsupportedError
 from fxfuse.precision import no_autocast
+from fxfuse.runs import REJECTIONS, run
 
 _COMPILES = threading.RLock()  # tracers and compilers set what concerns the whole process
 _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
@@ -24,7 +25,8 @@ def compiled(folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: to
     """A program of an engine for inputs like these, on which it is compared with `folded`.
 
     Of both the outputs are held against a run of `folded` in float64. The program may be about as far from it
-    as `folded` is, in `dtype` if one is given: see ``fxfuse.verify`` on rounding.
+    as `folded` is, in `dtype` if one is given: see ``fxfuse.verify`` on rounding. Raises what `folded` raises
+    if it does not take the inputs.
     """
     if not isinstance(folded, fx.GraphModule):
         name = type(folded).__name__
@@ -37,6 +39,9 @@ def compiled(folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: to
             return in_slices(maker, own) or maker.made(own).compared()
         except UnsupportedError as error:
             return Compiled(None, str(error))
+        except REJECTIONS as error:
+            run(folded, inputs, seed=0)  # raises if it does not take them
+            return Compiled(None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
 def _usable(leaf: Any) -> Any:

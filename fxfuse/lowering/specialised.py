@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import TraceError
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,11 +96,6 @@ def specialised(module: fx.GraphModule, inputs: Sequence[Any]) -> Specialised:
         UnsupportedError: forward reads numbers of its inputs into Python, writes to its inputs or to the
             module, draws random numbers, or changes the mode that torch computes in. Nothing is written then.
     """
-    for node in module.graph.nodes:
-        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        trains = layer is not None and layer.training and any(True for _ in layer.buffers())
-        if trains or any(source.op == "get_attr" for source in written_inputs(node)):
-            raise UnsupportedError(f"forward writes to what the module holds, {at(node)}")
     writer = _Writer(module)
     try:
         with torch.no_grad(), no_random_numbers():
@@ -136,19 +132,45 @@ class _Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
-        if not self.is_free and _tells_numbers(func):
+        if not self.is_free and _tells_numbers(func, args):
             raise UnsupportedError("forward reads numbers of its inputs")
-        for place, argument in enumerate(func._schema.arguments):
-            value = args[place] if place < len(args) else given.get(argument.name)
-            is_written = argument.alias_info is not None and argument.alias_info.is_write
-            self.writes |= is_written
-            if is_written and isinstance(value, Tensor) and storage(value) in self.kept:
-                raise UnsupportedError("forward writes to its inputs, or to what the module holds")
+        taken = {
+            argument.name: args[place] if place < len(args) else given.get(argument.name)
+            for place, argument in enumerate(func._schema.arguments)
+        }
+        written = [
+            taken[argument.name]
+            for argument in func._schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        if taken.get("training"):  # norms do not say so
+            written += [taken[name] for name in ("running_mean", "running_var") if name in taken]
+        self.writes |= bool(written)
+        if any(isinstance(value, Tensor) and storage(value) in self.kept for value in written):
+            raise UnsupportedError("forward writes to its inputs, or to what the module holds")
         return func(*args, **given)
 
 
-def _tells_numbers(func: Any) -> bool:
+class _Inside(TorchFunctionMode):
+    """Refuses what gives the numbers of tensors away without an operator, unless they depend on no inputs."""
+
+    def __init__(self, pure: _Pure) -> None:
+        super().__init__()
+        self.pure = pure
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.pure.is_free and getattr(func, "__name__", "") in _GIVEN_AWAY:
+            raise UnsupportedError("forward reads numbers of its inputs")
+        return func(*args, **(kwargs or {}))
+
+
+_GIVEN_AWAY = {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"}
+
+
+def _tells_numbers(func: Any, args: Any) -> bool:
     """Whether it gives numbers of tensors to Python, or tensors of sizes that depend on numbers."""
+    if func is torch.ops.aten.index.Tensor:  # of indices sizes do not depend, but of masks
+        return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
     if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
         return True
     name = func._schema.name.partition("::")[2]
@@ -171,14 +193,14 @@ class _Writer(fx.Interpreter):
         self._written = fx.Graph()
         self._leaves = 0
         self._places: list[int] = []
-        self._constants: list[tuple[Tensor, int]] = []
+        self._constants: list[tuple[_Constant, int]] = []
         self._outputs: Any = None
 
     def specialise(self, inputs: Sequence[Any]) -> None:
         """Runs the graph, and writes the second one."""
         given = [*self.module.parameters(), *self.module.buffers(), *pytree.tree_leaves(list(inputs))]
         self._pure = _Pure({storage(each) for each in given if isinstance(each, Tensor) and each.numel()})
-        with self._pure:
+        with self._pure, _Inside(self._pure):
             self.run(*inputs)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -191,6 +213,11 @@ class _Writer(fx.Interpreter):
             value = super().run_node(n)
         except UnsupportedError as error:
             raise UnsupportedError(f"{error}, {at(n)}") from error
+        if self._pure.is_free and self._pure.writes:  # a constant is made in several steps
+            self._constants = [
+                (constant, version if id(constant) in self._named else constant.tensor._version)
+                for constant, version in self._constants
+            ]
         passed = _passed_on(self.module, n)
         if passed is not None and isinstance(value, Tensor) and self.env[passed] is value:
             self._made[n] = self._made[passed]
@@ -198,9 +225,14 @@ class _Writer(fx.Interpreter):
             self._made[n] = self._become(n, value)
         return value
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        """The arguments that generated code gives, to which a function may write."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _plain(args), _plain(kwargs)
+
     def is_constant_written_to(self) -> bool:
         """Whether something was written to what was taken for a constant."""
-        return any(tensor._version != version for tensor, version in self._constants)
+        return any(constant.tensor._version != version for constant, version in self._constants)
 
     def specialised(self) -> Specialised:
         """The second graph."""
@@ -269,6 +301,10 @@ class _Writer(fx.Interpreter):
         if isinstance(value, (tuple, list)):
             parts = (self._parts(self._part(made, number, part), part) for number, part in enumerate(value))
             return tuple(parts) if isinstance(value, tuple) else list(parts)
+        if value is None or isinstance(
+            value, (bool, int, float, str)
+        ):  # no number of a tensor, which is refused
+            return value
         raise UnsupportedError(
             f"{made.target} gives a {type(value).__name__}, of which the parts are not known"
         )
@@ -288,8 +324,9 @@ class _Writer(fx.Interpreter):
         return made
 
     def _constant(self, tensor: Tensor) -> _Constant:
-        self._constants.append((tensor, tensor._version))
-        return _Constant(tensor.detach())
+        made = _Constant(tensor.detach())
+        self._constants.append((made, tensor._version))
+        return made
 
     def _read(self, node: fx.Node) -> list[fx.Node | _Constant]:
         """What stands for the tensors that it reads."""
