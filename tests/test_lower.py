@@ -826,7 +826,7 @@ def with_size(y, weight):
 
 def in_steps(m, y):
     constant = m.scale * 2
-    constant[:4] = 2.0
+    constant[:4].fill_(2.0)
     return y * constant
 
 

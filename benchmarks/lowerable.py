@@ -1,0 +1,130 @@
+"""Which architectures run on the kernels of the engine "torch": the smallest model of each family.
+
+Families are those of timm and torchvision with batch norms (``docs/results/reach.json``). Each model is drawn,
+folded and lowered, with two images and with nine, which may be cut in slices; of a detector the backbone. What
+is counted is what ``lowered.lowering`` says, with the errors against float64. One thread for each of two
+processes; a model whose process dies is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+
+import torch
+
+import fxfuse
+from benchmarks.families import (
+    INT8,
+    Record,
+    build,
+    draw,
+    first_line,
+    images,
+    place,
+    runnable,
+    settle,
+    smallest_size,
+    sweep,
+)
+from benchmarks.pages import table
+from benchmarks.record import RESULTS, surroundings, write
+
+COMMAND = "python -m benchmarks.lowerable"
+CACHE = RESULTS.parents[1] / ".reach"
+BATCHES = (2, 9)
+LIMIT = 300.0  # seconds for one model
+
+
+def measure(spec: str) -> Record:
+    """How one model is lowered, by batch."""
+    warnings.simplefilter("ignore")
+    logging.disable()
+    torch.manual_seed(0)
+    try:
+        with torch.no_grad():
+            model = build(spec).double()
+            draw(model)
+            source = runnable(spec, model)
+            size = smallest_size(spec, source)
+            settle(source, images(spec, 3, size))
+            folded = fxfuse.fuse(source.float())
+            found: Record = {"size": size}
+            for batch in BATCHES:
+                inputs = tuple(image.float() for image in images(spec, batch, size))
+                lowering = fxfuse.lower(folded, inputs).lowering
+                found[str(batch)] = lowering.to_dict()
+    except Exception as error:  # third-party models are built and run, and may raise anything
+        return {"not_run": first_line(error)}
+    return found
+
+
+def smallest() -> list[str]:
+    """The model with the fewest parameters of each family."""
+    families: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    for name, model in json.loads((RESULTS / "reach.json").read_text())["models"].items():
+        if model.get("norms") and INT8 not in name:
+            families.setdefault(place(name), []).append((model["parameters"], name))
+    return [min(members)[1] for members in families.values()]
+
+
+def page(record: Record) -> str:
+    """The results as a page for the documentation."""
+    models: Mapping[str, Record] = record["models"]
+    lowered = {
+        batch: [
+            name for name, model in models.items() if str(batch) in model and not model[str(batch)]["reason"]
+        ]
+        for batch in BATCHES
+    }
+    counts = "".join(f"- {batch} images: {len(names)} of {len(models)}\n" for batch, names in lowered.items())
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"""# Which architectures run on oneDNN's kernels
+
+Made by `{COMMAND}` at {record["commit"]}: {record["machine"]["processor"]}, {versions}.
+
+The smallest model of each family of timm and torchvision that has batch norms, with random weights, folded
+and lowered by `fxfuse.lower` for the engine "torch" on a CPU: in how many the program answers, after it was
+compared with the folded module. With nine images it may be one for slices of the batch. Of a detector the
+backbone is taken.
+
+{counts}
+## Where the folded module answers, and why
+
+{table(_others(models))}"""
+
+
+def _others(models: Mapping[str, Record]) -> Iterator[list[object]]:
+    yield ["model", "images", "reason"]
+    for name, model in models.items():
+        if "2" not in model:
+            yield [name, "", model.get("not_run") or model["failed"]]
+        for batch in BATCHES:
+            if model.get(str(batch), {}).get("reason"):
+                yield [name, batch, model[str(batch)]["reason"]]
+
+
+def main() -> None:
+    """Measures and writes the page."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument("--only", metavar="PATTERN", default="", help="models with this in their names")
+    options = parser.parse_args()
+    where = surroundings(COMMAND)
+    names = [name for name in smallest() if options.only in name]
+    try:
+        models = sweep(measure, names, CACHE / f"lowerable-{where['commit']}.jsonl", limit=LIMIT)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
+    record = {**where, "models": models}
+    if options.only:
+        print(page(record))
+    else:
+        write("lowerable", record, page(record))
+
+
+if __name__ == "__main__":
+    main()
