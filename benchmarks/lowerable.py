@@ -1,9 +1,9 @@
 """Which architectures run on the kernels of the engine "torch": the smallest model of each family.
 
-Families are those of timm and torchvision with batch norms (``docs/results/reach.json``). Each model is drawn,
-folded and lowered, with two images and with nine, which may be cut in slices; of a detector the backbone. What
-is counted is what ``lowered.lowering`` says, with the errors against float64. One thread for each of two
-processes; a model whose process dies is named.
+Families are those of timm and torchvision with batch norms (``docs/results/reach.json``). Each model is
+drawn, folded and lowered, with two images and with nine, which may be cut in slices; of a detector the
+backbone. What is counted is what ``lowered.lowering`` says, with the errors against float64. One thread for
+each of two processes; a model whose process dies is named.
 """
 
 from __future__ import annotations

@@ -100,10 +100,52 @@ def aligned(before: Shape, after: Sequence[Size]) -> Pattern:
     elif len(target) == 1:
         between = (_merged(source),)
     else:
-        between = tuple((Atom(None if size == -1 else size),) for size in target)
+        source, between = _grouped(source, target)
     whole = (_merged(between),) if len(source) == 1 else source
     pattern_before = (*axes[:front], *whole, *axes[len(axes) - back :])
     return pattern_before, (*axes[:front], *between, *axes[len(axes) - back :])
+
+
+def _grouped(source: Axes, sizes: Sequence[Size]) -> tuple[Axes, Axes]:
+    """Several axes and the several that come of them: apart where both have had as many elements by then.
+
+    That can be told if all sizes are numbers; else, and of what cannot be told apart, all axes are new.
+    """
+    known = [atoms[0].size for atoms in source if isinstance(atoms[0].size, int)]
+    total = math.prod(known)
+    fixed = math.prod(size for size in sizes if isinstance(size, int) and size != -1)
+    given = [total // fixed if size == -1 and fixed else size for size in sizes if isinstance(size, int)]
+    is_told = len(known) == len(source) and len(given) == len(sizes)
+    if not is_told or not total or math.prod(given) != total:
+        return source, _new(sizes)
+    before: list[tuple[Atom, ...]] = []
+    after: list[tuple[Atom, ...]] = []
+    while known and given:
+        many, few = _group(known, given)
+        if many == 1:
+            made = _split(source[0][0], given[:few])
+            before.append(_merged(made))
+        else:
+            made = (_merged(source[:many]),) if few == 1 else _new(given[:few])
+            before += source[:many]
+        after += made
+        source, known, given = source[many:], known[many:], given[few:]
+    return (*before, *source), (*after, *_new(given))  # what is left has one element along each axis
+
+
+def _group(one: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
+    """How many of each, from the first on, have the same product: the fewest."""
+    many, few = 1, 1
+    while math.prod(one[:many]) != math.prod(other[:few]):
+        if math.prod(one[:many]) < math.prod(other[:few]):
+            many += 1
+        else:
+            few += 1
+    return many, few
+
+
+def _new(sizes: Sequence[Size]) -> Axes:
+    return tuple((Atom(None if size == -1 else size),) for size in sizes)
 
 
 def _equal(pairs: Iterable[tuple[Size, Size]]) -> int:

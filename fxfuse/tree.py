@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
 # The norms of torch.nn that have running statistics, and how many axes they let their input have; None:
@@ -96,7 +97,8 @@ def storage(value: Any) -> int:
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return id(value)
     memory = value.untyped_storage()
-    return memory.data_ptr() or int(memory._cdata)  # without numbers, there is no address
+    has_numbers = not (value.is_meta or isinstance(value, FakeTensor))
+    return memory.data_ptr() if has_numbers else int(memory._cdata)
 
 
 def parts_of(value: nn.Module | Tensor) -> frozenset[int]:

@@ -249,6 +249,7 @@ MENDED = {
     "constant behind a product": lambda m, y: (y @ y.transpose(2, 3)) * m.positions[:, :12, :1],
     "constant with channels last": lambda m, y: y @ y.transpose(2, 3) + m.table,
     "fewer axes": lambda m, y: m.head(tokens(y)) * y.mean((0, 1)).flatten().unsqueeze(1),
+    "a number that is computed": lambda m, y: m.other(y) / y.abs().amax(),
     "sum with a layer norm": lambda m, y: m.norm(tokens(y)) + tokens(y).roll(1, 1),
 }
 
@@ -994,6 +995,9 @@ APART = {
     "constants": lambda m, y: (y + m.shift).relu() * m.shift,
     "norms": lambda m, y: F.group_norm(F.layer_norm(y, (12,)), 2).relu(),
     "layers": lambda m, y: m.norm(y).relu(),
+    "windows": lambda m, y: joined(F.relu(m.head(m.head(windows(y)).relu())), y.shape[0]),
+    "windows, counted": lambda m, y: m.head(windows(y).reshape(y.shape[0] * 9, 16, 8)).relu().mean(1),
+    "attention in windows": lambda m, y: joined(attention(m, windows(y)), y.shape[0]),
     "upsampling": lambda m, y: F.interpolate(F.pad(y, (1, 1)), scale_factor=2.0).relu(),
 }
 MIXED = {
@@ -1023,7 +1027,26 @@ MIXED = {
     "mixed in a reshape": lambda m, y: y.relu().reshape(-1, 16, 12, 12)[:, :8],
     "where the largest is": lambda m, y: torch.where(y.amax() > 100, y.relu(), y.sigmoid()),
     "sorted": lambda m, y: y.relu().sort(0)[0],
+    "windows of all samples in turn": lambda m, y: m.head(
+        y.reshape(y.shape[0], 8, 9, 16).permute(2, 0, 3, 1).reshape(-1, 16, 8)
+    ).relu(),
+    "windows that are exchanged": lambda m, y: joined(m.head(windows(y)).relu().flip(0), y.shape[0]),
+    "attention over windows": lambda m, y: attention(m, windows(y).transpose(0, 1)),
+    "windows of pairs": lambda m, y: m.head(windows(y).reshape(-1, 32, 8)).relu().softmax(1),
 }
+
+
+def windows(y):
+    """Of 4×4 pixels, one after the other: (batch · 9, 16, 8)."""
+    return y.reshape(y.shape[0], 8, 3, 4, 3, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 8)
+
+
+def joined(y, batch):
+    return y.reshape(-1, 3, 3, 4, 4, 8).permute(0, 5, 1, 3, 2, 4).reshape(batch, 8, 12, 12)
+
+
+def attention(m, y):
+    return F.scaled_dot_product_attention(m.head(y), y, y, attn_mask=m.shift[:1, 0])
 
 
 def turned(y, size):
@@ -1037,7 +1060,6 @@ def shuffled(y):
 
 # Those that have no program at all.
 REASONS = {
-    "largest of all": "RuntimeError: The following operation failed in the TorchScript interpreter.",
     "statistics": "it gives other numbers: error against float64 ",
 }
 

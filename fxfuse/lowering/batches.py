@@ -1,8 +1,9 @@
 """Whether the samples of a batch are computed apart from one another.
 
-Samples lie along the first axis of every value that depends on the inputs. That no operator mixes them is
-read from the engine that moves maps: a map with an entry for each sample, which acts on what an operator
-gives, has to come from maps that act on the same samples of what it reads.
+Samples lie along the first axis of every value that depends on the inputs, each in one place, or in some in a
+row as the windows of images. That no operator mixes them is read from the engine that moves maps: a map with
+an entry for each sample, which acts on what an operator gives, has to come from maps that act on the same
+samples of what it reads.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ def is_for_fewer(one: fx.GraphModule, other: fx.GraphModule, batch: int, fewer: 
             return False
         given, structure = pytree.tree_flatten((node.args, node.kwargs))
         others, same = pytree.tree_flatten((twin.args, twin.kwargs))
-        # Of what a reshape is given, behind its input, the first size is that of the batch.
+        # Of what a reshape is given, behind its input, the first size is that of the batch, or a multiple.
         first = 1 if operator_name(node) in ("view", "reshape") else None
         if structure != same or not all(
             twins[each] is other
             if isinstance(each, fx.Node)
-            else each == other or (place == first and (each, other) == (batch, fewer))
+            else each == other or (place == first and each * fewer == other * batch)
             for place, (each, other) in enumerate(zip(given, others, strict=True))
         ):
             return False
@@ -81,14 +82,16 @@ class _Proof:
     def holds(self, node: fx.Node) -> bool:
         """Whether `node` keeps samples apart, as those before it do."""
         shape = self._shapes.of(node)
-        if not shape or shape[0] != self._batch:
+        if not shape or not isinstance(shape[0], int) or shape[0] % self._batch:
             return False
         if node.op == "placeholder":
-            return True
+            return shape[0] == self._batch
         op = self._reader.read(node)
         if isinstance(op, Transparent):
             return self._passes(op, shape)
         read = [each for each in node.all_input_nodes if each in self.apart]
+        if any(self._size(each) != shape[0] for each in read):
+            return False
         if isinstance(op, (Linear, Norm, Affine)):
             rank = self._rank(op.input)
             least = op.dims + 2 if isinstance(op, Linear) and op.dims else 2
@@ -99,17 +102,35 @@ class _Proof:
         return self._is_product(node, read) or self._is_softmax(node, read)
 
     def _passes(self, op: Transparent, shape: Shape) -> bool:
-        found = op.backward(self._samples(len(shape)), self._shapes)
+        found = op.backward(self._samples(shape), self._shapes)
         if not isinstance(found, list):
             return False
         for source, channels in zip(op.inputs, found, strict=True):
             if source in self.apart:
-                wanted = self._samples(self._rank(source))
-                if (channels.axes, channels.index, channels.spread) != (wanted.axes, wanted.index, None):
+                if not self._are_samples(channels, source):
                     return False
             elif not isinstance(op, Sum) or not self._is_alike(self._shapes.of(source), shape):
                 return False
         return True
+
+    def _samples(self, shape: Shape) -> Channels:
+        """A map with an entry for each sample, on a value of that shape."""
+        assert isinstance(shape[0], int)
+        places = shape[0] // self._batch
+        index = every(self._batch) if places == 1 else tuple(place // places for place in range(shape[0]))
+        return Channels((-len(shape),), index)
+
+    def _are_samples(self, channels: Channels, source: fx.Node) -> bool:
+        """Whether these are the samples of `source`, perhaps with axes along which they do not differ."""
+        shape = self._shapes.of(source)
+        assert shape is not None
+        if channels.axes[:1] != (-len(shape),) or channels.spread is not None:
+            return False
+        others = [shape[axis] for axis in channels.axes[1:]]
+        if not all(isinstance(size, int) for size in others):
+            return False
+        alike = math.prod(size for size in others if isinstance(size, int))
+        return channels.index == tuple(entry for entry in self._samples(shape).index for _ in range(alike))
 
     def _acts_on_elements(self, node: fx.Node, shape: Shape) -> bool:
         if self._normalised_axes(node) >= len(shape):
@@ -132,10 +153,20 @@ class _Proof:
         return math.inf if name == "normalize" else 0
 
     def _is_product(self, node: fx.Node, read: Sequence[fx.Node]) -> bool:
-        if operator_name(node) not in ("matmul", "bmm") or len(node.all_input_nodes) != 2:
-            return False
-        ranks = {self._rank(each) for each in node.all_input_nodes}
-        return len(read) == 2 and len(ranks) == 1 and min(ranks) >= 3
+        """Whether it is one of matrices for each sample, or an attention."""
+        factors = {"matmul": 2, "bmm": 2, "scaled_dot_product_attention": 3}.get(operator_name(node), 0)
+        ranks = {self._rank(each) for each in read}
+        masks = [each for each in node.all_input_nodes if each not in self.apart]
+        return (
+            factors > 0
+            and len(ranks) == 1
+            and min(ranks) >= 3
+            and all(each in self.apart for each in node.args[:factors])
+            and all(
+                factors == 3 and self._is_alike(self._shapes.of(each), self._shapes.of(node) or ())
+                for each in masks
+            )
+        )
 
     def _is_softmax(self, node: fx.Node, read: Sequence[fx.Node]) -> bool:
         if operator_name(node) not in ("softmax", "log_softmax") or len(read) != 1:
@@ -143,12 +174,12 @@ class _Proof:
         axis = arguments(node).get("dim")
         return isinstance(axis, int) and axis % self._rank(read[0]) != 0
 
-    def _samples(self, rank: int) -> Channels:
-        return Channels((-rank,), every(self._batch))
-
     def _rank(self, node: fx.Node) -> int:
-        shape = self._shapes.of(node)
-        return 0 if shape is None else len(shape)
+        return len(self._shapes.of(node) or ())
+
+    def _size(self, node: fx.Node) -> object:
+        """The size of the first axis."""
+        return (self._shapes.of(node) or (None,))[0]
 
     def _is_alike(self, constant: Shape | None, shape: Shape) -> bool:
         """Whether a constant of that shape is the same for all samples of a value of the other shape."""

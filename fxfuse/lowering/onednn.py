@@ -53,7 +53,11 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     program, constants = edited(traced.graph)
     with torch.no_grad(), _onednn_graph():
         for _ in range(2):
-            program(*inputs, *constants)
+            try:
+                program(*inputs, *constants)
+            except RuntimeError as error:
+                told = str(error).strip().splitlines()[-1]  # the interpreter comes first
+                raise UnsupportedError(f"oneDNN Graph fails: {told}") from error
         compiled: Any = torch.jit.last_executed_optimized_graph()  # type: ignore[attr-defined]
     if not compiled.findAllNodes(_KERNEL):
         raise UnsupportedError("oneDNN Graph has no kernel for any part of it")

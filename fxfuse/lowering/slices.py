@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -36,12 +38,24 @@ def in_slices(maker: Maker, inputs: tuple[Any, ...]) -> Compiled | None:
     if not maker.engine.slices or batch < _BATCH or any(tensor.is_cuda for tensor in tensors):
         return None
     try:
-        whole = specialised(maker.folded, without_numbers(inputs))
+        with _quiet():
+            whole = specialised(maker.folded, without_numbers(inputs))
         if not keeps_samples_apart(whole.module, batch):
             return None
         return _Slices(maker, inputs, batch, whole).compiled()
     except (UnsupportedError, *REJECTIONS):  # it takes no other batch
         return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch logs where fake tensors do not fit: then the real ones are tried."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 @dataclass(frozen=True)

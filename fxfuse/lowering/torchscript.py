@@ -50,9 +50,9 @@ def _as_inputs(graph: Any) -> list[Tensor]:
     """Makes constants that are added or multiplied inputs of the graph, with all axes that the result has.
 
     oneDNN Graph fails on constants behind a linear layer or a product, and computes something else if their
-    elements lie in another order. Nor can it add anything to a layer norm, or tensors of which one has fewer
-    axes; and where it adds to the product of a long row and a matrix, it writes to memory that is not its
-    own. These are read through views.
+    elements lie in another order. It fails on numbers that are computed, unless they have axes, too. Nor can
+    it add anything to a layer norm, or tensors of which one has fewer axes; and where it adds to the product
+    of a long row and a matrix, it writes to memory that is not its own. These are read through views.
     """
     constants = []
     for node in [*graph.nodes()]:
@@ -61,7 +61,12 @@ def _as_inputs(graph: Any) -> list[Tensor]:
         rank = _rank(node.output())
         computed = {}
         for place, value in enumerate([*node.inputs()][:2]):
-            if not _rank(value):  # a number
+            if not _rank(value):
+                if _is_computed(value, node.output()):
+                    graph.setInsertPoint(node)
+                    ones = graph.insertConstant([1] * rank)
+                    spread = graph.insertNode(graph.create("aten::reshape", [value, ones], 1))
+                    node.replaceInput(place, spread.output())
                 continue
             if value.node().kind() != "prim::Constant":
                 computed[place] = value
@@ -76,6 +81,12 @@ def _as_inputs(graph: Any) -> list[Tensor]:
             if is_apart or value.node().kind() == "aten::layer_norm":
                 _read_through_view(graph, node, place)
     return constants
+
+
+def _is_computed(value: Any, result: Any) -> bool:
+    """Whether a single number is a tensor that is computed, of the dtype of the result."""
+    is_tensor = value.type().kind() == "TensorType" and value.node().kind() != "prim::Constant"
+    return bool(is_tensor and value.type().scalarType() == result.type().scalarType())
 
 
 def _is_row(value: Any) -> bool:
