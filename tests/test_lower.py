@@ -30,7 +30,8 @@ from fxfuse.lowering import lower as lower_module
 from fxfuse.lowering import lowered as lowered_module
 from fxfuse.lowering import slices as cutting
 from fxfuse.lowering.edits import put_channels_last
-from fxfuse.lowering.specialised import UnsupportedError, specialised
+from fxfuse.lowering.making import Maker
+from fxfuse.lowering.specialised import UnsupportedError, specialised, without_numbers
 from fxfuse.tree import storage
 from tests.paths import paths
 from tests.programs import programs as random_programs
@@ -249,6 +250,7 @@ MENDED = {
     "constant behind a product": lambda m, y: (y @ y.transpose(2, 3)) * m.positions[:, :12, :1],
     "constant with channels last": lambda m, y: y @ y.transpose(2, 3) + m.table,
     "fewer axes": lambda m, y: m.head(tokens(y)) * y.mean((0, 1)).flatten().unsqueeze(1),
+    "sum with a pooling": lambda m, y: (z := y.cumsum(1)) + F.max_pool2d(z, 3, 1, 1),
     "a number that is computed": lambda m, y: m.other(y) / y.abs().amax(),
     "sum with a layer norm": lambda m, y: m.norm(tokens(y)) + tokens(y).roll(1, 1),
 }
@@ -263,6 +265,32 @@ class Joined(nn.Module):
 
     def forward(self, one, other):
         return self.conv(torch.cat([one, other], 1))
+
+
+# Without the edits these end the process.
+CRASHES = {
+    "a row on a sum": lambda m, y: (y.cumsum(1) + y) + m.table[0, 0, 0],
+    "a row on a sum with a norm": lambda m, y: (F.layer_norm(y, (12,)) + y) * m.table[0, 0, 0],
+    "a row that is computed": lambda m, y: (y.cumsum(1) + y) + y[:1, :1, :1].cumsum(3),
+    "results of two": lambda m, y: (
+        (z := (v := halved(y)) @ v.transpose(2, 3) + F.avg_pool2d(v, 3, 1, 1)).add(v).relu() + z.softmax(-1)
+    ),
+}
+
+
+def halved(y):
+    y = y + 1
+    y[:, :4].mul_(2)
+    return y
+
+
+@pytest.mark.parametrize("way", CRASHES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_ended_the_process(way, batch):
+    x = torch.randn(batch, 3, 12, 12)
+    lowered = fxfuse.lower(with_constants(CRASHES[way]), (x,))
+    assert not lowered.lowering.reason
+    near(lowered, x, limit=1e-4)
 
 
 def test_a_sum_behind_the_product_of_one_long_row():
@@ -587,11 +615,12 @@ UNSUPPORTED = {
     "numbers": (lambda m, y: y * y.amax().item(), "reads numbers"),
     "numbers through numpy": (lambda m, y: by_numpy(y), "reads numbers"),
     "numbers in a list": (lambda m, y: by_list(y), "reads numbers"),
+    "numbers one by one": (lambda m, y: by_element(y), "reads numbers"),
     "a mask": (lambda m, y: y[y > 0].sum(), "reads numbers"),
     "random numbers": (lambda m, y: F.dropout(y, 0.5, training=True), "random numbers"),
-    "input is written to": (lambda m, y, z: (z.add_(y), z.relu())[1], "writes to"),
-    "state is written to": (lambda m, y: y * m.count.copy_(y.mean()), "writes to"),
-    "constant is written to": (lambda m, y: (m.count + 1).add_(y.sum()), "writes to"),
+    "input is written to": (lambda m, y, z: (z.add_(y), z.relu())[1], "write"),
+    "state is written to": (lambda m, y: y * m.count.copy_(y.mean()), "write"),
+    "constant is written to": (lambda m, y: (m.count + 1).add_(y.sum()), "write"),
 }
 
 
@@ -606,8 +635,10 @@ def by_list(y):
 
 
 @fx.wrap
-def batch_normed(y, count):
-    return F.batch_norm(y, count.expand(8), None, training=True)
+def by_element(y):
+    found = []
+    y.detach().clone().apply_(lambda each: (found.append(each), each)[1])
+    return y * max(found)
 
 
 @pytest.mark.parametrize("way", UNSUPPORTED)
@@ -680,7 +711,7 @@ def test_nothing_of_the_module_is_written_to(training):
     for way in (graph, copy.deepcopy(graph)):
         before = {name: tensor.clone() for name, tensor in way.state_dict().items()}
         lowered = fxfuse.lower(way, (X,))
-        assert "writes to" in lowered.lowering.reason
+        assert "write" in lowered.lowering.reason
         assert all(torch.equal(before[name], tensor) for name, tensor in way.state_dict().items())
     twin = copy.deepcopy(graph)
     for _ in range(2):
@@ -820,8 +851,8 @@ def squeezed_in_place(m, y):
 
 
 @fx.wrap
-def with_size(y, weight):
-    y = y * weight
+def with_size(y):
+    y = y * 2
     return y, y.shape[1]
 
 
@@ -835,8 +866,8 @@ def in_steps(m, y):
 STATIC = {
     "elements by their places": lambda m, y: y[:, torch.tensor([3, 1, 1])].relu(),
     "a constant that is made in steps": lambda m, y: in_steps(m, y).relu(),
-    "a size from a function that is not traced": lambda m, y: (r := with_size(y, m.scale))[0].relu() + r[1],
-    "a size that is multiplied": lambda m, y: y.relu() * with_size(y, m.scale)[1] ** -0.5,
+    "a size from a function that is not traced": lambda m, y: (r := with_size(y))[0].relu() + r[1],
+    "a size that is multiplied": lambda m, y: y.relu() * with_size(y)[1] ** -0.5,
 }
 
 
@@ -848,6 +879,56 @@ def test_what_only_looks_as_if_it_read_numbers(way, engine):
     lowered = fxfuse.lower(fxfuse.fuse(model), (X,), engine)
     assert not lowered.lowering.reason
     near(lowered, X)
+
+
+@fx.wrap
+def many_at_once(y, weight):
+    torch._foreach_mul_([weight], 0.5)
+    return y * weight
+
+
+@fx.wrap
+def through_numpy(y, weight):
+    weight.numpy()[...] *= 0.5
+    return y * weight
+
+
+@fx.wrap
+def element_by_element(y, weight):
+    weight.apply_(lambda each: each * 0.5)
+    return y * weight
+
+
+@fx.wrap
+def by_its_data(y, weight):
+    weight.data = weight.data * 0.5
+    return y * weight
+
+
+@fx.wrap
+def statistics_alone(y, weight):
+    torch.batch_norm_update_stats(y, weight[:, 0, 0], None, 0.1)
+    return y * weight
+
+
+WRITES = [
+    lambda m, y: many_at_once(y, m.scale),
+    lambda m, y: through_numpy(y, m.scale),
+    lambda m, y: element_by_element(y, m.scale),
+    lambda m, y: by_its_data(y, m.scale),
+    lambda m, y: statistics_alone(y, m.scale),
+]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_weights_are_not_written_to_by_what_is_not_traced(write):
+    model = randomise(Written(write)).float()
+    model.scale = nn.Parameter(torch.randn(8, 1, 1), requires_grad=False)
+    graph = fx.GraphModule(model, fx.Tracer().trace(model))
+    before = model.scale.clone()
+    lowered = fxfuse.lower(graph, (X,))
+    assert "write to what the module holds" in lowered.lowering.reason
+    assert torch.equal(graph.scale, before)
 
 
 def test_a_constant_that_is_written_to_after_it_was_read():
@@ -1101,6 +1182,64 @@ def test_samples_that_are_kept_apart_may_run_in_slices(way, slices):
     near(lowered, torch.randn(7, 3, 12, 12))
     near(lowered, torch.randn(11, 3, 12, 12))
     assert slices == [[2] * 4, [2] * 6, [2, 2, 2, 2, 3]]
+
+
+kept = {}
+
+
+@fx.wrap
+def cached(y):
+    if "ramp" not in kept:
+        kept["ramp"] = torch.ones_like(y[:1, :1]).cumsum(-1)
+    return y + kept["ramp"]
+
+
+def test_what_functions_keep_has_numbers(slices):
+    lowered = fxfuse.lower(fxfuse.fuse(with_parts(lambda m, y: cached(y).relu())), (BATCH,))
+    assert type(kept["ramp"]) is Tensor and not slices
+    near(lowered, BATCH)
+
+
+def test_what_takes_no_smaller_batch(slices):
+    lowered = fxfuse.lower(
+        fxfuse.fuse(with_parts(lambda m, y: y.relu() * (12 // (y.shape[0] // 4)))), (BATCH,)
+    )
+    assert not lowered.lowering.reason and not slices
+    near(lowered, BATCH)
+
+
+def test_nothing_but_slices_is_computed(slices, monkeypatch):
+    made, asked = [], []
+    monkeypatch.setattr(
+        Maker, "made", lambda self, given, own=Maker.made: (made.append(len(given[0])), own(self, given))[1]
+    )
+    monkeypatch.setattr(
+        cutting, "specialised", lambda module, given: (asked.append(given[0]), specialised(module, given))[1]
+    )
+    lowered = fxfuse.lower(fxfuse.fuse(with_parts(APART["residual"])), (torch.randn(16, 3, 12, 12),))
+    assert not lowered.lowering.reason and slices == [[2] * 8] and made == [2, 4]
+    assert [(type(each) is Tensor, len(each)) for each in asked] == [(False, 16)]
+
+
+def test_slices_are_doubled_while_it_pays(monkeypatch):
+    times = iter([{"small": 1.0, "large": 1.5}, {"small": 1.0, "large": 1.9}, {"small": 1.0, "large": 1.95}])
+    monkeypatch.setattr(cutting, "medians", lambda *_, **__: next(times))
+    size, _ = cutting._Slices(*prepared(32))._fastest()
+    assert size == 16 and not [*times]
+
+
+def test_slices_that_are_slower_are_not_taken(monkeypatch):
+    monkeypatch.setattr(cutting, "medians", lambda *_, **__: {"small": 1.0, "large": 2.1})
+    size, made = cutting._Slices(*prepared(32))._fastest()
+    assert size == 2 and len(made.inputs[0]) == 2
+
+
+def prepared(batch):
+    model = fxfuse.fuse(with_parts(APART["residual"]))
+    inputs = (torch.randn(batch, 3, 12, 12),)
+    with torch.no_grad():
+        whole = specialised(model, without_numbers(inputs))
+    return Maker(model, engines.ENGINES["torch"], None), inputs, batch, whole
 
 
 @pytest.mark.parametrize("way", MIXED)

@@ -9,6 +9,7 @@ samples of what it reads.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,7 @@ def keeps_samples_apart(module: fx.GraphModule, batch: int) -> bool:
     for node in module.graph.nodes:
         if node.op == "output":
             return proof.apart.issuperset(node.all_input_nodes)
-        if node.op == "get_attr" or operator_name(node) in SPLITS:  # whose parts are looked at
+        if node.op == "get_attr" or operator_name(node) in {*SPLITS, "unbind"}:  # whose parts are looked at
             continue
         if not proof.holds(node):
             return False
@@ -86,6 +87,8 @@ class _Proof:
             return False
         if node.op == "placeholder":
             return shape[0] == self._batch
+        if self._is_part(node, shape):
+            return True
         op = self._reader.read(node)
         if isinstance(op, Transparent):
             return self._passes(op, shape)
@@ -173,6 +176,15 @@ class _Proof:
             return False
         axis = arguments(node).get("dim")
         return isinstance(axis, int) and axis % self._rank(read[0]) != 0
+
+    def _is_part(self, node: fx.Node, shape: Shape) -> bool:
+        """Whether it is a part of what was taken apart along another axis."""
+        whole = node.args[0] if node.target is operator.getitem else None
+        if not isinstance(whole, fx.Node) or operator_name(whole) != "unbind":
+            return False
+        source, axis = whole.all_input_nodes[0], arguments(whole).get("dim", 0)
+        is_other = isinstance(axis, int) and axis % self._rank(source) != 0
+        return is_other and source in self.apart and self._size(source) == shape[0]
 
     def _rank(self, node: fx.Node) -> int:
         return len(self._shapes.of(node) or ())

@@ -14,7 +14,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -96,6 +97,10 @@ def specialised(module: fx.GraphModule, inputs: Sequence[Any]) -> Specialised:
         UnsupportedError: forward reads numbers of its inputs into Python, writes to its inputs or to the
             module, draws random numbers, or changes the mode that torch computes in. Nothing is written then.
     """
+    for node in module.graph.nodes:
+        # What is not traced may write in ways that no operator shows.
+        if any(source.op == "get_attr" for source in written_inputs(node)):
+            raise UnsupportedError(f"forward may write to what the module holds, {at(node)}")
     writer = _Writer(module)
     try:
         with torch.no_grad(), no_random_numbers():
@@ -132,6 +137,8 @@ class _Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
+        if not isinstance(func, OpOverload):
+            raise UnsupportedError("forward calls a graph inside of it")
         if not self.is_free and _tells_numbers(func, args):
             raise UnsupportedError("forward reads numbers of its inputs")
         taken = {
@@ -146,7 +153,8 @@ class _Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if taken.get("training"):  # norms do not say so
             written += [taken[name] for name in ("running_mean", "running_var") if name in taken]
         self.writes |= bool(written)
-        if any(isinstance(value, Tensor) and storage(value) in self.kept for value in written):
+        tensors = (leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, Tensor))
+        if any(storage(tensor) in self.kept for tensor in tensors):
             raise UnsupportedError("forward writes to its inputs, or to what the module holds")
         return func(*args, **given)
 
@@ -164,7 +172,10 @@ class _Inside(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_GIVEN_AWAY = {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"}
+_GIVEN_AWAY = {
+    *("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"),
+    *("apply_", "map_", "map2_"),
+}
 
 
 def _tells_numbers(func: Any, args: Any) -> bool:
@@ -207,6 +218,9 @@ class _Writer(fx.Interpreter):
         """Runs it; writes down what becomes of it."""
         if switches_mode(n):
             raise UnsupportedError(f"forward changes the mode that torch computes in, {at(n)}")
+        given = pytree.tree_leaves([self.env[each] for each in n.all_input_nodes])
+        if any(isinstance(leaf, FakeTensor) for leaf in given) and not _is_of_torch(self.module, n):
+            raise UnsupportedError(f"what is not traced might keep tensors without numbers, {at(n)}")
         self._pure.is_free = not any(isinstance(each, fx.Node) for each in self._read(n))
         self._pure.writes = False
         try:
@@ -353,6 +367,16 @@ class _Writer(fx.Interpreter):
 
     def _standing(self, argument: Any) -> Any:
         return self._made[argument] if isinstance(argument, fx.Node) else argument
+
+
+def _is_of_torch(module: nn.Module, node: fx.Node) -> bool:
+    """Whether it calls no function or module of the model's own."""
+    if node.op == "call_module":
+        home = type(module.get_submodule(str(node.target))).__module__
+    else:
+        home = getattr(node.target, "__module__", None) or "torch" if node.op == "call_function" else "torch"
+    names = ("torch", "torchvision.ops", "_operator", "math", "builtins")
+    return f"{home}.".startswith(tuple(f"{name}." for name in names))
 
 
 def _passed_on(module: nn.Module, node: fx.Node) -> fx.Node | None:

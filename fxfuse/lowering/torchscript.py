@@ -18,6 +18,8 @@ _TO_NEW_MEMORY = {
     *("_convolution", "convolution", "conv1d", "conv2d", "conv3d", "linear", "addmm", "matmul", "mm", "bmm"),
     *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat", "mean", "layer_norm", "batch_norm"),
 }
+# To these it can add nothing, nor multiply them.
+_NOTHING_ADDED = {"aten::layer_norm", "aten::max_pool2d", "aten::avg_pool2d"}
 _BINARY = {f"aten::{name}" for name in ("add", "sub", "mul", "div")}
 
 
@@ -50,9 +52,8 @@ def _as_inputs(graph: Any) -> list[Tensor]:
     """Makes constants that are added or multiplied inputs of the graph, with all axes that the result has.
 
     oneDNN Graph fails on constants behind a linear layer or a product, and computes something else if their
-    elements lie in another order. It fails on numbers that are computed, unless they have axes, too. Nor can
-    it add anything to a layer norm, or tensors of which one has fewer axes; and where it adds to the product
-    of a long row and a matrix, it writes to memory that is not its own. These are read through views.
+    elements lie in another order. It fails on numbers that are computed, unless they have axes, too. What it
+    computes wrongly, or beyond the end of its memory, is read through views: see `_is_apart`.
     """
     constants = []
     for node in [*graph.nodes()]:
@@ -76,23 +77,34 @@ def _as_inputs(graph: Any) -> list[Tensor]:
             given = graph.addInput()
             given.setType(value.type().with_sizes([*constants[-1].shape]))
             node.replaceInput(place, given)
-        is_apart = _is_row(node.output()) or any(_rank(value) < rank for value in computed.values())
+        is_apart = _is_apart(node)
         for place, value in computed.items():
-            if is_apart or value.node().kind() == "aten::layer_norm":
+            if is_apart or value.node().kind() in _NOTHING_ADDED:
                 _read_through_view(graph, node, place)
     return constants
+
+
+def _is_apart(node: Any) -> bool:
+    """Whether oneDNN Graph may not join a sum or product of two tensors to what comes before it.
+
+    It may if both have the same shape, or one has a number for each channel of images. Not even then if they
+    are single rows: where it adds to the product of a long row and a matrix, it writes beyond its memory.
+    """
+    sizes = node.output().type().sizes()
+    if sizes is None or len(sizes) < 2 or sizes[-2] == 1:
+        return True
+    for value in [*node.inputs()][:2]:
+        own = value.type().sizes() if _rank(value) else sizes
+        is_for_channels = own is not None and len(own) == len(sizes) > 3 and set(own[2:]) == {1}
+        if own != sizes and not is_for_channels:
+            return True
+    return False
 
 
 def _is_computed(value: Any, result: Any) -> bool:
     """Whether a single number is a tensor that is computed, of the dtype of the result."""
     is_tensor = value.type().kind() == "TensorType" and value.node().kind() != "prim::Constant"
     return bool(is_tensor and value.type().scalarType() == result.type().scalarType())
-
-
-def _is_row(value: Any) -> bool:
-    """Whether it is one row, or one for each of a batch."""
-    sizes = value.type().sizes()
-    return sizes is None or len(sizes) < 2 or sizes[-2] == 1
 
 
 def _rank(value: Any) -> int:
@@ -110,10 +122,11 @@ def _read_through_view(graph: Any, node: Any, place: int) -> None:
 
 
 def _keep_what_is_read_later(graph: Any) -> None:
-    """Has each value that might be overwritten too early read by a view, too.
+    """Has values read through views by who might overwrite them too early.
 
     What a kernel gives is in a layout of its own if nobody but such kernels reads it. Then one that reads it
-    may write its result to the same memory; whether another one is still to read that, it does not ask.
+    may write its result to the same memory; whether another one is still to read that, it does not ask. And
+    it gives too few results if it does so and is joined to what it reads, which is a second one then.
     """
     made: dict[str, int] = {}  # by the name of a value, the number of the node that gives it
     before: list[int] = []  # for each node, a bit for each that it depends on, and for itself
@@ -126,23 +139,20 @@ def _keep_what_is_read_later(graph: Any) -> None:
         before.append(depends)
     for node in nodes:
         for value in node.outputs():
-            if node.kind() == "prim::Constant" or value.type().kind() != "TensorType":
-                continue
-            later = next(_read_later(value, made, before), None)
-            if later is not None:
-                _read_through_view(graph, *later)
+            if node.kind() != "prim::Constant" and value.type().kind() == "TensorType":
+                for early, place in [*_too_early(value, made, before)]:
+                    _read_through_view(graph, early, place)
 
 
-def _read_later(value: Any, made: dict[str, int], before: list[int]) -> Iterator[tuple[Any, int]]:
-    """The nodes that read `value`, and as which input, perhaps after another one has overwritten it."""
+def _too_early(value: Any, made: dict[str, int], before: list[int]) -> Iterator[tuple[Any, int]]:
+    """The nodes that might overwrite `value` before others have read it, and as which input they read it."""
     readers = []
     for use in value.uses():
-        name = next((each.debugName() for each in use.user.outputs()), None)
-        if name not in made:  # the result of the graph is no kernel
-            return
-        readers.append((use.user, made[name], use.offset))
-    for node, number, _ in readers:
-        if node.kind().partition("::")[2] not in _TO_NEW_MEMORY:
-            for other, its_number, place in readers:
-                if its_number != number and not before[number] >> its_number & 1:
-                    yield other, place
+        name = next((each.debugName() for each in use.user.outputs()), "")
+        readers.append((use.user, made.get(name, -1), use.offset))  # -1: it is a result of the graph
+    for node, number, place in readers:
+        if number < 0 or node.kind().partition("::")[2] in _TO_NEW_MEMORY:
+            continue
+        others = {other for _, other, _ in readers if other != number}
+        if any(other < 0 or not before[number] >> other & 1 for other in others):
+            yield node, place
