@@ -121,8 +121,11 @@ def _grouped(source: Axes, sizes: Sequence[Size]) -> tuple[Axes, Axes]:
     before: list[tuple[Atom, ...]] = []
     after: list[tuple[Atom, ...]] = []
     while known and given:
-        many, few = _group(known, given)
-        if many == 1:
+        many, few = (1, 0) if known[0] == 1 else (0, 1) if given[0] == 1 else _group(known, given)
+        if many == 0 or few == 0:  # an axis of one element is by itself
+            made = _new(given[:few])
+            before += source[:many]
+        elif many == 1:
             made = _split(source[0][0], given[:few])
             before.append(_merged(made))
         else:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxfuse.calls import arguments, operator_name
@@ -41,7 +42,10 @@ def keeps_samples_apart(module: fx.GraphModule, batch: int) -> bool:
 
 
 def is_for_fewer(one: fx.GraphModule, other: fx.GraphModule, batch: int, fewer: int) -> bool:
-    """Whether `other` is `one` for `fewer` samples than `batch`, which only shapes may tell."""
+    """Whether `other` is `one` for `fewer` samples than `batch`, which only shapes may tell.
+
+    Each value has as many places for a sample in the one as in the other, and no other size differs.
+    """
     twins: dict[fx.Node, fx.Node] = {}
     if len(one.graph.nodes) != len(other.graph.nodes):
         return False
@@ -49,22 +53,34 @@ def is_for_fewer(one: fx.GraphModule, other: fx.GraphModule, batch: int, fewer: 
         twins[node] = twin
         if (node.op, node.target) != (twin.op, twin.target):
             return False
-        if node.op == "get_attr" and not torch.equal(
-            *(attribute(each, str(node.target)) for each in (one, other))
-        ):
+        if node.op == "get_attr":
+            if not torch.equal(*(attribute(each, str(node.target)) for each in (one, other))):
+                return False
+        elif not all(_is_smaller(*each, batch, fewer) for each in _values(node, twin)):
             return False
         given, structure = pytree.tree_flatten((node.args, node.kwargs))
         others, same = pytree.tree_flatten((twin.args, twin.kwargs))
-        # Of what a reshape is given, behind its input, the first size is that of the batch, or a multiple.
-        first = 1 if operator_name(node) in ("view", "reshape") else None
+        reshapes = operator_name(node) in ("view", "reshape")  # to sizes that its value has
         if structure != same or not all(
-            twins[each] is other
-            if isinstance(each, fx.Node)
-            else each == other or (place == first and each * fewer == other * batch)
-            for place, (each, other) in enumerate(zip(given, others, strict=True))
+            twins[each] is other if isinstance(each, fx.Node) else each == other or reshapes
+            for each, other in zip(given, others, strict=True)
         ):
             return False
     return keeps_samples_apart(other, fewer)
+
+
+def _values(node: fx.Node, twin: fx.Node) -> Iterator[tuple[Any, Any]]:
+    """What the two give, leaf by leaf."""
+    values, others = (pytree.tree_leaves(each.meta.get("val")) for each in (node, twin))
+    return zip(values, others, strict=True)
+
+
+def _is_smaller(value: Any, other: Any, batch: int, fewer: int) -> bool:
+    if not (isinstance(value, Tensor) and isinstance(other, Tensor)):
+        return bool(value == other)
+    if value.dim() != other.dim() or not value.dim() or value.dtype != other.dtype:
+        return False
+    return value.shape[0] * fewer == other.shape[0] * batch and value.shape[1:] == other.shape[1:]
 
 
 class _Proof:

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.calls import arguments, operator_name
 from fxfuse.layout import as_reshape, demands_order
-from fxfuse.lowering.specialised import Specialised, UnsupportedError, at
+from fxfuse.lowering.purity import UnsupportedError
+from fxfuse.lowering.specialised import Specialised, at
 
 
 def check_no_integers(graph: Specialised) -> None:

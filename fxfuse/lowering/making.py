@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from fxfuse.comparison import same_numbers
 from fxfuse.lowering.edits import in_dtype
 from fxfuse.lowering.engines import Engine
-from fxfuse.lowering.specialised import Program, Specialised, UnsupportedError, specialised
+from fxfuse.lowering.purity import UnsupportedError
+from fxfuse.lowering.specialised import Program, Specialised, specialised
 from fxfuse.tree import storage
 from fxfuse.verdict import Comparison
 

@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from fxfuse.aliases import plain_layer, roots
 from fxfuse.calls import operator_name, written_inputs
 from fxfuse.lowering.edits import in_dtype, put_channels_last
-from fxfuse.lowering.specialised import WRITES, Specialised, UnsupportedError
+from fxfuse.lowering.purity import UnsupportedError
+from fxfuse.lowering.specialised import WRITES, Specialised
 from fxfuse.lowering.torchscript import edited
 
 _KERNEL = "prim::oneDNNFusionGroup"

@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.lowering.engines import Engine
 from fxfuse.lowering.making import Compiled, Maker
+from fxfuse.lowering.purity import UnsupportedError
 from fxfuse.lowering.slices import in_slices
-from fxfuse.lowering.specialised import UnsupportedError
 from fxfuse.precision import no_autocast
 from fxfuse.runs import REJECTIONS, run
 
@@ -22,7 +22,7 @@ _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device
 
 
 def compiled(folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: torch.dtype | None) -> Compiled:
-    """A program of an engine for inputs like these, on which it is compared with `folded`.
+    """A program of an engine for inputs like these, compared with `folded` on them, or on slices of them.
 
     Of both the outputs are held against a run of `folded` in float64. The program may be about as far from it
     as `folded` is, in `dtype` if one is given: see ``fxfuse.verify`` on rounding. Raises what `folded` raises

@@ -14,16 +14,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.proxy import TraceError
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse.aliases import is_query, plain_layer
 from fxfuse.calls import layer_input, operator_name, switches_mode, written_inputs
 from fxfuse.guards import no_random_numbers
+from fxfuse.lowering.purity import Inside, Pure, UnsupportedError
 from fxfuse.places import place_of
 from fxfuse.table import DROPOUTS, LAYERS
 from fxfuse.tree import storage
@@ -33,10 +31,6 @@ WRITES = "fxfuse_writes"
 
 Program = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """What an engine makes of a graph: a function from its tensors to its results."""
-
-
-class UnsupportedError(Exception):
-    """It cannot be lowered; the message says why, in half a sentence."""
 
 
 @dataclass(frozen=True)
@@ -118,80 +112,6 @@ def without_numbers(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return cast(tuple[Any, ...], pytree.tree_map_only(Tensor, mode.from_tensor, inputs))
 
 
-class _Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses, before it is done, what a graph for one kind of inputs cannot hold.
-
-    Attributes:
-        kept: the memory that is not to be written to.
-        is_free: whether what runs depends on no inputs.
-        writes: whether anything was written to since it was set.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self, kept: set[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.kept = kept
-        self.is_free = True
-        self.writes = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        if not isinstance(func, OpOverload):
-            raise UnsupportedError("forward calls a graph inside of it")
-        if not self.is_free and _tells_numbers(func, args):
-            raise UnsupportedError("forward reads numbers of its inputs")
-        taken = {
-            argument.name: args[place] if place < len(args) else given.get(argument.name)
-            for place, argument in enumerate(func._schema.arguments)
-        }
-        written = [
-            taken[argument.name]
-            for argument in func._schema.arguments
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        if taken.get("training"):  # norms do not say so
-            written += [taken[name] for name in ("running_mean", "running_var") if name in taken]
-        self.writes |= bool(written)
-        tensors = (leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, Tensor))
-        if any(storage(tensor) in self.kept for tensor in tensors):
-            raise UnsupportedError("forward writes to its inputs, or to what the module holds")
-        return func(*args, **given)
-
-
-class _Inside(TorchFunctionMode):
-    """Refuses what gives the numbers of tensors away without an operator, unless they depend on no inputs."""
-
-    def __init__(self, pure: _Pure) -> None:
-        super().__init__()
-        self.pure = pure
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.pure.is_free and getattr(func, "__name__", "") in _GIVEN_AWAY:
-            raise UnsupportedError("forward reads numbers of its inputs")
-        return func(*args, **(kwargs or {}))
-
-
-_GIVEN_AWAY = {
-    *("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"),
-    *("apply_", "map_", "map2_"),
-}
-
-
-def _tells_numbers(func: Any, args: Any) -> bool:
-    """Whether it gives numbers of tensors to Python, or tensors of sizes that depend on numbers."""
-    if func is torch.ops.aten.index.Tensor:  # of indices sizes do not depend, but of masks
-        return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
-    if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
-        return True
-    name = func._schema.name.partition("::")[2]
-    plain = any(isinstance(each.type, _NUMBERS) for each in func._schema.returns)
-    return plain and not name.startswith("sym_") and name != "is_same_size"
-
-
-_NUMBERS = (torch.BoolType, torch.IntType, torch.FloatType, torch.NumberType)
-
-
 class _Writer(fx.Interpreter):
     """Runs a graph and writes down what does not know its result yet."""
 
@@ -210,8 +130,8 @@ class _Writer(fx.Interpreter):
     def specialise(self, inputs: Sequence[Any]) -> None:
         """Runs the graph, and writes the second one."""
         given = [*self.module.parameters(), *self.module.buffers(), *pytree.tree_leaves(list(inputs))]
-        self._pure = _Pure({storage(each) for each in given if isinstance(each, Tensor) and each.numel()})
-        with self._pure, _Inside(self._pure):
+        self._pure = Pure({storage(each) for each in given if isinstance(each, Tensor) and each.numel()})
+        with self._pure, Inside(self._pure):
             self.run(*inputs)
 
     def run_node(self, n: fx.Node) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_passes: Any = torch._C
+_jit: Any = torch._C
 # Their kernels write to new memory, unless something follows that does not.
 _TO_NEW_MEMORY = {
     *("_convolution", "convolution", "conv1d", "conv2d", "conv3d", "linear", "addmm", "matmul", "mm", "bmm"),
@@ -29,12 +29,17 @@ def edited(graph: Any) -> tuple[Any, list[Tensor]]:
     What is written in place in the trace is written to new memory then, and what is computed twice, once:
     both would be done later anyway.
     """
-    _passes._jit_pass_remove_mutation(graph)
+    _jit._jit_pass_remove_mutation(graph)
     _know_sizes(graph)
-    _passes._jit_pass_cse(graph)
-    constants = _as_inputs(graph)
+    _jit._jit_pass_cse(graph)
+    constants: list[Tensor] = []
+    for node in [*graph.nodes()]:
+        if node.kind() in _BINARY:
+            constants += _as_inputs(graph, node)
+            _give_axes(graph, node)
+            _keep_apart(graph, node)
     _keep_what_is_read_later(graph)
-    return _passes._create_function_from_graph("edited", graph), constants
+    return _jit._create_function_from_graph("edited", graph), constants
 
 
 def _know_sizes(graph: Any) -> None:
@@ -45,60 +50,58 @@ def _know_sizes(graph: Any) -> None:
             graph.setInsertPoint(node)
             size = graph.insertConstant(value.type().sizes()[axis[0].toIValue()])
             node.output().replaceAllUsesWith(size)
-    _passes._jit_pass_constant_propagation(graph)
+    _jit._jit_pass_constant_propagation(graph)
 
 
-def _as_inputs(graph: Any) -> list[Tensor]:
-    """Makes constants that are added or multiplied inputs of the graph, with all axes that the result has.
+def _operands(node: Any) -> dict[int, Any]:
+    """The two of a sum, difference, product or quotient, by their places."""
+    return dict(enumerate([*node.inputs()][:2]))
+
+
+def _as_inputs(graph: Any, node: Any) -> Iterator[Tensor]:
+    """Makes constants among the operands inputs of the graph, with all axes that the result has.
 
     oneDNN Graph fails on constants behind a linear layer or a product, and computes something else if their
-    elements lie in another order. It fails on numbers that are computed, unless they have axes, too. What it
-    computes wrongly, or beyond the end of its memory, is read through views: see `_is_apart`.
+    elements lie in another order.
     """
-    constants = []
-    for node in [*graph.nodes()]:
-        if node.kind() not in _BINARY:
-            continue
-        rank = _rank(node.output())
-        computed = {}
-        for place, value in enumerate([*node.inputs()][:2]):
-            if not _rank(value):
-                if _is_computed(value, node.output()):
-                    graph.setInsertPoint(node)
-                    ones = graph.insertConstant([1] * rank)
-                    spread = graph.insertNode(graph.create("aten::reshape", [value, ones], 1))
-                    node.replaceInput(place, spread.output())
-                continue
-            if value.node().kind() != "prim::Constant":
-                computed[place] = value
-                continue
+    for place, value in _operands(node).items():
+        if value.node().kind() == "prim::Constant" and _rank(value):
             constant = value.toIValue()
-            constants.append(constant[(None,) * (rank - constant.dim())].contiguous())
+            constant = constant[(None,) * (_rank(node.output()) - constant.dim())].contiguous()
             given = graph.addInput()
-            given.setType(value.type().with_sizes([*constants[-1].shape]))
+            given.setType(value.type().with_sizes([*constant.shape]))
             node.replaceInput(place, given)
-        is_apart = _is_apart(node)
-        for place, value in computed.items():
-            if is_apart or value.node().kind() in _NOTHING_ADDED:
-                _read_through_view(graph, node, place)
-    return constants
+            yield constant
 
 
-def _is_apart(node: Any) -> bool:
-    """Whether oneDNN Graph may not join a sum or product of two tensors to what comes before it.
+def _give_axes(graph: Any, node: Any) -> None:
+    """Has a number among the operands, if it is computed, as many axes as the result: else that fails."""
+    for place, value in _operands(node).items():
+        if not _rank(value) and _is_computed(value, node.output()):
+            graph.setInsertPoint(node)
+            ones = [1] * _rank(node.output())
+            spread = graph.insertNode(graph.create("aten::reshape", [value, graph.insertConstant(ones)], 1))
+            spread.output().setType(value.type().with_sizes(ones))
+            node.replaceInput(place, spread.output())
 
-    It may if both have the same shape, or one has a number for each channel of images. Not even then if they
-    are single rows: where it adds to the product of a long row and a matrix, it writes beyond its memory.
+
+def _keep_apart(graph: Any, node: Any) -> None:
+    """Has it read views where oneDNN Graph may not join it to what comes before.
+
+    It may if both operands have the shape of the result, or one has a single element along each axis behind
+    that of the channels of images. Not even then may it join single rows: where it adds to the product of a
+    long row and a matrix, it writes beyond its memory. Nor can it add to layer norms and poolings.
     """
     sizes = node.output().type().sizes()
-    if sizes is None or len(sizes) < 2 or sizes[-2] == 1:
-        return True
-    for value in [*node.inputs()][:2]:
+    is_apart = sizes is None or len(sizes) < 2 or sizes[-2] == 1
+    for value in _operands(node).values():
         own = value.type().sizes() if _rank(value) else sizes
-        is_for_channels = own is not None and len(own) == len(sizes) > 3 and set(own[2:]) == {1}
-        if own != sizes and not is_for_channels:
-            return True
-    return False
+        is_for_channels = own is not None and len(own) == len(sizes or ()) > 3 and set(own[2:]) == {1}
+        is_apart |= own != sizes and not is_for_channels
+    for place, value in _operands(node).items():
+        is_given = value.node().kind() in ("prim::Param", "prim::Constant")
+        if _rank(value) and not is_given and (is_apart or value.node().kind() in _NOTHING_ADDED):
+            _read_through_view(graph, node, place)
 
 
 def _is_computed(value: Any, result: Any) -> bool:
@@ -128,31 +131,31 @@ def _keep_what_is_read_later(graph: Any) -> None:
     may write its result to the same memory; whether another one is still to read that, it does not ask. And
     it gives too few results if it does so and is joined to what it reads, which is a second one then.
     """
-    made: dict[str, int] = {}  # by the name of a value, the number of the node that gives it
-    before: list[int] = []  # for each node, a bit for each that it depends on, and for itself
+    numbers: dict[str, int] = {}  # of nodes, by the names of what they give
+    ancestors: list[int] = []  # for each node, a bit for each that it depends on, and for itself
     nodes = [*graph.nodes()]
     for number, node in enumerate(nodes):
         depends = 1 << number
         for value in node.inputs():
-            depends |= before[made[value.debugName()]] if value.debugName() in made else 0
-        made |= {value.debugName(): number for value in node.outputs()}
-        before.append(depends)
+            depends |= ancestors[numbers[value.debugName()]] if value.debugName() in numbers else 0
+        numbers |= {value.debugName(): number for value in node.outputs()}
+        ancestors.append(depends)
     for node in nodes:
         for value in node.outputs():
             if node.kind() != "prim::Constant" and value.type().kind() == "TensorType":
-                for early, place in [*_too_early(value, made, before)]:
+                for early, place in [*_too_early(value, numbers, ancestors)]:
                     _read_through_view(graph, early, place)
 
 
-def _too_early(value: Any, made: dict[str, int], before: list[int]) -> Iterator[tuple[Any, int]]:
+def _too_early(value: Any, numbers: dict[str, int], ancestors: list[int]) -> Iterator[tuple[Any, int]]:
     """The nodes that might overwrite `value` before others have read it, and as which input they read it."""
     readers = []
     for use in value.uses():
         name = next((each.debugName() for each in use.user.outputs()), "")
-        readers.append((use.user, made.get(name, -1), use.offset))  # -1: it is a result of the graph
+        readers.append((use.user, numbers.get(name, -1), use.offset))  # -1: it is a result of the graph
     for node, number, place in readers:
         if number < 0 or node.kind().partition("::")[2] in _TO_NEW_MEMORY:
             continue
         others = {other for _, other, _ in readers if other != number}
-        if any(other < 0 or not before[number] >> other & 1 for other in others):
+        if any(other < 0 or not ancestors[number] >> other & 1 for other in others):
             yield node, place

@@ -1,0 +1,97 @@
+"""Runs of forward in which nothing happens that a graph for one kind of inputs cannot hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxfuse.tree import storage
+
+
+class UnsupportedError(Exception):
+    """It cannot be lowered; the message says why, in half a sentence."""
+
+
+class Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses, before it is done, what a graph for one kind of inputs cannot hold.
+
+    Attributes:
+        kept: the memory that is not to be written to.
+        is_free: whether what runs depends on no inputs.
+        writes: whether anything was written to since it was set.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, kept: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept = kept
+        self.is_free = True
+        self.writes = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if not isinstance(func, OpOverload):
+            raise UnsupportedError("forward calls a graph inside of it")
+        if not self.is_free and _tells_numbers(func, args):
+            raise UnsupportedError("forward reads numbers of its inputs")
+        if not self.is_free and func.namespace not in _TAGGED and func._schema.name not in _STATIC:
+            raise UnsupportedError(f"sizes of {func._schema.name} may depend on numbers")
+        taken = {
+            argument.name: args[place] if place < len(args) else given.get(argument.name)
+            for place, argument in enumerate(func._schema.arguments)
+        }
+        written = [
+            taken[argument.name]
+            for argument in func._schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        if taken.get("training") or "update_stats" in func._schema.name:  # norms do not say so
+            written += [taken[name] for name in ("running_mean", "running_var") if name in taken]
+        self.writes |= bool(written)
+        tensors = (leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, Tensor))
+        if any(storage(tensor) in self.kept for tensor in tensors):
+            raise UnsupportedError("forward writes to its inputs, or to what the module holds")
+        return func(*args, **given)
+
+
+class Inside(TorchFunctionMode):
+    """Refuses what gives the numbers of tensors away without an operator, unless they depend on no inputs."""
+
+    def __init__(self, pure: Pure) -> None:
+        super().__init__()
+        self.pure = pure
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.pure.is_free and getattr(func, "__name__", "") in _GIVEN_AWAY:
+            raise UnsupportedError("forward reads numbers of its inputs")
+        return func(*args, **(kwargs or {}))
+
+
+_GIVEN_AWAY = {
+    *("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"),
+    *("apply_", "map_", "map2_"),
+}
+
+
+def _tells_numbers(func: Any, args: Any) -> bool:
+    """Whether it gives numbers of tensors to Python, or tensors of sizes that depend on numbers."""
+    if func is torch.ops.aten.index.Tensor:  # of indices sizes do not depend, but of masks
+        return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
+    if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+        return True
+    name = func._schema.name.partition("::")[2]
+    plain = any(isinstance(each.type, _NUMBERS) for each in func._schema.returns)
+    return plain and not name.startswith("sym_") and name != "is_same_size"
+
+
+# Libraries whose operators say what their sizes depend on, and operators of others that depend on no numbers.
+_TAGGED = {"aten", "prim", "prims", "quantized", "quantized_decomposed", "mkldnn"}
+_STATIC = {f"torchvision::{name}" for name in ("roi_align", "roi_pool", "ps_roi_align", "deform_conv2d")}
+_NUMBERS = (torch.BoolType, torch.IntType, torch.FloatType, torch.NumberType)
