@@ -1148,7 +1148,7 @@ def joined(y, batch):
 
 
 def attention(m, y):
-    return F.scaled_dot_product_attention(m.head(y), y, y, attn_mask=m.shift[:1, 0])
+    return F.scaled_dot_product_attention(m.head(y) / 16, y, y, attn_mask=m.shift[:1, 0])  # no sharp choices
 
 
 def turned(y, size):
