@@ -104,6 +104,16 @@ def settle(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         var.mul_(torch.empty_like(var).uniform_(0.5, 2.0))
 
 
+def prepared(spec: str) -> tuple[nn.Module, nn.Module, Size]:
+    """A model in float64, drawn and settled; what is run of it; and the size of images that it takes."""
+    model = build(spec).double()
+    draw(model)
+    source = runnable(spec, model)
+    size = smallest_size(spec, source)
+    settle(source, images(spec, 3, size))
+    return model, source, size
+
+
 def counted_norms(model: nn.Module) -> list[_NormBase]:
     """The norms with running statistics: those that fxfuse counts if they are called."""
     return [m for m in model.modules() if isinstance(m, _NormBase) and m.running_var is not None]

@@ -18,19 +18,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 import fxfuse
-from benchmarks.families import (
-    INT8,
-    Record,
-    build,
-    draw,
-    first_line,
-    images,
-    place,
-    runnable,
-    settle,
-    smallest_size,
-    sweep,
-)
+from benchmarks.families import INT8, Record, first_line, images, place, prepared, sweep
 from benchmarks.pages import table
 from benchmarks.record import RESULTS, surroundings, write
 
@@ -47,11 +35,7 @@ def measure(spec: str) -> Record:
     torch.manual_seed(0)
     try:
         with torch.no_grad():
-            model = build(spec).double()
-            draw(model)
-            source = runnable(spec, model)
-            size = smallest_size(spec, source)
-            settle(source, images(spec, 3, size))
+            _, source, size = prepared(spec)
             folded = fxfuse.fuse(source.float())
             inputs = [tuple(image.float() for image in images(spec, batch, size)) for batch in BATCHES]
             folded(*inputs[0])

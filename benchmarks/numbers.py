@@ -17,15 +17,12 @@ import fxfuse
 from benchmarks.families import (
     Record,
     Size,
-    build,
     counted_norms,
-    draw,
     first_line,
     images,
     outputs,
+    prepared,
     runnable,
-    settle,
-    smallest_size,
 )
 
 ALLOWED = 1e-9
@@ -53,11 +50,7 @@ def check(spec: str) -> Record:
     start = time.perf_counter()
     try:
         with torch.no_grad():
-            model = build(spec).double()
-            draw(model)
-            source = runnable(spec, model)
-            size = smallest_size(spec, source)
-            settle(source, images(spec, 3, size))
+            model, source, size = prepared(spec)
             fused = fxfuse.fuse(model)
             found = _compared(spec, size, source, runnable(spec, fused))
     except Exception as error:  # third-party models are built and run, and may raise anything

@@ -235,10 +235,8 @@ class _Writer(fx.Interpreter):
         if isinstance(value, (tuple, list)):
             parts = (self._parts(self._part(made, number, part), part) for number, part in enumerate(value))
             return tuple(parts) if isinstance(value, tuple) else list(parts)
-        if value is None or isinstance(
-            value, (bool, int, float, str)
-        ):  # no number of a tensor, which is refused
-            return value
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value  # of sizes: numbers of tensors were not read
         raise UnsupportedError(
             f"{made.target} gives a {type(value).__name__}, of which the parts are not known"
         )
