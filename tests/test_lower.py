@@ -324,8 +324,8 @@ def test_what_the_edits_of_a_trace_mend(way, monkeypatch):
     lowered = fxfuse.lower(model, (X,))
     assert not lowered.lowering.reason
     near(lowered, X)
-    own = torch._C._create_function_from_graph
-    monkeypatch.setattr(onednn, "edited", lambda graph: (own("unedited", graph), []))
+    monkeypatch.setattr(onednn, "edited", lambda graph: (graph, []))
+    monkeypatch.setattr(onednn, "writes", lambda graph: True)  # so that it is not cut
     assert fxfuse.lower(model, (X,)).lowering.reason, "there is nothing to mend"
 
 
@@ -1292,14 +1292,23 @@ def test_several_inputs_run_in_slices_if_all_are_batches(slices):
 
 
 @settings(max_examples=100)
-@given(st.one_of(paths(), random_programs()), st.booleans())
-def test_random_graphs_give_what_they_gave(case, in_slices):
+@given(st.one_of(paths(), random_programs()), st.booleans(), st.sampled_from([None, 20, 8]))
+def test_random_graphs_give_what_they_gave(case, in_slices, largest):
     model = case.model()
     if any(module.training for module in model.modules()):
         reject()
     model, x = model.float(), case.inputs()[0].float()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(cutting, "medians", lambda *_, **__: {"small": 1.0, "large": 3.0})
+        if largest:
+            own = onednn._function
+
+            def function(graph, inputs, *, kernels):
+                if kernels and len([*graph.nodes()]) > largest:
+                    raise RuntimeError("it is too large")
+                return own(graph, inputs, kernels=kernels)
+
+            patch.setattr(onednn, "_function", function)
         one_by_one = cutting._one_by_one
         patch.setattr(cutting, "_one_by_one", lambda *given: (event("sliced"), one_by_one(*given))[1])
         if in_slices and x.dim():

@@ -8,6 +8,7 @@ in its second. Nodes that oneDNN does not know run as they are.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +23,12 @@ from torch.overrides import TorchFunctionMode
 from fxfuse.aliases import plain_layer, roots
 from fxfuse.calls import operator_name, written_inputs
 from fxfuse.lowering.edits import in_dtype, put_channels_last
+from fxfuse.lowering.halves import halves, writes
 from fxfuse.lowering.purity import UnsupportedError
 from fxfuse.lowering.specialised import WRITES, Specialised
 from fxfuse.lowering.torchscript import edited
 
+_LOG = logging.getLogger("fxfuse")
 _KERNEL = "prim::oneDNNFusionGroup"
 
 
@@ -51,18 +54,45 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     with torch.no_grad(), warnings.catch_warnings(), _Rewritten():
         warnings.simplefilter("ignore")  # of sizes that are numbers in a trace
         traced: Any = torch.jit.trace(function, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
-    program, constants = edited(traced.graph)
-    with torch.no_grad(), _onednn_graph():
-        for _ in range(2):
-            try:
-                program(*inputs, *constants)
-            except RuntimeError as error:
-                told = str(error).strip().splitlines()[-1]  # the interpreter comes first
-                raise UnsupportedError(f"oneDNN Graph fails: {told}") from error
-        compiled: Any = torch.jit.last_executed_optimized_graph()  # type: ignore[attr-defined]
-    if not compiled.findAllNodes(_KERNEL):
+    trace, constants = edited(traced.graph)
+    with torch.no_grad():
+        program, kernels = _compiled(trace, [*inputs, *constants])
+    if not kernels:
         raise UnsupportedError("oneDNN Graph has no kernel for any part of it")
     return lambda tensors: program(*tensors, *constants)
+
+
+def _compiled(graph: Any, inputs: Sequence[Tensor]) -> tuple[Callable[..., Any], int]:
+    """A function for a trace, and how many kernels oneDNN Graph has in it.
+
+    A trace that it fails on is cut in halves, and these again, down to operators that run as they are.
+
+    Raises:
+        UnsupportedError: it fails, and the trace cannot be cut.
+    """
+    try:
+        return _function(graph, inputs, kernels=True)
+    except RuntimeError as error:
+        told = str(error).strip().splitlines()[-1]  # the interpreter comes first
+        if writes(graph):
+            raise UnsupportedError(f"oneDNN Graph fails: {told}") from error
+    parts = halves(graph)
+    if parts is None:
+        _LOG.info("oneDNN Graph fails: %s in %s", told, graph)
+        return _function(graph, inputs, kernels=False)
+    first, found = _compiled(parts[0], inputs)
+    second, others = _compiled(parts[1], [*inputs, *first(*inputs)])
+    return lambda *tensors: second(*tensors, *first(*tensors)), found + others
+
+
+def _function(graph: Any, inputs: Sequence[Tensor], *, kernels: bool) -> tuple[Callable[..., Any], int]:
+    """The same for a trace as a whole, with the kernels of oneDNN Graph or without."""
+    function = torch._C._create_function_from_graph("lowered", graph)
+    with _onednn_graph(kernels):
+        for _ in range(2):
+            function(*inputs)
+        compiled: Any = torch.jit.last_executed_optimized_graph()  # type: ignore[attr-defined]
+    return function, len(compiled.findAllNodes(_KERNEL))
 
 
 def _writes_to_views(module: fx.GraphModule) -> bool:
@@ -159,10 +189,10 @@ _BY_OTHERS: dict[str, Callable[..., Tensor]] = {
 
 
 @contextmanager
-def _onednn_graph() -> Iterator[None]:
-    """With oneDNN Graph switched on for what TorchScript compiles, in the whole process."""
+def _onednn_graph(enabled: bool) -> Iterator[None]:
+    """With oneDNN Graph switched on or off for what TorchScript compiles, in the whole process."""
     before = torch._C._jit_llga_enabled()
-    torch._C._jit_set_llga_enabled(True)
+    torch._C._jit_set_llga_enabled(enabled)
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ _BINARY = {f"aten::{name}" for name in ("add", "sub", "mul", "div")}
 
 
 def edited(graph: Any) -> tuple[Any, list[Tensor]]:
-    """A function for a trace without branches, and tensors that it takes behind the inputs of the trace.
+    """A graph for a trace without branches, and tensors that it takes behind the inputs of the trace.
 
     What is written in place in the trace is written to new memory then, and what is computed twice, once:
     both would be done later anyway.
@@ -39,7 +39,7 @@ def edited(graph: Any) -> tuple[Any, list[Tensor]]:
             _give_axes(graph, node)
             _keep_apart(graph, node)
     _keep_what_is_read_later(graph)
-    return _jit._create_function_from_graph("edited", graph), constants
+    return graph, constants
 
 
 def _know_sizes(graph: Any) -> None:
