@@ -254,6 +254,12 @@ MENDED = {
     "sum with a pooling": lambda m, y: (z := y.cumsum(1)) + F.max_pool2d(z, 3, 1, 1),
     "a number that is computed": lambda m, y: m.other(y) / y.abs().amax(),
     "sum with a layer norm": lambda m, y: m.norm(tokens(y)) + tokens(y).roll(1, 1),
+    "an addend in another order": lambda m, y: (
+        m.row(z := y.contiguous().cumsum(1)) + y.flip(1) + z.mean((2, 3), keepdim=True)
+    ),
+    "a number for each channel behind a linear layer": lambda m, y: (
+        m.row(z := y.contiguous().cumsum(1)) + y.cumsum(2) + z.mean((2, 3), keepdim=True)
+    ),
 }
 
 
@@ -308,6 +314,7 @@ def with_constants(function):
     parts = {
         "other": nn.Conv2d(8, 8, 3, padding=1),
         "head": nn.Linear(8, 8),
+        "row": nn.Linear(12, 12),
         "join": Joined(),
         "norm": nn.LayerNorm(8),
     }

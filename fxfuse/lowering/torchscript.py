@@ -69,7 +69,7 @@ def _as_inputs(graph: Any, node: Any) -> Iterator[Tensor]:
             constant = value.toIValue()
             constant = constant[(None,) * (_rank(node.output()) - constant.dim())].contiguous()
             given = graph.addInput()
-            given.setType(value.type().with_sizes([*constant.shape]))
+            given.setType(_jit.TensorType.create_from_tensor(constant))
             node.replaceInput(place, given)
             yield constant
 
@@ -88,20 +88,28 @@ def _give_axes(graph: Any, node: Any) -> None:
 def _keep_apart(graph: Any, node: Any) -> None:
     """Has it read views where oneDNN Graph may not join it to what comes before.
 
-    It may if both operands have the shape of the result, or one has a single element along each axis behind
-    that of the channels of images. Not even then may it join single rows: where it adds to the product of a
-    long row and a matrix, it writes beyond its memory. Nor can it add to layer norms and poolings.
+    It may if both operands have the shape of the result and elements in the same order, or one has a single
+    element along each axis behind that of the channels of images, which come last: behind a linear layer it
+    takes another axis. Not even then may it join single rows: where it adds to the product of a long row and
+    a matrix, it writes beyond its memory. Nor can it add to layer norms and poolings.
     """
     sizes = node.output().type().sizes()
-    is_apart = sizes is None or len(sizes) < 2 or sizes[-2] == 1
+    whole = [value for value in _operands(node).values() if _rank(value) and value.type().sizes() == sizes]
+    is_apart = sizes is None or len(sizes) < 2 or sizes[-2] == 1 or len({*map(_order, whole)}) > 1
     for value in _operands(node).values():
         own = value.type().sizes() if _rank(value) else sizes
         is_for_channels = own is not None and len(own) == len(sizes or ()) > 3 and set(own[2:]) == {1}
-        is_apart |= own != sizes and not is_for_channels
+        is_apart |= own != sizes and not (is_for_channels and node.output().type().strides()[1] == 1)
     for place, value in _operands(node).items():
         is_given = value.node().kind() in ("prim::Param", "prim::Constant")
         if _rank(value) and not is_given and (is_apart or value.node().kind() in _NOTHING_ADDED):
             _read_through_view(graph, node, place)
+
+
+def _order(value: Any) -> tuple[int, ...]:
+    """How its elements lie: the strides of axes with more than one."""
+    along = zip(value.type().sizes() or (), value.type().strides() or (), strict=False)
+    return tuple(stride for size, stride in along if size > 1)
 
 
 def _is_computed(value: Any, result: Any) -> bool:
