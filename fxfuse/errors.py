@@ -23,3 +23,7 @@ class CaptureError(FxfuseError):
 
 class VerificationError(FxfuseError):
     """Two models that should compute the same function do not."""
+
+
+class UnsupportedError(FxfuseError):
+    """An engine cannot run a graph; the message says why, in half a sentence: a reason of ``lower``."""

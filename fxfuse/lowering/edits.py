@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxfuse.calls import arguments, operator_name
+from fxfuse.errors import UnsupportedError
 from fxfuse.layout import as_reshape, demands_order
-from fxfuse.lowering.purity import UnsupportedError
 from fxfuse.lowering.specialised import Specialised, at
 
 

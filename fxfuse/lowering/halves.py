@@ -8,26 +8,26 @@ from typing import Any
 import torch
 
 _jit: Any = torch._C
-
-
-def writes(graph: Any) -> bool:
-    """Whether an operator writes to its input: then no half of the graph knows all who hold that."""
-    return any("!" in node.schema() for node in graph.nodes())
+# What puts values together and takes them apart again. It is no operator, and may be in both halves.
+_PLAIN = {
+    f"prim::{name}" for name in ("Constant", "ListConstruct", "ListUnpack", "TupleConstruct", "TupleUnpack")
+}
 
 
 def halves(graph: Any) -> tuple[Any, Any] | None:
     """Two graphs of about as many operators each: what the first gives, the second takes behind its inputs.
 
-    None: it has a single operator.
+    None: there are less than two operators, or one may write to what both halves hold, or what is no tensor
+    is computed once for both, so that a half is no smaller.
 
     Args:
-        graph: from tensors to one value, without branches, that writes to nothing.
+        graph: from tensors to one value.
     """
     nodes = [*graph.nodes()]
-    steps = [place for place, node in enumerate(nodes) if node.schema() != "(no schema)"]
-    if len(steps) < 2:
+    places = [place for place, node in enumerate(nodes) if is_operator(node)]
+    if len(places) < 2 or any(_may_write(nodes[place]) for place in places):
         return None
-    middle = steps[len(steps) // 2]
+    middle = places[len(places) // 2]
     passed = _passed(nodes, middle, graph.outputs())
     first, second = graph.copy(), graph.copy()
     _give(first, _values(first, passed))
@@ -37,13 +37,25 @@ def halves(graph: Any) -> tuple[Any, Any] | None:
         value.replaceAllUsesWith(given)
     for half in (first, second):
         _jit._jit_pass_dce(half)
+        if sum(map(is_operator, half.nodes())) >= len(places):
+            return None
     return first, second
+
+
+def is_operator(node: Any) -> bool:
+    """Whether it computes something."""
+    return node.kind() not in _PLAIN
+
+
+def _may_write(node: Any) -> bool:
+    """Whether its schema says so, or nothing about it."""
+    return "!" in node.schema() or node.schema() == "(no schema)"
 
 
 def _passed(nodes: Sequence[Any], middle: int, results: Sequence[Any]) -> list[tuple[int, int]]:
     """Where the tensors come from that are computed before `middle` and read later, by node and output.
 
-    Lists of them and of numbers are made again.
+    What is no tensor is computed again.
     """
     places = {
         value.debugName(): (number, place)
@@ -51,13 +63,13 @@ def _passed(nodes: Sequence[Any], middle: int, results: Sequence[Any]) -> list[t
         for place, value in enumerate(node.outputs())
     }
     needed = [*results, *(value for node in nodes[middle:] for value in node.inputs())]
-    passed: dict[tuple[int, int], None] = {}
+    passed = set()
     while needed:
         value = needed.pop()
         if value.debugName() not in places:
             continue
         if value.type().kind() == "TensorType" and value.node().kind() != "prim::Constant":
-            passed[places[value.debugName()]] = None
+            passed.add(places[value.debugName()])
         else:
             needed += value.node().inputs()
     return sorted(passed)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxfuse.comparison import same_numbers
+from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.edits import in_dtype
 from fxfuse.lowering.engines import Engine
-from fxfuse.lowering.purity import UnsupportedError
 from fxfuse.lowering.specialised import Program, Specialised, specialised
 from fxfuse.tree import storage
 from fxfuse.verdict import Comparison
@@ -46,11 +46,14 @@ class Maker:
     def made(self, inputs: tuple[Any, ...]) -> Made:
         """The program for inputs like these.
 
+        It is compiled with other numbers than these, with which it is compared then: if a tracer takes what
+        depends on the inputs for a constant, that is seen.
+
         Raises:
             UnsupportedError: there is none; whatever the engine raises is a reason.
         """
         graph = specialised(self.folded, inputs)
-        tensors = graph.tensors(pytree.tree_leaves(inputs))
+        tensors = graph.tensors(pytree.tree_leaves(_drawn(inputs, seed=1)))
         try:
             program = self.engine.compile(graph, tensors, self.dtype)
             results = program(tensors)
@@ -91,7 +94,7 @@ class Made:
             reference = self._positional(lambda tensors: rounded(*tensors))
         candidate = self._positional(self.program)
         # Where nothing could be seen, as with zeros, other numbers are drawn.
-        for values in (self.inputs, pytree.tree_map(_drawn, self.inputs)):
+        for values in (self.inputs, _drawn(self.inputs, seed=2)):
             found = same_numbers(folded, candidate, values, reference)
             if not found.ok:
                 errors = f"{found.candidate_error:.2g}, of the folded module {found.reference_error:.2g}"
@@ -124,8 +127,13 @@ def _with_own_memory(program: Program, tensors: Sequence[Tensor], results: Seque
     ]
 
 
-def _drawn(leaf: Any) -> Any:
-    """Random numbers in the place of numbers."""
-    if isinstance(leaf, Tensor) and leaf.is_floating_point():
-        return torch.empty_like(leaf).normal_(generator=torch.Generator(leaf.device).manual_seed(0))
-    return leaf
+def _drawn(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
+    """Random numbers in the place of numbers; others than torch.randn gives for any seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point():
+            return leaf
+        return torch.empty_like(leaf, device="cpu").normal_(0.25, 1.25, generator=generator).to(leaf.device)
+
+    return cast(tuple[Any, ...], pytree.tree_map_only(Tensor, drawn, inputs))

@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ from torch.overrides import TorchFunctionMode
 
 from fxfuse.aliases import plain_layer, roots
 from fxfuse.calls import operator_name, written_inputs
+from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.edits import in_dtype, put_channels_last
-from fxfuse.lowering.halves import halves, writes
-from fxfuse.lowering.purity import UnsupportedError
+from fxfuse.lowering.halves import halves
 from fxfuse.lowering.specialised import WRITES, Specialised
-from fxfuse.lowering.torchscript import edited
+from fxfuse.lowering.torchscript import edit
 
 _LOG = logging.getLogger("fxfuse")
 _KERNEL = "prim::oneDNNFusionGroup"
@@ -54,45 +55,67 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     with torch.no_grad(), warnings.catch_warnings(), _Rewritten():
         warnings.simplefilter("ignore")  # of sizes that are numbers in a trace
         traced: Any = torch.jit.trace(function, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
-    trace, constants = edited(traced.graph)
-    with torch.no_grad():
-        program, kernels = _compiled(trace, [*inputs, *constants])
-    if not kernels:
-        raise UnsupportedError("oneDNN Graph has no kernel for any part of it")
+    constants = edit(traced.graph)
+    compiler = _Compiler()
+    try:
+        with torch.no_grad(), _onednn_graph(True):
+            program = compiler.function(traced.graph, [*inputs, *constants])
+    except RuntimeError as error:
+        raise UnsupportedError(f"TorchScript fails: {_last_line(error)}") from error
+    if not compiler.kernels:
+        raise UnsupportedError(compiler.failure or "oneDNN Graph has no kernel for any part of it")
     return lambda tensors: program(*tensors, *constants)
 
 
-def _compiled(graph: Any, inputs: Sequence[Tensor]) -> tuple[Callable[..., Any], int]:
-    """A function for a trace, and how many kernels oneDNN Graph has in it.
+@dataclass
+class _Compiler:
+    """Makes functions of traces, while oneDNN Graph is switched on.
 
-    A trace that it fails on is cut in halves, and these again, down to operators that run as they are.
-
-    Raises:
-        UnsupportedError: it fails, and the trace cannot be cut.
+    Attributes:
+        kernels: how many it has in these functions.
+        failure: what it failed on first, if it did.
     """
-    try:
-        return _function(graph, inputs, kernels=True)
-    except RuntimeError as error:
-        told = str(error).strip().splitlines()[-1]  # the interpreter comes first
-        if writes(graph):
-            raise UnsupportedError(f"oneDNN Graph fails: {told}") from error
-    parts = halves(graph)
-    if parts is None:
-        _LOG.info("oneDNN Graph fails: %s in %s", told, graph)
-        return _function(graph, inputs, kernels=False)
-    first, found = _compiled(parts[0], inputs)
-    second, others = _compiled(parts[1], [*inputs, *first(*inputs)])
-    return lambda *tensors: second(*tensors, *first(*tensors)), found + others
+
+    kernels: int = 0
+    failure: str = ""
+
+    def function(self, graph: Any, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        """A function for a trace.
+
+        A trace that oneDNN Graph fails on is cut in halves, and these again, down to operators that run as
+        they are.
+        """
+        try:
+            function, kernels = _function(graph, inputs)
+        except RuntimeError as error:
+            failure = f"oneDNN Graph fails: {_last_line(error)}"
+        else:
+            self.kernels += kernels
+            return function
+        _LOG.info("%s, in %s", failure, graph)
+        self.failure = self.failure or failure
+        parts = halves(graph)
+        if parts is None:
+            with _onednn_graph(False):
+                function, _ = _function(graph, inputs)
+            return function
+        first = self.function(parts[0], inputs)
+        second = self.function(parts[1], [*inputs, *first(*inputs)])
+        return lambda *tensors: second(*tensors, *first(*tensors))
 
 
-def _function(graph: Any, inputs: Sequence[Tensor], *, kernels: bool) -> tuple[Callable[..., Any], int]:
-    """The same for a trace as a whole, with the kernels of oneDNN Graph or without."""
+def _function(graph: Any, inputs: Sequence[Tensor]) -> tuple[Callable[..., Any], int]:
+    """A function for a trace as a whole, compiled for inputs like these, and its kernels of oneDNN Graph."""
     function = torch._C._create_function_from_graph("lowered", graph)
-    with _onednn_graph(kernels):
-        for _ in range(2):
-            function(*inputs)
-        compiled: Any = torch.jit.last_executed_optimized_graph()  # type: ignore[attr-defined]
+    for _ in range(2):
+        function(*inputs)
+    compiled: Any = torch.jit.last_executed_optimized_graph()  # type: ignore[attr-defined]
     return function, len(compiled.findAllNodes(_KERNEL))
+
+
+def _last_line(error: Exception) -> str:
+    """What it says in the end: before, the interpreter tells where it was."""
+    return str(error).strip().rpartition("\n")[2]
 
 
 def _writes_to_views(module: fx.GraphModule) -> bool:

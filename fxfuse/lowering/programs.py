@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.engines import Engine
 from fxfuse.lowering.making import Compiled, Maker
-from fxfuse.lowering.purity import UnsupportedError
 from fxfuse.lowering.slices import in_slices
 from fxfuse.precision import no_autocast
 from fxfuse.runs import REJECTIONS, run

@@ -11,11 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxfuse.errors import UnsupportedError
 from fxfuse.tree import storage
-
-
-class UnsupportedError(Exception):
-    """It cannot be lowered; the message says why, in half a sentence."""
 
 
 class Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -53,7 +50,8 @@ class Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
         if taken.get("training") or "update_stats" in func._schema.name:  # norms do not say so
-            written += [taken[name] for name in ("running_mean", "running_var") if name in taken]
+            statistics = (taken.get(name) for name in ("running_mean", "running_var"))
+            written += [each for each in statistics if each is not None]
         self.writes |= bool(written)
         tensors = (leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, Tensor))
         if any(storage(tensor) in self.kept for tensor in tensors):
@@ -69,14 +67,15 @@ class Inside(TorchFunctionMode):
         self.pure = pure
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.pure.is_free and getattr(func, "__name__", "") in _GIVEN_AWAY:
-            raise UnsupportedError("forward reads numbers of its inputs")
+        gives_away = func == Tensor.data.__get__ or getattr(func, "__name__", "") in _GIVEN_AWAY  # type: ignore[attr-defined]
+        if not self.pure.is_free and gives_away:
+            raise UnsupportedError("forward reads numbers of its inputs past all operators")
         return func(*args, **(kwargs or {}))
 
 
 _GIVEN_AWAY = {
     *("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"),
-    *("apply_", "map_", "map2_"),
+    *("apply_", "map_", "map2_", "__deepcopy__", "__reduce_ex__"),
 }
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.batches import is_for_fewer, keeps_samples_apart
 from fxfuse.lowering.making import Compiled, Made, Maker
-from fxfuse.lowering.purity import UnsupportedError
 from fxfuse.lowering.specialised import Program, Specialised, specialised, without_numbers
 from fxfuse.lowering.timing import medians
 

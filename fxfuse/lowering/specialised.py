@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.aliases import is_query, plain_layer
 from fxfuse.calls import layer_input, operator_name, switches_mode, written_inputs
+from fxfuse.errors import UnsupportedError
 from fxfuse.guards import no_random_numbers
-from fxfuse.lowering.purity import Inside, Pure, UnsupportedError
+from fxfuse.lowering.purity import Inside, Pure
 from fxfuse.places import place_of
 from fxfuse.table import DROPOUTS, LAYERS
 from fxfuse.tree import storage

@@ -23,11 +23,11 @@ _NOTHING_ADDED = {"aten::layer_norm", "aten::max_pool2d", "aten::avg_pool2d"}
 _BINARY = {f"aten::{name}" for name in ("add", "sub", "mul", "div")}
 
 
-def edited(graph: Any) -> tuple[Any, list[Tensor]]:
-    """A graph for a trace without branches, and tensors that it takes behind the inputs of the trace.
+def edit(graph: Any) -> list[Tensor]:
+    """Edits a trace; tensors that it takes behind its inputs then.
 
-    What is written in place in the trace is written to new memory then, and what is computed twice, once:
-    both would be done later anyway.
+    What is written in place is written to new memory then, and what is computed twice, once: both would be
+    done later anyway.
     """
     _jit._jit_pass_remove_mutation(graph)
     _know_sizes(graph)
@@ -39,7 +39,7 @@ def edited(graph: Any) -> tuple[Any, list[Tensor]]:
             _give_axes(graph, node)
             _keep_apart(graph, node)
     _keep_what_is_read_later(graph)
-    return graph, constants
+    return constants
 
 
 def _know_sizes(graph: Any) -> None:
@@ -88,28 +88,22 @@ def _give_axes(graph: Any, node: Any) -> None:
 def _keep_apart(graph: Any, node: Any) -> None:
     """Has it read views where oneDNN Graph may not join it to what comes before.
 
-    It may if both operands have the shape of the result and elements in the same order, or one has a single
-    element along each axis behind that of the channels of images, which come last: behind a linear layer it
-    takes another axis. Not even then may it join single rows: where it adds to the product of a long row and
-    a matrix, it writes beyond its memory. Nor can it add to layer norms and poolings.
+    It may if both operands have the shape of the result. One may have a single element for each channel of
+    images that have their channels last; behind a linear layer, whose results have not, it is added along
+    another axis. Not even then may it join single rows: where it adds to the product of a long row and a
+    matrix, it writes beyond its memory. Nor can it add to layer norms and poolings.
     """
     sizes = node.output().type().sizes()
-    whole = [value for value in _operands(node).values() if _rank(value) and value.type().sizes() == sizes]
-    is_apart = sizes is None or len(sizes) < 2 or sizes[-2] == 1 or len({*map(_order, whole)}) > 1
+    is_apart = sizes is None or len(sizes) < 2 or sizes[-2] == 1
     for value in _operands(node).values():
         own = value.type().sizes() if _rank(value) else sizes
         is_for_channels = own is not None and len(own) == len(sizes or ()) > 3 and set(own[2:]) == {1}
-        is_apart |= own != sizes and not (is_for_channels and node.output().type().strides()[1] == 1)
+        has_channels_last = (node.output().type().strides() or [0, 0])[1:2] == [1]
+        is_apart |= own != sizes and not (is_for_channels and has_channels_last)
     for place, value in _operands(node).items():
         is_given = value.node().kind() in ("prim::Param", "prim::Constant")
         if _rank(value) and not is_given and (is_apart or value.node().kind() in _NOTHING_ADDED):
             _read_through_view(graph, node, place)
-
-
-def _order(value: Any) -> tuple[int, ...]:
-    """How its elements lie: the strides of axes with more than one."""
-    along = zip(value.type().sizes() or (), value.type().strides() or (), strict=False)
-    return tuple(stride for size, stride in along if size > 1)
 
 
 def _is_computed(value: Any, result: Any) -> bool:
