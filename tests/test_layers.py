@@ -44,7 +44,7 @@ LAYERS = [
     ["lowering.specialised"],
     ["lowering.allocator"],
     ["lowering.edits"],
-    ["lowering.torchscript", "lowering.inductor", "lowering.onnxruntime"],
+    ["lowering.halves", "lowering.torchscript", "lowering.inductor", "lowering.onnxruntime"],
     ["lowering.onednn", "lowering.openvino", "lowering.cudnn"],
     ["lowering.batches"],
     ["lowering.engines"],

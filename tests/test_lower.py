@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -996,6 +997,114 @@ def test_constants_of_a_tracer_are_seen_in_the_comparison(monkeypatch):
     near(lowered, X)
 
 
+PAST_OPERATORS = {
+    "elements of a new tensor": lambda y: y * torch.tensor([(y.detach().amax() > 100).float(), 2.0]).sum(),
+    "of another": lambda y: y * y.new_tensor([y.detach().amax()]),
+    "bounds": lambda y: y.tensor_split(y.detach().amax().clamp(1, 5).long().reshape(1), 3)[0].sum() * y,
+    "text": lambda y: y * (len(f"{y.detach()}") > 1),
+}
+
+
+@pytest.mark.parametrize("way", PAST_OPERATORS)
+def test_numbers_that_no_mode_sees_are_refused(way, monkeypatch):
+    monkeypatch.setattr(fx.Tracer, "is_leaf_module", lambda self, module, _: not isinstance(module, Written))
+    model = folded(Written(lambda m, y: m.unseen(y), unseen=Unseen(PAST_OPERATORS[way])))
+    lowered = fxfuse.lower(model, (X,))
+    assert "past all operators" in lowered.lowering.reason
+    near(lowered, X)
+
+
+def test_inputs_that_are_no_block_of_memory():
+    """A piece that is compiled for one that is would read another memory, or end the process."""
+    layers = [nn.Conv1d(4, 32, 3, padding=1), nn.ReLU(), nn.Conv1d(32, 32, 3, padding=1), nn.ReLU()]
+    model = folded(nn.Sequential(*layers, nn.Conv1d(32, 8, 3)))
+    whole = torch.randn(9, 4, 200)
+    lowered = fxfuse.lower(model, (whole[:2],))
+    for x in (
+        whole[:2, :, 50:100],
+        whole[:2, :, ::2],
+        whole[:, :, 50:100],
+        whole.transpose(0, 1)[:, :4].mT[:2, :4],
+    ):
+        for ready in (lowered, fxfuse.lower(model, (x,))):
+            assert not ready.lowering.reason
+            near(ready, x)
+    batch_inside = torch.randn(50, 4, 16).permute(2, 1, 0)
+    near(fxfuse.lower(model, (batch_inside,)), batch_inside)
+
+
+def test_a_second_input_that_is_no_block_of_memory():
+    model = WithSecond(lambda m, y, z: F.relu(m.two(F.relu(y.flatten(2)).mT) + z), two=nn.Linear(8, 16))
+    model, x = folded(model), X[:, :, :4, :4]
+    for z in (torch.randn(2, 16, 64)[:, :, :16], torch.randn(1, 16, 16).expand(2, 16, 16)):
+        lowered = fxfuse.lower(model, (x, z))
+        assert not lowered.lowering.reason
+        near(lowered, x, z)
+
+
+def test_bits_of_views_are_no_detail():
+    model = folded(Net())
+    lowered = fxfuse.lower(model, (X,))
+    near(lowered, X)
+    near(lowered, torch._neg_view(X))
+    assert len(lowered._programs) > 1
+
+
+def test_an_empty_batch_is_left_to_the_folded_module():
+    lowered = fxfuse.lower(folded(Net()), (X[:0],))
+    assert "empty" in lowered.lowering.reason
+    assert lowered(X[:0]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("where", ["root", "layer"])
+def test_hooks_are_run(where):
+    calls = []
+    model = folded(Net())
+    hooked = model if where == "root" else next(each for each in model.modules() if type(each) is nn.Linear)
+    hooked.register_forward_hook(lambda *_: calls.append(None))
+    lowered = fxfuse.lower(model, (X,))
+    calls.clear()
+    lowered(X)
+    assert len(calls) == 1 and "hooks" in lowered.lowering.reason
+
+
+@dataclass
+class Held:
+    """No container that torch knows."""
+
+    constant: Tensor
+
+
+def test_constants_in_objects_belong_to_the_caller():
+    model = folded(Written(lambda m, y: (y.relu(), Held(m.table * 2)), table=nn.Parameter(torch.ones(3))))
+    lowered = fxfuse.lower(model, (X,))
+    assert not lowered.lowering.reason
+    lowered(X)[1].constant.fill_(7.0)
+    assert torch.equal(lowered(X)[1].constant, model(X)[1].constant)
+
+
+class Counting(nn.Module):
+    """It is called as a whole, and holds a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = torch.zeros(())
+
+    def forward(self, y):
+        self.calls += 1
+        return y * 2
+
+
+def test_attributes_are_not_written_to(monkeypatch):
+    monkeypatch.setattr(fx.Tracer, "is_leaf_module", lambda self, module, _: not isinstance(module, Written))
+    model = folded(Written(lambda m, y: m.counting(y), counting=Counting()))
+    before = float(model.counting.calls)
+    lowered = fxfuse.lower(model, (X,))
+    assert "writes" in lowered.lowering.reason
+    # The folded module ran once, to see that it takes the inputs.
+    assert float(model.counting.calls) <= before + 1
+
+
 def test_numbers_are_drawn_for_each_input():
     one, other, number = making._drawn((X, [X.clone()], 3), seed=0)
     assert not torch.equal(one, other[0]) and one.shape == X.shape and number == 3
@@ -1102,6 +1211,27 @@ def test_poolings_and_reductions_give_new_memory_even_where_they_change_nothing(
 def test_integers_are_left_to_torch(engine):
     lowered = fxfuse.lower(folded(Written(lambda m, y: y.relu().argmax(1))), (X,), engine)
     assert "integers" in lowered.lowering.reason
+
+
+WITH_INTEGERS = {
+    "floats of them": (lambda m, y, t: y * t.float()[:, :, None, None], True),
+    "indices": (lambda m, y, t: y + m.table(t)[:, :8].sum((1, 2))[:, None, None, None], True),
+    "products": (lambda m, y, t: y * (t * 0.5)[:, :, None, None], False),
+    "decisions": (lambda m, y, t: y * (t > 3)[:, :, None, None], False),
+}
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("way", WITH_INTEGERS)
+def test_integers_that_are_given(engine, way):
+    """OpenVINO has 32 bits for them."""
+    function, is_lowered = WITH_INTEGERS[way]
+    model = folded(WithSecond(function, table=nn.Embedding(9, 4)))
+    numbers = torch.arange(16).reshape(2, 8) % 9
+    lowered = fxfuse.lower(model, (X, numbers), engine)
+    assert is_lowered == (not lowered.lowering.reason)
+    assert is_lowered or "integers" in lowered.lowering.reason
+    assert torch.allclose(lowered(X, 8 - numbers), model(X, 8 - numbers), rtol=1e-4, atol=1e-5)
 
 
 def test_results_that_are_constants_belong_to_the_caller():

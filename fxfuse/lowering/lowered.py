@@ -154,5 +154,6 @@ def lowered(
 
 def _kind_of_leaf(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        return type(leaf), leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+        views = leaf.is_neg(), leaf.is_conj()
+        return type(leaf), leaf.shape, leaf.stride(), views, leaf.dtype, leaf.device
     return type(leaf), repr(leaf)  # which tells 0.0 from -0.0

@@ -128,12 +128,14 @@ def _with_own_memory(program: Program, tensors: Sequence[Tensor], results: Seque
 
 
 def _drawn(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
-    """Random numbers in the place of numbers; others than torch.randn gives for any seed."""
+    """Random numbers in the place of numbers, laid out like these; others than torch.randn gives."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(leaf: Tensor) -> Tensor:
         if not leaf.is_floating_point():
             return leaf
-        return torch.empty_like(leaf, device="cpu").normal_(0.25, 1.25, generator=generator).to(leaf.device)
+        numbers = torch.empty(leaf.shape, dtype=leaf.dtype).normal_(0.25, 1.25, generator=generator)
+        like = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+        return like.copy_(numbers)
 
     return cast(tuple[Any, ...], pytree.tree_map_only(Tensor, drawn, inputs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def compiled(folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: to
         try:
             own = pytree.tree_map(_usable, tuple(inputs))
             maker = Maker(folded, engine, dtype)
-            return in_slices(maker, own) or maker.made(own).compared()
+            return _for_layout_of(inputs, own, in_slices(maker, own) or maker.made(own).compared())
         except UnsupportedError as error:
             return Compiled(None, str(error))
         except REJECTIONS as error:
@@ -44,9 +45,31 @@ def compiled(folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: to
             return Compiled(None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
+def _for_layout_of(inputs: Sequence[Any], own: tuple[Any, ...], made: Compiled) -> Compiled:
+    """What was made for copies of inputs, for these: a copy may lie in memory in another way.
+
+    Kernels read the memory that they were compiled for.
+    """
+    run = made.run
+    pairs = zip(pytree.tree_leaves(tuple(inputs)), pytree.tree_leaves(own), strict=True)
+    others = {place for place, (leaf, copy) in enumerate(pairs) if _layout(leaf) != _layout(copy)}
+    if run is None or not others:
+        return made
+    return replace(
+        made,
+        run=lambda leaves: run([leaf.clone() if n in others else leaf for n, leaf in enumerate(leaves)]),
+    )
+
+
+def _layout(leaf: Any) -> Any:
+    return (leaf.stride(), leaf.is_neg(), leaf.is_conj()) if isinstance(leaf, Tensor) else None
+
+
 def _usable(leaf: Any) -> Any:
     """A tensor of its own memory; raises for what may change without notice."""
     if type(leaf) in (Tensor, nn.Parameter):
+        if not leaf.numel():
+            raise UnsupportedError("an input is empty")
         return leaf.detach().clone()
     if isinstance(leaf, _SIMPLE):
         return leaf

@@ -67,16 +67,26 @@ class Inside(TorchFunctionMode):
         self.pure = pure
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        gives_away = func == Tensor.data.__get__ or getattr(func, "__name__", "") in _GIVEN_AWAY  # type: ignore[attr-defined]
-        if not self.pure.is_free and gives_away:
+        if not self.pure.is_free and _gives_away(func, args, kwargs or {}):
             raise UnsupportedError("forward reads numbers of its inputs past all operators")
         return func(*args, **(kwargs or {}))
 
 
 _GIVEN_AWAY = {
     *("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"),
-    *("apply_", "map_", "map2_", "__deepcopy__", "__reduce_ex__"),
+    *("apply_", "map_", "map2_", "__deepcopy__", "__reduce_ex__", "__repr__", "__format__"),
 }
+# These read the numbers of tensors among their arguments, but for the first one of the last two.
+_READ, _READ_OTHERS = {"tensor", "as_tensor", "asarray"}, {"new_tensor", "tensor_split"}
+
+
+def _gives_away(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether it gives numbers of tensors away without an operator that a mode or a tracer sees."""
+    name = getattr(func, "__name__", "")
+    if name in _READ | _READ_OTHERS:
+        given = pytree.tree_leaves((args[name in _READ_OTHERS :], kwargs))
+        return any(isinstance(leaf, Tensor) for leaf in given)
+    return bool(name in _GIVEN_AWAY or func == Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
 def _tells_numbers(func: Any, args: Any) -> bool:

@@ -7,6 +7,7 @@ from weights alone are not in the second graph any more.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from fxfuse.guards import no_random_numbers
 from fxfuse.lowering.purity import Inside, Pure
 from fxfuse.places import place_of
 from fxfuse.table import DROPOUTS, LAYERS
-from fxfuse.tree import storage
+from fxfuse.tree import HOOKS, storage
 
 # The entry of a node's meta that tells whether it was seen to write to anything.
 WRITES = "fxfuse_writes"
@@ -82,7 +83,7 @@ class _Output:
 def _leaf(output: Any, tensors: Sequence[Tensor]) -> Any:
     if isinstance(output, _Output):
         return tensors[output.number]
-    return output.clone() if isinstance(output, Tensor) else output  # the caller may write to it
+    return copy.deepcopy(output)  # the caller may write to it
 
 
 def specialised(module: fx.GraphModule, inputs: Sequence[Any]) -> Specialised:
@@ -92,6 +93,8 @@ def specialised(module: fx.GraphModule, inputs: Sequence[Any]) -> Specialised:
         UnsupportedError: forward reads numbers of its inputs into Python, writes to its inputs or to the
             module, draws random numbers, or changes the mode that torch computes in. Nothing is written then.
     """
+    if any(_has_hooks(each) for each in module.modules()):
+        raise UnsupportedError("there are hooks, which no kernel runs")
     for node in module.graph.nodes:
         # What is not traced may write in ways that no operator shows.
         if any(source.op == "get_attr" for source in written_inputs(node)):
@@ -113,6 +116,12 @@ def without_numbers(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return cast(tuple[Any, ...], pytree.tree_map_only(Tensor, mode.from_tensor, inputs))
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling it runs hooks; those of torch itself check inputs, or compute weights."""
+    hooks = (hook for name in HOOKS for hook in (getattr(module, name, None) or {}).values())
+    return any(not f"{getattr(hook, '__module__', '')}.".startswith("torch.") for hook in hooks)
+
+
 class _Writer(fx.Interpreter):
     """Runs a graph and writes down what does not know its result yet."""
 
@@ -130,7 +139,9 @@ class _Writer(fx.Interpreter):
 
     def specialise(self, inputs: Sequence[Any]) -> None:
         """Runs the graph, and writes the second one."""
-        given = [*self.module.parameters(), *self.module.buffers(), *pytree.tree_leaves(list(inputs))]
+        attributes = (value for each in self.module.modules() for value in vars(each).values())
+        state = [*self.module.parameters(), *self.module.buffers(), *attributes]
+        given = [*state, *pytree.tree_leaves(list(inputs))]
         self._pure = Pure({storage(each) for each in given if isinstance(each, Tensor) and each.numel()})
         with self._pure, Inside(self._pure):
             self.run(*inputs)
@@ -290,12 +301,13 @@ class _Writer(fx.Interpreter):
 
 def _is_of_torch(module: nn.Module, node: fx.Node) -> bool:
     """Whether it calls no function or module of the model's own."""
+    homes = ["torch"]
     if node.op == "call_module":
-        home = type(module.get_submodule(str(node.target))).__module__
-    else:
-        home = getattr(node.target, "__module__", None) or "torch" if node.op == "call_function" else "torch"
-    names = ("torch", "torchvision.ops", "_operator", "math", "builtins")
-    return f"{home}.".startswith(tuple(f"{name}." for name in names))
+        homes = [type(each).__module__ for each in module.get_submodule(str(node.target)).modules()]
+    elif node.op == "call_function":
+        homes = [getattr(node.target, "__module__", None) or "torch"]
+    names = tuple(f"{name}." for name in ("torch", "torchvision.ops", "_operator", "math", "builtins"))
+    return all(f"{home}.".startswith(names) for home in homes)
 
 
 def _passed_on(module: nn.Module, node: fx.Node) -> fx.Node | None:
