@@ -1061,11 +1061,45 @@ def test_hooks_are_run(where):
     calls = []
     model = folded(Net())
     hooked = model if where == "root" else next(each for each in model.modules() if type(each) is nn.Linear)
+    hooked.register_full_backward_hook(lambda *_: None)  # which never runs: there are no gradients
+    assert not fxfuse.lower(model, (X,)).lowering.reason
     hooked.register_forward_hook(lambda *_: calls.append(None))
     lowered = fxfuse.lower(model, (X,))
     calls.clear()
     lowered(X)
     assert len(calls) == 1 and "hooks" in lowered.lowering.reason
+
+
+class Halving(nn.Module):
+    def forward(self, module, inputs):
+        return (inputs[0] / 2,)
+
+
+def test_a_graph_that_is_a_hook_is_one():
+    model = folded(Net())
+    model.register_forward_pre_hook(fx.symbolic_trace(Halving()))
+    lowered = fxfuse.lower(model, (X,))
+    assert "hooks" in lowered.lowering.reason
+    assert torch.equal(lowered(X), model(X))
+
+
+def test_memory_of_inputs_that_is_read_as_it_lies():
+    model = folded(WithSecond(lambda m, y, z: y + torch.as_strided(z, (2, 8, 12, 12), (12, 12, 1, 1)).relu()))
+    x = torch.randn(2, 600)[:, ::2]
+    lowered = fxfuse.lower(model, (X, x))
+    assert "lie in memory" in lowered.lowering.reason
+    assert torch.equal(lowered(X, x), model(X, x))
+    inner = folded(Written(lambda m, y: torch.as_strided(y + 1, (2, 8, 3, 3), (9, 9, 3, 1)).relu()))
+    near(fxfuse.lower(inner, (X,)), X)
+
+
+def test_sparse_inputs_are_left_to_the_folded_module():
+    model = folded(WithSecond(lambda m, y, z: y + torch.mm(z, y[0, 0])[None, None]))
+    z = torch.randn(12, 12).relu()
+    for sparse in (z.to_sparse(), z.to_sparse_csr()):
+        lowered = fxfuse.lower(model, (X, sparse))
+        assert "sparse" in lowered.lowering.reason
+        assert torch.equal(lowered(X, sparse), model(X, sparse))
 
 
 @dataclass
@@ -1218,6 +1252,7 @@ WITH_INTEGERS = {
     "indices": (lambda m, y, t: y + m.table(t)[:, :8].sum((1, 2))[:, None, None, None], True),
     "products": (lambda m, y, t: y * (t * 0.5)[:, :, None, None], False),
     "decisions": (lambda m, y, t: y * (t > 3)[:, :, None, None], False),
+    "masks": (lambda m, y, t: y.masked_fill((t == 3)[:, :, None, None], 1.0), True),
 }
 
 

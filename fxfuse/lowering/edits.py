@@ -17,8 +17,11 @@ from fxfuse.errors import UnsupportedError
 from fxfuse.layout import as_reshape, demands_order
 from fxfuse.lowering.specialised import Specialised, at
 
-# Operators that take integers for indices, or make floats of them.
-_TAKE_INTEGERS = {"embedding", "index", "index_select", "gather", "getitem", "to", "float", "_to_copy"}
+# Operators that take integers for indices, make floats or booleans of them, or compare them for being equal.
+_TAKE_INTEGERS = {
+    *("embedding", "embedding_bag", "index", "index_select", "gather", "getitem"),
+    *("to", "float", "bool", "type", "type_as", "_to_copy", "eq", "ne"),
+}
 
 
 def check_no_integers(graph: Specialised) -> None:
@@ -28,20 +31,15 @@ def check_no_integers(graph: Specialised) -> None:
         UnsupportedError: integers are computed, or are given and read otherwise than as indices or floats.
     """
     for node in graph.module.graph.nodes:
-        if node.op == "placeholder" and not _is_of_floats(node.meta["val"]):
+        if node.op == "placeholder" and node.meta["val"].dtype is torch.int64:  # others fit in 32 bits
             for user in node.users:
-                is_embedding = isinstance(plain_layer(graph.module, user), nn.Embedding)
+                is_embedding = isinstance(plain_layer(graph.module, user), (nn.Embedding, nn.EmbeddingBag))
                 if user.op != "output" and not is_embedding and operator_name(user) not in _TAKE_INTEGERS:
                     raise UnsupportedError(f"it computes integers its own way, {at(user)}")
         values = pytree.tree_leaves(node.meta.get("val")) if node.op.startswith("call") else ()
         for value in values:
-            if isinstance(value, Tensor) and not _is_of_floats(value):
+            if isinstance(value, Tensor) and not (value.is_floating_point() or value.dtype is torch.bool):
                 raise UnsupportedError(f"it computes integers its own way, {at(node)}")
-
-
-def _is_of_floats(value: Tensor) -> bool:
-    """Whether it has numbers that every engine computes as torch does, or booleans."""
-    return value.is_floating_point() or value.dtype is torch.bool
 
 
 def in_dtype(graph: Specialised, dtype: torch.dtype) -> fx.GraphModule:

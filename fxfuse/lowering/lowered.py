@@ -154,6 +154,8 @@ def lowered(
 
 def _kind_of_leaf(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        views = leaf.is_neg(), leaf.is_conj()
-        return type(leaf), leaf.shape, leaf.stride(), views, leaf.dtype, leaf.device
+        memory = (
+            (leaf.stride(), leaf.is_neg(), leaf.is_conj()) if leaf.layout is torch.strided else leaf.layout
+        )
+        return type(leaf), leaf.shape, memory, leaf.dtype, leaf.device
     return type(leaf), repr(leaf)  # which tells 0.0 from -0.0

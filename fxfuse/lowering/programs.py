@@ -68,8 +68,8 @@ def _layout(leaf: Any) -> Any:
 def _usable(leaf: Any) -> Any:
     """A tensor of its own memory; raises for what may change without notice."""
     if type(leaf) in (Tensor, nn.Parameter):
-        if not leaf.numel():
-            raise UnsupportedError("an input is empty")
+        if leaf.layout is not torch.strided or not leaf.numel():
+            raise UnsupportedError("an input is sparse or empty")
         return leaf.detach().clone()
     if isinstance(leaf, _SIMPLE):
         return leaf

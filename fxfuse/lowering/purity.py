@@ -19,7 +19,7 @@ class Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses, before it is done, what a graph for one kind of inputs cannot hold.
 
     Attributes:
-        kept: the memory that is not to be written to.
+        kept: the memory of inputs and of what the module holds.
         is_free: whether what runs depends on no inputs.
         writes: whether anything was written to since it was set.
     """
@@ -38,6 +38,8 @@ class Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise UnsupportedError("forward calls a graph inside of it")
         if not self.is_free and _tells_numbers(func, args):
             raise UnsupportedError("forward reads numbers of its inputs")
+        if func is torch.ops.aten.as_strided.default and storage(args[0]) in self.kept:
+            raise UnsupportedError("what forward reads depends on how its inputs lie in memory")
         if not self.is_free and func.namespace not in _TAGGED and func._schema.name not in _STATIC:
             raise UnsupportedError(f"sizes of {func._schema.name} may depend on numbers")
         taken = {

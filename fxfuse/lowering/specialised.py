@@ -26,7 +26,7 @@ from fxfuse.guards import no_random_numbers
 from fxfuse.lowering.purity import Inside, Pure
 from fxfuse.places import place_of
 from fxfuse.table import DROPOUTS, LAYERS
-from fxfuse.tree import HOOKS, storage
+from fxfuse.tree import storage
 
 # The entry of a node's meta that tells whether it was seen to write to anything.
 WRITES = "fxfuse_writes"
@@ -118,8 +118,13 @@ def without_numbers(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether calling it runs hooks; those of torch itself check inputs, or compute weights."""
-    hooks = (hook for name in HOOKS for hook in (getattr(module, name, None) or {}).values())
-    return any(not f"{getattr(hook, '__module__', '')}.".startswith("torch.") for hook in hooks)
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(isinstance(hook, nn.Module) or not _home(hook).startswith("torch.") for hook in hooks)
+
+
+def _home(called: object) -> str:
+    """The module of Python that it comes from, with a dot behind."""
+    return f"{getattr(called, '__module__', '')}."
 
 
 class _Writer(fx.Interpreter):
