@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from fxfuse.errors import UsageError
 from fxfuse.lowering.engines import ENGINES
 from fxfuse.lowering.making import Compiled
-from fxfuse.lowering.programs import compiled
+from fxfuse.lowering.programs import compiled, layout
 from fxfuse.lowering.recorded import recording, streams
 from fxfuse.lowering.records import Lowering
 from fxfuse.precision import DEVICES
@@ -154,8 +154,5 @@ def lowered(
 
 def _kind_of_leaf(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        memory = (
-            (leaf.stride(), leaf.is_neg(), leaf.is_conj()) if leaf.layout is torch.strided else leaf.layout
-        )
-        return type(leaf), leaf.shape, memory, leaf.dtype, leaf.device
+        return type(leaf), leaf.shape, layout(leaf), leaf.dtype, leaf.device
     return type(leaf), repr(leaf)  # which tells 0.0 from -0.0

@@ -52,7 +52,7 @@ def _for_layout_of(inputs: Sequence[Any], own: tuple[Any, ...], made: Compiled) 
     """
     run = made.run
     pairs = zip(pytree.tree_leaves(tuple(inputs)), pytree.tree_leaves(own), strict=True)
-    others = {place for place, (leaf, copy) in enumerate(pairs) if _layout(leaf) != _layout(copy)}
+    others = {place for place, (leaf, copy) in enumerate(pairs) if layout(leaf) != layout(copy)}
     if run is None or not others:
         return made
     return replace(
@@ -61,8 +61,13 @@ def _for_layout_of(inputs: Sequence[Any], own: tuple[Any, ...], made: Compiled) 
     )
 
 
-def _layout(leaf: Any) -> Any:
-    return (leaf.stride(), leaf.is_neg(), leaf.is_conj()) if isinstance(leaf, Tensor) else None
+def layout(leaf: Any) -> Any:
+    """How a tensor lies in memory, and how that is to be read; None for anything else."""
+    if not isinstance(leaf, Tensor):
+        return None
+    if leaf.layout is not torch.strided:
+        return leaf.layout
+    return leaf.stride(), leaf.is_neg(), leaf.is_conj()
 
 
 def _usable(leaf: Any) -> Any:
