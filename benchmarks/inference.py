@@ -39,7 +39,7 @@ from benchmarks.inference_page import AUTO, Record, page, picture
 from benchmarks.memory import peak, trimmed
 from benchmarks.record import RESULTS, surroundings, write
 from fxfuse import zoo
-from fxfuse.lowering.auto import fastest_of
+from fxfuse.lowering.auto import fastest_of, times_of
 from fxfuse.lowering.engines import ENGINES
 from fxfuse.lowering.lowered import Lowered, lowered
 from fxfuse.lowering.specialised import Specialised
@@ -158,7 +158,7 @@ def measure(name: str, batch: int, rounds: int, without: str) -> Record:
             continue
         if found["ways"][way]["error"] > WRONG[torch.bfloat16 if "bfloat16" in way else None]:
             del calls[way]
-    chosen, _ = fastest_of(made, folded, (x,))
+    chosen = fastest_of(made, times_of(made, folded, (x,)))
     for way, times in samples(calls, rounds, SECONDS).items():
         found["ways"][way] |= {"milliseconds": times, "median": statistics.median(times)}
     found["ways"][AUTO] = found["ways"][f"fxfuse, {names[chosen.engine]}"] | {"chosen": chosen.engine}

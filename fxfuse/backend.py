@@ -24,7 +24,7 @@ from fxfuse.errors import UsageError
 from fxfuse.following import Followers
 from fxfuse.inline import inline
 from fxfuse.lifting import lift
-from fxfuse.lowering.dynamo import lowering
+from fxfuse.lowering.dynamo import lower_graph
 from fxfuse.ops import Reader
 from fxfuse.plan import Change, Move, Plan
 from fxfuse.planner import planned_guarded
@@ -118,7 +118,7 @@ def _choices(
     if then == "lower":
         if mode is not None:
             raise UsageError(f"mode={mode!r} is one of Inductor's, which then='lower' leaves out")
-        return lowering, refold == "always"
+        return lower_graph, refold == "always"
     try:
         found = lookup_backend(str(then))
     except InvalidBackend as error:

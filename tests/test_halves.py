@@ -122,14 +122,14 @@ def one_pixel(**how):
 @pytest.fixture
 def found(monkeypatch):
     """For each trace that was compiled how many kernels of oneDNN Graph it has; None: that failed."""
-    own, found = onednn._function, []
+    own, found = onednn._compile_whole, []
 
     def function(*given):
         found.append(None)
         function, found[-1] = own(*given)
         return function, found[-1]
 
-    monkeypatch.setattr(onednn, "_function", function)
+    monkeypatch.setattr(onednn, "_compile_whole", function)
     return found
 
 
@@ -161,14 +161,14 @@ def test_what_writes_is_not_cut():
 
 def failing(monkeypatch, *kinds):
     """Has oneDNN Graph fail on these operators, or on all."""
-    own = onednn._function
+    own = onednn._compile_whole
 
     def function(graph, inputs):
         if torch._C._jit_llga_enabled() and (not kinds or {*kinds} & {*operators(graph)}):
             raise RuntimeError("the interpreter:\nno kernel today")
         return own(graph, inputs)
 
-    monkeypatch.setattr(onednn, "_function", function)
+    monkeypatch.setattr(onednn, "_compile_whole", function)
 
 
 def test_an_operator_that_fails_by_itself_runs_as_it_is(monkeypatch, found):

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxfuse
+from fxfuse import aliases
+from fxfuse.tree import storage
 from tests.forms import noise
 from tests.support import assert_exact, randomise
 
@@ -251,3 +253,15 @@ def test_a_layout_goes_on_through_operators_that_hand_it_on(keep_modules, after)
     x = noise(2, 3, 8, 8)
     for each in (x, x.to(memory_format=torch.channels_last)):
         assert_exact(model(each), fused(each))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_poolings_and_reductions_give_new_memory_even_where_they_change_nothing(dims):
+    x, axes = torch.randn(1, 2, *[1] * dims), [*range(2, 2 + dims)]
+    poolings = {f"{kind}_pool{dims}d" for kind in ("adaptive_avg", "adaptive_max", "avg", "max")}
+    reductions = {"mean", "sum", "amax", "amin"}
+    assert poolings | reductions <= aliases.FRESH
+    results = [getattr(F, name)(x, 1) for name in poolings]
+    results += [getattr(x, name)(axes, keepdim=True) for name in reductions]
+    for result in results:
+        assert torch.equal(result, x) and storage(result) != storage(x)

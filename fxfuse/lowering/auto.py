@@ -15,7 +15,7 @@ from torch import nn
 from fxfuse.errors import UsageError
 from fxfuse.lowering.engines import ENGINES
 from fxfuse.lowering.lowered import Lowered, lowered
-from fxfuse.lowering.records import Timing
+from fxfuse.lowering.records import Lowering, Timing
 from fxfuse.lowering.timing import medians
 
 
@@ -28,35 +28,45 @@ def fastest(
     """
     started = time.perf_counter()
     ready: dict[str, Lowered] = {}
-    timings: list[Timing] = []
+    untried: list[Timing] = []
     for name, engine in ENGINES.items():
-        if engine.missing or (dtype is not None and dtype not in engine.dtypes):
+        if engine.missing or not engine.computes_in(dtype):
             continue
-        if timings and time.perf_counter() - started > seconds:
-            timings.append(Timing(name, math.nan, math.nan, "not tried: the time was over"))
+        if ready and time.perf_counter() - started > seconds:
+            untried.append(Timing(name, math.nan, math.nan, "not tried: the time was over"))
             continue
-        candidate = lowered(folded, inputs, name, dtype, cuda_graphs)
-        ready[name] = candidate
-        timings.append(Timing(name, math.nan, candidate.lowering.seconds, candidate.lowering.reason))
+        ready[name] = lowered(folded, inputs, name, dtype, cuda_graphs)
     if not ready:
         raise UsageError(f"no engine that is installed computes in {dtype}; leave out dtype=...")
-    chosen, times = fastest_of(ready, folded, inputs)
-    timings = [replace(each, milliseconds=times.get(each.engine, math.nan)) for each in timings]
-    if times:
-        timings.append(Timing("folded", times["folded"], 0.0))
-    timings.sort(key=lambda each: (math.isnan(each.milliseconds), each.milliseconds))
-    chosen.lowering = replace(chosen.lowering, seconds=time.perf_counter() - started, timings=tuple(timings))
+    times = times_of(ready, folded, inputs)
+    chosen = fastest_of(ready, times)
+    told = timings(ready, times)
+    chosen.lowering = replace(
+        chosen.lowering, seconds=time.perf_counter() - started, timings=(*told, *untried)
+    )
     return chosen
 
 
-def fastest_of(
-    ready: Mapping[str, Lowered], folded: nn.Module, inputs: Sequence[Any]
-) -> tuple[Lowered, dict[str, float]]:
-    """The fastest of some, the first if no engine runs; and the times of those that run, and of `folded`."""
-    running = {name: each for name, each in ready.items() if not each.lowering.reason}
-    if not running:
-        return next(iter(ready.values())), {}
+def times_of(ready: Mapping[str, Lowered], folded: nn.Module, inputs: Sequence[Any]) -> dict[str, float]:
+    """Milliseconds of those that run on an engine, and of `folded`; none of them if none does."""
+    calls = {name: partial(each, *inputs) for name, each in ready.items() if not each.lowering.reason}
+    if not calls:
+        return {}
     with torch.no_grad():
-        calls = {name: partial(each, *inputs) for name, each in running.items()}
-        times = medians(calls | {"folded": partial(folded, *inputs)}, rounds=15)
-    return running[min(running, key=times.__getitem__)], times
+        return medians(calls | {"folded": partial(folded, *inputs)}, rounds=15)
+
+
+def fastest_of(ready: Mapping[str, Lowered], times: Mapping[str, float]) -> Lowered:
+    """The fastest of those that run on an engine; the first if none does."""
+    return min(ready.items(), key=lambda each: times.get(each[0], math.inf))[1]
+
+
+def timings(ready: Mapping[str, Lowered], times: Mapping[str, float]) -> tuple[Timing, ...]:
+    """What is told of these, and of the folded module if it was timed: the fastest first."""
+    told = {name: each.lowering for name, each in ready.items()}
+    if "folded" in times:
+        told["folded"] = Lowering("folded")
+    found = [
+        Timing(name, times.get(name, math.nan), each.seconds, each.reason) for name, each in told.items()
+    ]
+    return tuple(sorted(found, key=lambda each: (math.isnan(each.milliseconds), each.milliseconds)))

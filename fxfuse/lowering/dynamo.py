@@ -16,7 +16,7 @@ from fxfuse.lifting import lift
 from fxfuse.lowering.lowered import Lowered
 
 
-def lowering(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def lower_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compiles a graph as a backend of ``torch.compile`` does.
 
     Weights become constants of the kernels. Whenever one has changed, or is another tensor, the graph is
@@ -27,7 +27,7 @@ def lowering(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
     places = {node.name: place for place, (node, example) in pairs if is_static(example)}
     others = [place for place in range(len(placeholders)) if place not in places.values()]
     lowers = threading.Lock()
-    # Instances of one class share compiled code. What they hardly share is buffers.
+    # Instances of one class share compiled code. A buffer tells instances apart; parameters may be tied.
     first = min(
         places.values(), key=lambda place: isinstance(example_inputs[place], nn.Parameter), default=None
     )

@@ -87,7 +87,7 @@ def put_channels_last(module: fx.GraphModule, contiguous: Sequence[bool]) -> Non
             as_reshape(node)
     for node in [*module.graph.nodes]:
         _join_shuffle(node)
-    surround(module, (_with_channels_last,), [(_as_before, each) for each in contiguous])
+    surround(module, (_with_channels_last,), [(_in_order, each) for each in contiguous])
 
 
 def _join_shuffle(node: fx.Node) -> None:
@@ -96,9 +96,9 @@ def _join_shuffle(node: fx.Node) -> None:
     That is a reshape (batch, channels, height, width) → (batch, groups, channels/groups, height, width), a
     transposition of its axes 1 and 2, and a reshape back, which would copy in the order of the axes.
     """
-    copied = _before(node, "contiguous", "clone") or node
-    turned = _before(copied, "transpose")
-    split = turned and _before(turned, "reshape")
+    copied = _producer(node, "contiguous", "clone") or node
+    turned = _producer(copied, "transpose")
+    split = turned and _producer(turned, "reshape")
     x = split and split.args[0]
     if operator_name(node) != "reshape" or not (turned and split and isinstance(x, fx.Node)):
         return
@@ -118,7 +118,7 @@ def _join_shuffle(node: fx.Node) -> None:
             node.graph.erase_node(step)
 
 
-def _before(node: fx.Node, *names: str) -> fx.Node | None:
+def _producer(node: fx.Node, *names: str) -> fx.Node | None:
     """What `node` is a call on, if that is one of these operators."""
     given = node.args[0] if node.args else None
     return given if isinstance(given, fx.Node) and operator_name(given) in names else None
@@ -128,5 +128,5 @@ def _with_channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
-def _as_before(tensor: Tensor, is_contiguous: bool) -> Tensor:
+def _in_order(tensor: Tensor, is_contiguous: bool) -> Tensor:
     return tensor.contiguous() if is_contiguous else tensor

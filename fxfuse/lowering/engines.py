@@ -42,6 +42,10 @@ class Engine:
         """The packages that are not installed."""
         return [name for name in self.packages if importlib.util.find_spec(name) is None]
 
+    def computes_in(self, dtype: torch.dtype | None) -> bool:
+        """Whether it can; None: the dtype of the weights."""
+        return dtype is None or dtype in self.dtypes
+
 
 def _torch(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Program:
     """On the kernels that torch brings along for the device."""
@@ -59,12 +63,8 @@ ENGINES = {
 }
 
 
-def engine(name: str, dtype: torch.dtype | None) -> Engine:
-    """The engine of that name.
-
-    Raises:
-        UsageError: there is none, it is not installed, or it cannot compute in `dtype`.
-    """
+def check_engine(name: str, dtype: torch.dtype | None) -> None:
+    """Raises a UsageError: there is no such engine, it is not installed, or it cannot compute in `dtype`."""
     if name not in ENGINES:
         raise UsageError(f"there is no engine {name!r}; use one of: {', '.join([*ENGINES, 'auto'])}")
     found = ENGINES[name]
@@ -72,6 +72,5 @@ def engine(name: str, dtype: torch.dtype | None) -> Engine:
         raise UsageError(
             f"the engine {name!r} needs {' and '.join(found.missing)}: pip install 'fxfuse[{name}]'"
         )
-    if dtype is not None and dtype not in found.dtypes:
+    if not found.computes_in(dtype):
         raise UsageError(f"the engine {name!r} does not compute in {dtype}; leave out dtype=...")
-    return found

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 from fxfuse.arguments import check_eval, check_inputs, check_module, rejection
 from fxfuse.errors import UsageError
 from fxfuse.inputs import sample
-from fxfuse.lowering.auto import fastest, fastest_of
-from fxfuse.lowering.engines import engine as engine_of
+from fxfuse.lowering.auto import fastest, times_of, timings
+from fxfuse.lowering.cuda_graphs import streams
+from fxfuse.lowering.engines import check_engine
 from fxfuse.lowering.lowered import Lowered, lowered
-from fxfuse.lowering.recorded import streams
-from fxfuse.lowering.records import Lowering, Timing
+from fxfuse.lowering.records import Lowering
 from fxfuse.runs import REJECTIONS, run
 from fxfuse.tree import as_module
 
@@ -36,9 +36,9 @@ def lower(
 
     It takes the same inputs and gives the same outputs, of any batch size; the first call with inputs of a
     new kind compiles for these, which takes as long as this call. Before a program is used, it is compared
-    with `folded` on the inputs that it was compiled for: it may be about as far from a float64 run of
-    `folded` as that is itself. What an engine cannot do is not lowered: then `folded` runs, and
-    ``lowered.lowering.reason`` says why. Gradients do not get through, and NaN in inputs need not.
+    with `folded` on inputs of that kind: it may be about as far from a float64 run of `folded` as that is
+    itself. What an engine cannot do is not lowered: then `folded` runs, and ``lowered.lowering.reason`` says
+    why. Gradients do not get through, and NaN in inputs need not.
 
     Args:
         folded: what ``fxfuse.fuse`` gave: a graph or an exported program.
@@ -63,7 +63,7 @@ def lower(
     check_eval(folded, "folded module")
     check_inputs(example_inputs, "example_inputs")
     if engine != "auto":
-        engine_of(engine, dtype)
+        check_engine(engine, dtype)
     inputs = sample(folded, example_inputs, seed=0)
     if cuda_graphs and not streams([leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]):
         raise UsageError("no input is on a CUDA device; leave out cuda_graphs=True")
@@ -86,7 +86,5 @@ def timed(folded: nn.Module, inputs: Sequence[Any], engine: str) -> Lowering:
     found = lower(folded, inputs, engine)
     if engine == "auto":
         return found.lowering
-    _, times = fastest_of({engine: found}, folded, inputs)
-    seconds = {engine: found.lowering.seconds, "folded": 0.0}
-    order = sorted(times.items(), key=lambda each: each[1])
-    return replace(found.lowering, timings=tuple(Timing(name, ms, seconds[name]) for name, ms in order))
+    ready = {engine: found}
+    return replace(found.lowering, timings=timings(ready, times_of(ready, folded, inputs)))

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxfuse.errors import UsageError
+from fxfuse.lowering.candidates import Outcome
+from fxfuse.lowering.compilation import compile_verified, memory_layout
+from fxfuse.lowering.cuda_graphs import streams, with_cuda_graphs
 from fxfuse.lowering.engines import ENGINES
-from fxfuse.lowering.making import Compiled
-from fxfuse.lowering.programs import compiled, layout
-from fxfuse.lowering.recorded import recording, streams
 from fxfuse.lowering.records import Lowering
 from fxfuse.precision import DEVICES
 from fxfuse.reports import attach, report
@@ -32,11 +32,12 @@ class Lowered(nn.Module):
     """The function of a folded module, on the kernels of an engine.
 
     What it takes and gives is what the folded module does, without gradients. For each new kind of inputs
-    (structure, shapes, strides, dtypes, values that are no tensors, and the number of threads) the first call
-    compiles a program and compares it with the folded module; that of the example inputs is there from the
-    beginning. Where the engine cannot do that, for more than 16 kinds, and under autocast, the folded module
-    answers. Weights are constants of the programs: these are compiled anew after ``to`` and
-    ``load_state_dict`` of this module, and blind to what is written to the weights otherwise.
+    (structure, shapes, layouts, dtypes, devices, values that are no tensors, the number of threads, and with
+    CUDA graphs the stream) the first call compiles a program and compares it with the folded module; that of
+    the example inputs is there from the beginning. Where the engine cannot do that, for more than 16 kinds,
+    and under autocast, the folded module answers. Weights are constants of the programs: these are compiled
+    anew after ``to`` and ``load_state_dict`` of this module, and blind to what is written to the weights
+    otherwise.
 
     Attributes:
         folded: the folded module.
@@ -69,11 +70,12 @@ class Lowered(nn.Module):
         tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise UsageError("a lowered module gives no gradients; call it under torch.no_grad()")
-        compiled = self._programs.get(kind := self._kind(structure, leaves)) or self._compiled(kind, inputs)
-        if compiled.run is None or any(map(torch.is_autocast_enabled, DEVICES)):
+        kind = self._kind(structure, leaves)
+        outcome = self._outcomes.get(kind) or self._make_outcome(kind, inputs)
+        if outcome.run is None or any(map(torch.is_autocast_enabled, DEVICES)):
             with torch.no_grad():
                 return self.folded(*args, **kwargs)
-        return compiled.run(leaves)
+        return outcome.run(leaves)
 
     def train(self, mode: bool = True) -> Lowered:
         """Stays in eval mode.
@@ -85,31 +87,29 @@ class Lowered(nn.Module):
             raise UsageError("a lowered module cannot train; train the model that it was made of")
         return self
 
-    def prepare(self, inputs: Sequence[Any]) -> Compiled:
+    def prepare(self, inputs: Sequence[Any]) -> Outcome:
         """What answers for inputs like these."""
         leaves, structure = pytree.tree_flatten(tuple(inputs))
-        return self._compiled(self._kind(structure, leaves), tuple(inputs))
+        return self._make_outcome(self._kind(structure, leaves), tuple(inputs))
 
-    def _compiled(self, kind: Hashable, inputs: tuple[Any, ...]) -> Compiled:
-        programs = self._programs  # these, even if the weights change meanwhile
+    def _make_outcome(self, kind: Hashable, inputs: tuple[Any, ...]) -> Outcome:
+        outcomes = self._outcomes  # these, even if the weights change meanwhile
         with self._lock:
-            if kind not in programs and len(programs) < _KINDS:
+            if kind not in outcomes and len(outcomes) < _KINDS:
                 engine = ENGINES[self.engine]
-                engine = recording(engine) if self.cuda_graphs else engine
-                found = programs[kind] = compiled(self.folded, inputs, engine, self.dtype)
-                self._tell(found.reason)
-                if len(programs) == _KINDS:
-                    self._tell(f"there are programs for {_KINDS} kinds of inputs; others get none")
-            return programs.get(kind, Compiled(None))
+                engine = with_cuda_graphs(engine) if self.cuda_graphs else engine
+                found = outcomes[kind] = compile_verified(self.folded, inputs, engine, self.dtype)
+                name = type(self.folded).__name__
+                if found.reason:
+                    _LOG.warning("%s runs as it was folded: %s", name, found.reason)
+                if len(outcomes) == _KINDS:
+                    _LOG.warning("%s runs as it was folded for kinds of inputs after these %d", name, _KINDS)
+            return outcomes.get(kind, Outcome(None))
 
     def _kind(self, structure: pytree.TreeSpec, leaves: Sequence[Any]) -> Hashable:
         """What a program depends on, of its inputs and of torch."""
         own = streams([leaf for leaf in leaves if isinstance(leaf, Tensor)]) if self.cuda_graphs else ()
         return (structure, torch.get_num_threads(), own, *map(_kind_of_leaf, leaves))
-
-    def _tell(self, reason: str) -> None:
-        if reason:
-            _LOG.warning("%s runs as it was folded: %s", type(self.folded).__name__, reason)
 
     def _positional(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         bound = inspect.signature(self.folded.forward).bind(*args, **kwargs)
@@ -120,7 +120,7 @@ class Lowered(nn.Module):
         return bound.args
 
     def _forget(self, *_: object) -> None:
-        self._programs: dict[Hashable, Compiled] = {}
+        self._outcomes: dict[Hashable, Outcome] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -128,7 +128,7 @@ class Lowered(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_programs", "_lock")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_outcomes", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -154,5 +154,5 @@ def lowered(
 
 def _kind_of_leaf(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        return type(leaf), leaf.shape, layout(leaf), leaf.dtype, leaf.device
+        return type(leaf), leaf.shape, memory_layout(leaf), leaf.dtype, leaf.device
     return type(leaf), repr(leaf)  # which tells 0.0 from -0.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,15 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.overrides import TorchFunctionMode
 
 from fxfuse.aliases import plain_layer, roots
 from fxfuse.calls import operator_name, written_inputs
 from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.edits import in_dtype, put_channels_last
 from fxfuse.lowering.halves import halves
+from fxfuse.lowering.legal import Legalised
 from fxfuse.lowering.specialised import WRITES, Specialised
 from fxfuse.lowering.torchscript import edit
 
@@ -37,7 +35,8 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     """A function of a list of tensors, for inputs like these.
 
     Raises:
-        UnsupportedError: this torch has no oneDNN Graph, or that has a kernel for none of it.
+        UnsupportedError: this torch has no oneDNN Graph, TorchScript fails on it, or oneDNN Graph has a
+            kernel for none of it.
     """
     mkldnn: Any = torch.backends.mkldnn
     if not hasattr(torch._C, "_jit_set_llga_enabled") or not mkldnn.is_available():
@@ -46,20 +45,20 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
         raise UnsupportedError("its kernels are for CPUs")
     module = copy.deepcopy(graph.module) if dtype is None else in_dtype(graph, dtype)
     module.requires_grad_(False)  # what is no input of a function becomes a constant of its trace
-    if not _writes_to_views(module):
+    if not _writes_to_views(graph.module):
         put_channels_last(module, [result.is_contiguous() for result in graph.results])
 
     def function(*tensors: Tensor) -> Any:
         return module(*tensors)
 
-    with torch.no_grad(), warnings.catch_warnings(), _Rewritten():
+    with torch.no_grad(), warnings.catch_warnings(), Legalised():
         warnings.simplefilter("ignore")  # of sizes that are numbers in a trace
         traced: Any = torch.jit.trace(function, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
     constants = edit(traced.graph)
-    compiler = _Compiler()
+    compiler = _TraceCompiler()
     try:
         with torch.no_grad(), _onednn_graph(True):
-            program = compiler.function(traced.graph, [*inputs, *constants])
+            program = compiler.compile(traced.graph, [*inputs, *constants])
     except RuntimeError as error:
         raise UnsupportedError(f"TorchScript fails: {_last_line(error)}") from error
     if not compiler.kernels:
@@ -68,7 +67,7 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
 
 
 @dataclass
-class _Compiler:
+class _TraceCompiler:
     """Makes functions of traces, while oneDNN Graph is switched on.
 
     Attributes:
@@ -79,14 +78,14 @@ class _Compiler:
     kernels: int = 0
     failure: str = ""
 
-    def function(self, graph: Any, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    def compile(self, graph: Any, inputs: Sequence[Tensor]) -> Callable[..., Any]:
         """A function for a trace.
 
         A trace that oneDNN Graph fails on is cut in halves, and these again, down to operators that run as
         they are.
         """
         try:
-            function, kernels = _function(graph, inputs)
+            function, kernels = _compile_whole(graph, inputs)
         except RuntimeError as error:
             failure = f"oneDNN Graph fails: {_last_line(error)}"
         else:
@@ -97,14 +96,14 @@ class _Compiler:
         parts = halves(graph)
         if parts is None:
             with _onednn_graph(False):
-                function, _ = _function(graph, inputs)
+                function, _ = _compile_whole(graph, inputs)
             return function
-        first = self.function(parts[0], inputs)
-        second = self.function(parts[1], [*inputs, *first(*inputs)])
+        first = self.compile(parts[0], inputs)
+        second = self.compile(parts[1], [*inputs, *first(*inputs)])
         return lambda *tensors: second(*tensors, *first(*tensors))
 
 
-def _function(graph: Any, inputs: Sequence[Tensor]) -> tuple[Callable[..., Any], int]:
+def _compile_whole(graph: Any, inputs: Sequence[Tensor]) -> tuple[Callable[..., Any], int]:
     """A function for a trace as a whole, compiled for inputs like these, and its kernels of oneDNN Graph."""
     function = torch._C._create_function_from_graph("lowered", graph)
     for _ in range(2):
@@ -138,77 +137,6 @@ def _writes_to_views(module: fx.GraphModule) -> bool:
         if not written(node) or not gives_what_it_wrote_to(node):
             viewed |= shares[node] - {node}
     return False
-
-
-class _Rewritten(TorchFunctionMode):
-    """Calls functions that oneDNN Graph fails on, or takes for others, by those that it knows."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "").partition(".")[0]  # aten's have an overload behind it
-        if name == "batch_norm" and func is not F.batch_norm:
-            x, weight, bias, mean, var, *rest = args  # in an order of its own
-            args = (x, mean, var, weight, bias, *rest)
-        return _BY_OTHERS.get(name, func)(*args, **(kwargs or {}))
-
-
-def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
-    """The approximation by tanh: oneDNN Graph computes the exact function in its place.
-
-    (1 + tanh z)/2 is the logistic function of 2z, and takes fewer steps.
-    """
-    if approximate == "none":
-        return F.gelu(x)
-    root = math.sqrt(2 / math.pi)
-    return x * torch.sigmoid(x * (2 * root + 2 * root * 0.044715 * (x * x)))
-
-
-def _layer_norm(
-    x: Tensor, shape: Any, weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any
-) -> Tensor:
-    """oneDNN Graph fails where there is no weight and bias."""
-    weight = x.new_ones(shape) if weight is None else weight
-    bias = x.new_zeros(shape) if bias is None else bias
-    return torch.layer_norm(x, shape, weight, bias, *args, **kwargs)
-
-
-def _batch_norm(  # noqa: PLR0913, PLR0917 - they are the function's
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *_: Any,
-) -> Tensor:
-    """oneDNN Graph fails without weight and bias, and takes another axis than 1 where there are not four."""
-    if training or mean is None or var is None:
-        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-    scale = (var + eps).rsqrt() * (1 if weight is None else weight)
-    shift = (0 if bias is None else bias) - mean * scale
-    axes = (-1, *(1,) * (x.dim() - 2))
-    return x * scale.view(axes) + shift.view(axes)
-
-
-_POOLINGS = [f"{kind}_pool{dims}d" for kind in ("max", "avg") for dims in (1, 2, 3)]
-
-
-def _with_stride(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """oneDNN Graph does not know that the stride of a pooling is its size where none is given."""
-
-    def call(x: Tensor, kernel_size: Any, stride: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        return pool(x, kernel_size, stride or kernel_size, *args, **kwargs)
-
-    return call
-
-
-_BY_OTHERS: dict[str, Callable[..., Tensor]] = {
-    "gelu": _gelu,
-    "layer_norm": _layer_norm,
-    "batch_norm": _batch_norm,
-    **{name: _with_stride(getattr(F, name)) for name in _POOLINGS},
-}
 
 
 @contextmanager

@@ -15,12 +15,12 @@ from fxfuse.errors import UnsupportedError
 from fxfuse.tree import storage
 
 
-class Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses, before it is done, what a graph for one kind of inputs cannot hold.
+class PureOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses operators, before they are run, that a graph for one kind of inputs cannot hold.
 
     Attributes:
         kept: the memory of inputs and of what the module holds.
-        is_free: whether what runs depends on no inputs.
+        is_static: whether what runs depends on no inputs.
         writes: whether anything was written to since it was set.
     """
 
@@ -29,47 +29,35 @@ class Pure(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, kept: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kept = kept
-        self.is_free = True
+        self.is_static = True
         self.writes = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         if not isinstance(func, OpOverload):
             raise UnsupportedError("forward calls a graph inside of it")
-        if not self.is_free and _tells_numbers(func, args):
+        if not self.is_static and _tells_numbers(func, args):
             raise UnsupportedError("forward reads numbers of its inputs")
+        if not self.is_static and func.namespace not in _TAGGED and func._schema.name not in _STATIC:
+            raise UnsupportedError(f"sizes of {func._schema.name} may depend on numbers")
         if func is torch.ops.aten.as_strided.default and storage(args[0]) in self.kept:
             raise UnsupportedError("what forward reads depends on how its inputs lie in memory")
-        if not self.is_free and func.namespace not in _TAGGED and func._schema.name not in _STATIC:
-            raise UnsupportedError(f"sizes of {func._schema.name} may depend on numbers")
-        taken = {
-            argument.name: args[place] if place < len(args) else given.get(argument.name)
-            for place, argument in enumerate(func._schema.arguments)
-        }
-        written = [
-            taken[argument.name]
-            for argument in func._schema.arguments
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        if taken.get("training") or "update_stats" in func._schema.name:  # norms do not say so
-            statistics = (taken.get(name) for name in ("running_mean", "running_var"))
-            written += [each for each in statistics if each is not None]
+        written = _written(func, args, given)
         self.writes |= bool(written)
-        tensors = (leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, Tensor))
-        if any(storage(tensor) in self.kept for tensor in tensors):
+        if any(storage(tensor) in self.kept for tensor in written):
             raise UnsupportedError("forward writes to its inputs, or to what the module holds")
         return func(*args, **given)
 
 
-class Inside(TorchFunctionMode):
+class PureFunctions(TorchFunctionMode):
     """Refuses what gives the numbers of tensors away without an operator, unless they depend on no inputs."""
 
-    def __init__(self, pure: Pure) -> None:
+    def __init__(self, operators: PureOperators) -> None:
         super().__init__()
-        self.pure = pure
+        self.operators = operators
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.pure.is_free and _gives_away(func, args, kwargs or {}):
+        if not self.operators.is_static and _gives_away(func, args, kwargs or {}):
             raise UnsupportedError("forward reads numbers of its inputs past all operators")
         return func(*args, **(kwargs or {}))
 
@@ -78,17 +66,31 @@ _GIVEN_AWAY = {
     *("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"),
     *("apply_", "map_", "map2_", "__deepcopy__", "__reduce_ex__", "__repr__", "__format__"),
 }
-# These read the numbers of tensors among their arguments, but for the first one of the last two.
+# These read the numbers of tensors among their arguments, the latter not those of the first one.
 _READ, _READ_OTHERS = {"tensor", "as_tensor", "asarray"}, {"new_tensor", "tensor_split"}
 
 
 def _gives_away(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether it gives numbers of tensors away without an operator that a mode or a tracer sees."""
     name = getattr(func, "__name__", "")
-    if name in _READ | _READ_OTHERS:
-        given = pytree.tree_leaves((args[name in _READ_OTHERS :], kwargs))
-        return any(isinstance(leaf, Tensor) for leaf in given)
+    read = (args, kwargs) if name in _READ else (args[1:], kwargs) if name in _READ_OTHERS else ()
+    if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(read)):
+        return True
     return bool(name in _GIVEN_AWAY or func == Tensor.data.__get__)  # type: ignore[attr-defined]
+
+
+def _written(func: OpOverload, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an operator writes to."""
+    arguments = func._schema.arguments
+    taken = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+    written = [
+        taken.get(argument.name)
+        for argument in arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    if taken.get("training") or "update_stats" in func._schema.name:  # norms do not say so
+        written += [taken.get("running_mean"), taken.get("running_var")]
+    return [leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, Tensor)]
 
 
 def _tells_numbers(func: Any, args: Any) -> bool:

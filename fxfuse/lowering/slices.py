@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +15,19 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.batches import is_for_fewer, keeps_samples_apart
-from fxfuse.lowering.making import Compiled, Made, Maker
-from fxfuse.lowering.specialised import Program, Specialised, specialised, without_numbers
+from fxfuse.lowering.candidates import Candidate, Compiler, Outcome, refusing
+from fxfuse.lowering.specialise import specialise, without_numbers
+from fxfuse.lowering.specialised import Program, Specialised
 from fxfuse.lowering.timing import medians
 
-_T = TypeVar("_T")
+_LOG = logging.getLogger("fxfuse")
 # The smallest batch that is cut, and the smallest slices that are tried.
 _BATCH, _SLICE = 8, 2
 # Slices are doubled while that saves as large a share of the time.
 _GAIN = 0.04
 
 
-def in_slices(maker: Maker, inputs: tuple[Any, ...]) -> Compiled | None:
+def in_slices(compiler: Compiler, inputs: tuple[Any, ...]) -> Outcome | None:
     """A program for slices of a batch, of the size that is fastest.
 
     What is asked of the whole batch is asked without numbers, so that only slices are ever computed, whose
@@ -36,26 +37,17 @@ def in_slices(maker: Maker, inputs: tuple[Any, ...]) -> Compiled | None:
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     batches = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
     batch = batches.pop() if len(batches) == 1 else 0
-    if not maker.engine.slices or batch < _BATCH or any(tensor.is_cuda for tensor in tensors):
+    if not compiler.engine.slices or batch < _BATCH or any(tensor.is_cuda for tensor in tensors):
         return None
     try:
-        whole = _run(lambda: specialised(maker.folded, without_numbers(inputs)))
+        with refusing(), _quiet():
+            whole = specialise(compiler.folded, without_numbers(inputs))
         if not keeps_samples_apart(whole.module, batch):
             return None
-        return _Slices(maker, inputs, batch, whole).compiled()
-    except UnsupportedError:
+        return _Slices(compiler, inputs, batch, whole).verified()
+    except UnsupportedError as error:
+        _LOG.info("a batch of %d runs as a whole: %s", batch, error)
         return None
-
-
-def _run(forward: Callable[[], _T]) -> _T:
-    """What it gives; forward, which was not meant for what it gets here, may raise anything."""
-    try:
-        with _quiet():
-            return forward()
-    except UnsupportedError:
-        raise
-    except Exception as error:
-        raise UnsupportedError(f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -73,36 +65,36 @@ def _quiet() -> Iterator[None]:
 class _Slices:
     """What is made of the slices of a batch."""
 
-    maker: Maker
+    compiler: Compiler
     inputs: tuple[Any, ...]
     batch: int
     whole: Specialised
 
-    def compiled(self) -> Compiled:
+    def verified(self) -> Outcome:
         """Programs for the fastest slices, and for what is left behind them, one after the other."""
-        size, made = self._fastest()
-        found = made.compared()
-        if size == self.batch or found.run is None:
-            return found
+        size, candidate = self._fastest()
+        outcome = candidate.verify()
+        if size == self.batch or outcome.run is None:
+            return outcome
         count, left = divmod(self.batch, size)
         if left == 1:  # of which nothing is proved: an axis of one element is no axis of samples
             count, left = count - 1, left + size
-        programs = [made.program] * count
+        programs = [(size, candidate.program)] * count
         if left:
-            rest = self._made(slice(-left, None))
-            other = rest.compared()
-            if other.run is None:
-                return other
-            programs.append(rest.program)
-        sizes = [size] * count + [left] * bool(left)
-        return replace(found, run=partial(self.whole.run, _one_by_one(sizes, programs)))
+            rest = self._compiled(slice(-left, None))
+            outcome_of_rest = rest.verify()
+            if outcome_of_rest.run is None:
+                return outcome_of_rest
+            programs.append((left, rest.program))
+        return replace(outcome, run=partial(self.whole.run, _one_by_one(programs)))
 
-    def _fastest(self) -> tuple[int, Made]:
+    def _fastest(self) -> tuple[int, Candidate]:
         """The size of slices that are doubled as long as it pays, and their program."""
-        size, best = _SLICE, self._made(slice(_SLICE))
-        while 2 * size <= self.batch and 2 * size != self.batch - 1:
-            larger = self._made(slice(2 * size))
-            times = medians({"small": best.call, "large": larger.call}, rounds=7, seconds=0.2, pause=0.0)
+        size, best = _SLICE, self._compiled(slice(_SLICE))
+        while 2 * size <= self.batch and 2 * size != self.batch - 1:  # one alone may not be left
+            larger = self._compiled(slice(2 * size))
+            calls = {"small": best.run_example, "large": larger.run_example}
+            times = medians(calls, rounds=7, seconds=0.2, pause=0.0)
             gain = 1 - times["large"] / (2 * times["small"])
             if gain > 0:
                 size, best = 2 * size, larger
@@ -110,22 +102,24 @@ class _Slices:
                 break
         return size, best
 
-    def _made(self, samples: slice) -> Made:
+    def _compiled(self, samples: slice) -> Candidate:
         """The program for some samples, which is that for all but for their number."""
         few = pytree.tree_map_only(Tensor, lambda tensor: tensor[samples], self.inputs)
-        made = _run(lambda: self.maker.made(few))
+        with refusing(), _quiet():
+            candidate = self.compiler.compile(few)
         size = len(range(self.batch)[samples])
-        if not is_for_fewer(self.whole.module, made.graph.module, self.batch, size):
+        if not is_for_fewer(self.whole.module, candidate.graph.module, self.batch, size):
             raise UnsupportedError("some samples are computed otherwise than all")
-        return made
+        return candidate
 
 
-def _one_by_one(sizes: list[int], programs: Sequence[Program]) -> Program:
-    """Programs for slices of these sizes, one after the other."""
+def _one_by_one(programs: Sequence[tuple[int, Program]]) -> Program:
+    """Programs for as many samples each, one after the other."""
+    sizes = [size for size, _ in programs]
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         slices = zip(*(torch.split(tensor, sizes) for tensor in tensors), strict=True)
-        parts = [program(part) for program, part in zip(programs, slices, strict=True)]
+        parts = [program(part) for (_, program), part in zip(programs, slices, strict=True)]
         return [torch.cat(results) for results in zip(*parts, strict=True)]
 
     return run

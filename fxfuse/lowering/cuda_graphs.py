@@ -14,16 +14,16 @@ from fxfuse.lowering.engines import Engine
 from fxfuse.lowering.specialised import Program, Specialised
 
 
-def recording(engine: Engine) -> Engine:
+def with_cuda_graphs(engine: Engine) -> Engine:
     """`engine`, with programs that are recorded."""
 
     def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Program:
-        return _recorded(engine.compile(graph, inputs, dtype), inputs)
+        return _captured(engine.compile(graph, inputs, dtype), inputs)
 
     return replace(engine, compile=compile)
 
 
-def _recorded(program: Program, inputs: Sequence[Tensor]) -> Program:
+def _captured(program: Program, inputs: Sequence[Tensor]) -> Program:
     """A recording has memory of its own for what it reads and writes; its results are copies."""
     own = tuple(tensor.clone() for tensor in inputs)
     replay: Any = torch.cuda.make_graphed_callables(lambda *given: tuple(program(given)), own)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -15,13 +16,14 @@ from fxfuse.comparison import same_numbers
 from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.edits import in_dtype
 from fxfuse.lowering.engines import Engine
-from fxfuse.lowering.specialised import Program, Specialised, specialised
+from fxfuse.lowering.specialise import specialise
+from fxfuse.lowering.specialised import Program, Specialised
 from fxfuse.tree import storage
 from fxfuse.verdict import Comparison
 
 
 @dataclass(frozen=True)
-class Compiled:
+class Outcome:
     """What answers for inputs of one kind.
 
     Attributes:
@@ -36,61 +38,60 @@ class Compiled:
 
 
 @dataclass(frozen=True)
-class Maker:
-    """Makes programs of a folded module on an engine, computing in `dtype` if one is given."""
+class Compiler:
+    """Compiles a folded module on an engine, to compute in `dtype` if one is given."""
 
     folded: fx.GraphModule
     engine: Engine
     dtype: torch.dtype | None
 
-    def made(self, inputs: tuple[Any, ...]) -> Made:
-        """The program for inputs like these.
+    def compile(self, inputs: tuple[Any, ...]) -> Candidate:
+        """A program for inputs like these, which nobody has compared yet.
 
-        It is compiled with other numbers than these, with which it is compared then: if a tracer takes what
-        depends on the inputs for a constant, that is seen.
+        It is compiled with drawn numbers, and compared on `inputs`: a value that a tracer took for a constant
+        shows there.
 
         Raises:
             UnsupportedError: there is none; whatever the engine raises is a reason.
         """
-        graph = specialised(self.folded, inputs)
+        graph = specialise(self.folded, inputs)
         tensors = graph.tensors(pytree.tree_leaves(_drawn(inputs, seed=1)))
-        try:
+        with refusing():
             program = self.engine.compile(graph, tensors, self.dtype)
-            results = program(tensors)
-        except UnsupportedError:
-            raise
-        except Exception as error:  # engines have no errors in common
-            told = str(error).strip().partition("\n")[0]
-            raise UnsupportedError(f"{type(error).__name__}: {told}") from error
-        return Made(self, inputs, graph, _with_own_memory(program, tensors, results))
+            program = _with_own_memory(program, tensors)
+        return Candidate(self, inputs, graph, program)
 
 
 @dataclass(frozen=True)
-class Made:
+class Candidate:
     """A program for inputs of one kind.
 
     Attributes:
-        maker: who made it.
-        inputs: those that it was made for.
+        compiler: what compiled it.
+        inputs: those that it was compiled for.
         graph: what it computes.
         program: computes that.
     """
 
-    maker: Maker
+    compiler: Compiler
     inputs: tuple[Any, ...]
     graph: Specialised
     program: Program
 
-    def call(self) -> Sequence[Tensor]:
-        """Its results for the inputs that it was made for."""
+    def run_example(self) -> Sequence[Tensor]:
+        """Its results for the inputs that it was compiled for."""
         return self.program(self.graph.tensors(pytree.tree_leaves(self.inputs)))
 
-    def compared(self) -> Compiled:
-        """It, if it gives what the folded module does."""
-        folded = self.maker.folded
+    def verify(self) -> Outcome:
+        """It, if it gives what the folded module does.
+
+        Raises:
+            UnsupportedError: it raises something.
+        """
+        folded, dtype = self.compiler.folded, self.compiler.dtype
         reference: Callable[..., Any] = folded
-        if self.maker.dtype is not None:
-            rounded = in_dtype(self.graph, self.maker.dtype)
+        if dtype is not None:
+            rounded = in_dtype(self.graph, dtype)
             reference = self._positional(lambda tensors: rounded(*tensors))
         candidate = self._positional(self.program)
         # Where nothing could be seen, as with zeros, other numbers are drawn.
@@ -99,21 +100,43 @@ class Made:
             if not found.ok:
                 errors = f"{found.candidate_error:.2g}, of the folded module {found.reference_error:.2g}"
                 wrong = f"it gives other numbers: error against float64 {errors}"
-                return Compiled(None, wrong if found.worst else found.notes[0], found)
+                return Outcome(None, wrong if found.worst else found.notes[0], found)
             if found.conclusive:
-                return Compiled(partial(self.graph.run, self.program), comparison=found)
-        return Compiled(None, "whether it gives the same numbers could not be seen", found)
+                return Outcome(partial(self.graph.run, self.program), comparison=found)
+        return Outcome(None, "whether it gives the same numbers could not be seen", found)
 
     def _positional(self, program: Program) -> Callable[..., Any]:
         """What forward gives for its inputs, by a program."""
-        return lambda *inputs: self.graph.run(program, pytree.tree_leaves(inputs))
+
+        def forward(*inputs: Any) -> Any:
+            with refusing():
+                return self.graph.run(program, pytree.tree_leaves(inputs))
+
+        return forward
 
 
-def _with_own_memory(program: Program, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> Program:
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Whatever is raised within is an UnsupportedError.
+
+    Engines have no errors in common, nor have models that get what they were not meant for.
+    """
+    try:
+        yield
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        told = str(error).strip().partition("\n")[0]
+        raise UnsupportedError(f"{type(error).__name__}: {told}") from error
+
+
+def _with_own_memory(program: Program, tensors: Sequence[Tensor]) -> Program:
     """`program`, of whose results none lies in the memory of its inputs, its constants or another result.
 
-    Engines take x + 0 for x. A caller may write to what it gets. Constants are in the results of each call.
+    Engines take x + 0 for x. A caller may write to what it gets. What is the same memory in two runs is a
+    constant.
     """
+    results = program(tensors)
     used = {storage(tensor) for tensor in (*tensors, *program(tensors))}
     shared: set[int] = set()
     for number, result in enumerate(results):

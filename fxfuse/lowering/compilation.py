@@ -12,17 +12,20 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxfuse.errors import UnsupportedError
+from fxfuse.lowering.candidates import Compiler, Outcome
 from fxfuse.lowering.engines import Engine
-from fxfuse.lowering.making import Compiled, Maker
 from fxfuse.lowering.slices import in_slices
 from fxfuse.precision import no_autocast
-from fxfuse.runs import REJECTIONS, run
+from fxfuse.runs import REJECTIONS
+from fxfuse.runs import run as run_module
 
 _COMPILES = threading.RLock()  # tracers and compilers set what concerns the whole process
 _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
 
 
-def compiled(folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: torch.dtype | None) -> Compiled:
+def compile_verified(
+    folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: torch.dtype | None
+) -> Outcome:
     """A program of an engine for inputs like these, compared with `folded` on them, or on slices of them.
 
     Of both the outputs are held against a run of `folded` in float64. The program may be about as far from it
@@ -31,37 +34,38 @@ def compiled(folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: to
     """
     if not isinstance(folded, fx.GraphModule):
         name = type(folded).__name__
-        return Compiled(None, f"{name} is no graph: it could not be traced whole, or its modules were kept")
+        return Outcome(None, f"{name} is no graph: it could not be traced whole, or its modules were kept")
     # Tensors of inference mode could not become constants.
     with _COMPILES, torch.inference_mode(False), torch.no_grad(), no_autocast():
         try:
-            own = pytree.tree_map(_usable, tuple(inputs))
-            maker = Maker(folded, engine, dtype)
-            return _for_layout_of(inputs, own, in_slices(maker, own) or maker.made(own).compared())
+            own = pytree.tree_map(_own_copy, tuple(inputs))
+            compiler = Compiler(folded, engine, dtype)
+            outcome = in_slices(compiler, own) or compiler.compile(own).verify()
+            return _in_layout_of(inputs, own, outcome)
         except UnsupportedError as error:
-            return Compiled(None, str(error))
+            return Outcome(None, str(error))
         except REJECTIONS as error:
-            run(folded, inputs, seed=0)  # raises if it does not take them
-            return Compiled(None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            run_module(folded, inputs, seed=0)  # raises if it does not take them
+            return Outcome(None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
-def _for_layout_of(inputs: Sequence[Any], own: tuple[Any, ...], made: Compiled) -> Compiled:
+def _in_layout_of(inputs: Sequence[Any], own: tuple[Any, ...], outcome: Outcome) -> Outcome:
     """What was made for copies of inputs, for these: a copy may lie in memory in another way.
 
     Kernels read the memory that they were compiled for.
     """
-    run = made.run
+    run = outcome.run
     pairs = zip(pytree.tree_leaves(tuple(inputs)), pytree.tree_leaves(own), strict=True)
-    others = {place for place, (leaf, copy) in enumerate(pairs) if layout(leaf) != layout(copy)}
+    others = {place for place, (leaf, copy) in enumerate(pairs) if memory_layout(leaf) != memory_layout(copy)}
     if run is None or not others:
-        return made
+        return outcome
     return replace(
-        made,
+        outcome,
         run=lambda leaves: run([leaf.clone() if n in others else leaf for n, leaf in enumerate(leaves)]),
     )
 
 
-def layout(leaf: Any) -> Any:
+def memory_layout(leaf: Any) -> Any:
     """How a tensor lies in memory, and how that is to be read; None for anything else."""
     if not isinstance(leaf, Tensor):
         return None
@@ -70,8 +74,12 @@ def layout(leaf: Any) -> Any:
     return leaf.stride(), leaf.is_neg(), leaf.is_conj()
 
 
-def _usable(leaf: Any) -> Any:
-    """A tensor of its own memory; raises for what may change without notice."""
+def _own_copy(leaf: Any) -> Any:
+    """A tensor of its own memory.
+
+    Raises:
+        UnsupportedError: it is sparse or empty, or an object that may change without notice.
+    """
     if type(leaf) in (Tensor, nn.Parameter):
         if leaf.layout is not torch.strided or not leaf.numel():
             raise UnsupportedError("an input is sparse or empty")
