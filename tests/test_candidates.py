@@ -93,6 +93,19 @@ def test_sparse_inputs_are_left_to_the_folded_module():
         assert torch.equal(lowered(X, sparse), model(X, sparse))
 
 
+def test_nested_inputs_and_those_of_transforms_are_left_to_the_folded_module():
+    model = folded(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
+    x = torch.randn(4, 3, 8)
+    nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])
+    assert "nested" in fxfuse.lower(model, (nested,)).lowering.reason
+    lowered = fxfuse.lower(model, (x,))
+    with torch.no_grad():
+        for one, other in zip(lowered(nested).unbind(), model(nested).unbind(), strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(torch.vmap(lowered)(x), torch.vmap(model)(x))
+    near(lowered, x)
+
+
 @dataclass
 class Held:
     """No container that torch knows."""

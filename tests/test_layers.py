@@ -49,6 +49,7 @@ LAYERS = [
         "lowering.halves",
         "lowering.torchscript",
         "lowering.legal",
+        "lowering.attention",
         "lowering.inductor",
         "lowering.onnxruntime",
     ],

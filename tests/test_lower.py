@@ -98,6 +98,7 @@ WITH_INTEGERS = {
     "products": (lambda m, y, t: y * (t * 0.5)[:, :, None, None], False),
     "decisions": (lambda m, y, t: y * (t > 3)[:, :, None, None], False),
     "masks": (lambda m, y, t: y.masked_fill((t == 3)[:, :, None, None], 1.0), True),
+    "bags, of which OpenVINO counts the padding": (lambda m, y, t: y + m.bag(t)[:, :, None, None], False),
 }
 
 
@@ -106,7 +107,8 @@ WITH_INTEGERS = {
 def test_integers_that_are_given(engine, way):
     """OpenVINO has 32 bits for them."""
     function, is_lowered = WITH_INTEGERS[way]
-    model = folded(WithSecond(function, table=nn.Embedding(9, 4)))
+    tables = {"table": nn.Embedding(9, 4), "bag": nn.EmbeddingBag(9, 8, mode="mean", padding_idx=0)}
+    model = folded(WithSecond(function, **tables))
     numbers = torch.arange(16).reshape(2, 8) % 9
     lowered = fxfuse.lower(model, (X, numbers), engine)
     assert is_lowered == (not lowered.lowering.reason)

@@ -217,6 +217,16 @@ def test_samples_that_are_mixed_run_together(way, slices):
     near(lowered, BATCH, limit=1e-4)
 
 
+def test_slices_that_are_no_blocks_of_memory_are_not_taken(slices):
+    model = folded(nn.Sequential(nn.Conv1d(4, 17, 3), nn.ReLU(), nn.Conv1d(17, 8, 3)))
+    x = torch.randn(500, 16, 4).permute(1, 2, 0)
+    lowered = fxfuse.lower(model, (x,))
+    assert not lowered.lowering.reason and not slices
+    near(lowered, x)
+    near(lowered, x.contiguous())
+    assert slices == [[2] * 8]
+
+
 def test_several_inputs_run_in_slices_if_all_are_batches(slices):
     model = folded(WithSecond(lambda m, y, z: F.relu(y + z)))
     near(fxfuse.lower(model, (BATCH, torch.randn(8, 8, 12, 12))), BATCH, torch.randn(8, 8, 12, 12))

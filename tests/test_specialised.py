@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fxfuse
 from fxfuse.lowering import specialise as specialising
@@ -332,6 +333,9 @@ PAST_OPERATORS = {
     "of another": lambda y: y * y.new_tensor([y.detach().amax()]),
     "bounds": lambda y: y.tensor_split(y.detach().amax().clamp(1, 5).long().reshape(1), 3)[0].sum() * y,
     "text": lambda y: y * (len(f"{y.detach()}") > 1),
+    "an old constructor": lambda y: y * torch.Tensor([2.0, (y.detach().amax() > 100).float()]).sum(),
+    "that of a type": lambda y: y * torch.FloatTensor([2.0, y.detach().amax() > 100]).sum(),
+    "that of a tensor": lambda y: y * y.new([2.0, (y.detach().amax() > 100).float()]).sum(),
 }
 
 
@@ -344,18 +348,66 @@ def test_numbers_that_no_mode_sees_are_refused(way):
     near(lowered, X)
 
 
-@pytest.mark.parametrize("where", ["root", "layer"])
+def mean_of_packed(y, lengths):
+    data = pack_padded_sequence(y.flatten(2).mT, lengths, batch_first=True).data
+    return data.sum(0) / data.shape[0]
+
+
+def mean_of_sparse(y, mask):
+    rows, columns = mask.to_sparse().indices().unbind()
+    found = y.flatten(2).mT[rows, columns]
+    return found.sum(0) / found.shape[0]
+
+
+fx.wrap("mean_of_packed")
+fx.wrap("mean_of_sparse")
+# A function of an input, that input, and another one for which it gives another size.
+SIZES = {
+    "packed": (lambda m, y, z: mean_of_packed(y, z), torch.tensor([144, 144]), torch.tensor([9, 2])),
+    "sparse": (lambda m, y, z: mean_of_sparse(y, z), torch.ones(2, 144) > 0, torch.eye(144)[:2] > 0),
+}
+
+
+@pytest.mark.parametrize("way", SIZES)
+def test_sizes_that_depend_on_numbers_in_silence(way):
+    function, example, other = SIZES[way]
+    model = folded(WithSecond(function))
+    lowered = fxfuse.lower(model, (X, example))
+    assert "numbers" in lowered.lowering.reason
+    assert torch.equal(lowered(X, other), model(X, other))
+
+
+def test_padding_that_torch_leaves_out_unless_it_is_traced():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, mask_check=False)
+    model = folded(
+        WithSecond(lambda m, y, z: m.encoder(y.flatten(2).mT, src_key_padding_mask=z), encoder=encoder)
+    )
+    lowered = fxfuse.lower(model, (X, torch.zeros(2, 144) > 0))
+    assert "padding" in lowered.lowering.reason
+    mask = torch.arange(144) > torch.tensor([[100], [143]])
+    with torch.no_grad():
+        assert torch.equal(lowered(X, mask), model(X, mask)) and not model(X, mask)[0, 101:].any()
+    without = folded(Written(lambda m, y: m.encoder(y.flatten(2).mT), encoder=encoder))
+    near(fxfuse.lower(without, (X,)), X, limit=1e-4)
+
+
+@pytest.mark.parametrize("where", ["root", "layer", "everywhere"])
 def test_hooks_are_run(where):
     calls = []
     model = folded(Net())
     hooked = model if where == "root" else next(each for each in model.modules() if type(each) is nn.Linear)
     hooked.register_full_backward_hook(lambda *_: None)  # which never runs: there are no gradients
     assert not fxfuse.lower(model, (X,)).lowering.reason
-    hooked.register_forward_hook(lambda *_: calls.append(None))
-    lowered = fxfuse.lower(model, (X,))
-    calls.clear()
-    lowered(X)
-    assert len(calls) == 1 and "hooks" in lowered.lowering.reason
+    register = torch.nn.modules.module.register_module_forward_hook
+    if where != "everywhere":
+        register = hooked.register_forward_hook
+    with contextlib.ExitStack() as stack:
+        stack.callback(register(lambda module, *_: calls.append(module)).remove)
+        lowered = fxfuse.lower(model, (X,))
+        calls.clear()
+        lowered(X)
+    assert calls.count(hooked) == 1 and "hooks" in lowered.lowering.reason
 
 
 class Halving(nn.Module):
@@ -377,6 +429,14 @@ def test_memory_of_inputs_that_is_read_as_it_lies():
     lowered = fxfuse.lower(model, (X, x))
     assert "lie in memory" in lowered.lowering.reason
     assert torch.equal(lowered(X, x), model(X, x))
+    for function in (
+        lambda z: torch.as_strided_copy(z, (2, 8, 12, 12), (12, 12, 1, 1)),
+        lambda z: torch.as_strided_scatter(z, torch.ones(2, 30), (2, 30), (300, 1))[:, :1, None, None],
+    ):
+        model = folded(WithSecond(lambda m, y, z, function=function: y + function(z)))
+        lowered = fxfuse.lower(model, (X, x))
+        assert "lie in memory" in lowered.lowering.reason
+        assert torch.equal(lowered(X, x), model(X, x))
     inner = folded(Written(lambda m, y: torch.as_strided(y + 1, (2, 8, 3, 3), (9, 9, 3, 1)).relu()))
     near(fxfuse.lower(inner, (X,)), X)
 
@@ -401,6 +461,44 @@ def test_attributes_are_not_written_to():
     assert "writes" in lowered.lowering.reason
     # The folded module ran once, to see that it takes the inputs.
     assert float(model.counting.calls) <= before + 1
+
+
+class Remembering(nn.Module):
+    """It is called as a whole, and what it gives depends on what it was called with before."""
+
+    def __init__(self, remember):
+        super().__init__()
+        self.remember = remember
+        self.last = torch.zeros(8, 1, 1)
+        self.calls, self.all, self.counts = 0, [], {"calls": torch.zeros(())}
+        self.register_buffer("centre", torch.zeros(8, 1, 1))
+
+    def forward(self, y):
+        result = y - self.last - self.centre + self.calls + len(self.all) + self.counts["calls"]
+        self.remember(self, y)
+        return result
+
+
+REMEMBERED = {
+    "tensor": lambda m, y: setattr(m, "last", y[0, :, :1, :1] * 0.5),
+    "buffer": lambda m, y: setattr(m, "centre", m.centre * 0.9 + 1),
+    "number": lambda m, y: setattr(m, "calls", m.calls + 1),
+    "list": lambda m, y: m.all.append(y),
+    "tensor in a dict": lambda m, y: m.counts["calls"].add_(1),
+    "dict": lambda m, y: m.counts.update(calls=m.counts["calls"] + 1),
+}
+
+
+@pytest.mark.usefixtures("whole_modules")
+@pytest.mark.parametrize("way", REMEMBERED)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_remembered_from_call_to_call(way, engine):
+    model = folded(Written(lambda m, y: m.memory(y), memory=Remembering(REMEMBERED[way])))
+    lowered = fxfuse.lower(model, (X,), engine)
+    assert "attributes" in lowered.lowering.reason or "writes" in lowered.lowering.reason
+    twin = copy.deepcopy(model)
+    for x in (X, X + 1, X - 1):
+        assert torch.equal(lowered(x), twin(x))
 
 
 def test_a_constant_that_is_written_to_after_it_was_read():

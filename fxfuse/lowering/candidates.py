@@ -157,8 +157,7 @@ def _drawn(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
     def drawn(leaf: Tensor) -> Tensor:
         if not leaf.is_floating_point():
             return leaf
-        numbers = torch.empty(leaf.shape, dtype=leaf.dtype).normal_(0.25, 1.25, generator=generator)
-        like = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
-        return like.copy_(numbers)
+        like = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype)
+        return like.normal_(0.25, 1.25, generator=generator).to(leaf.device)
 
     return cast(tuple[Any, ...], pytree.tree_map_only(Tensor, drawn, inputs))

@@ -16,6 +16,7 @@ from fxfuse.lowering.candidates import Compiler, Outcome
 from fxfuse.lowering.engines import Engine
 from fxfuse.lowering.slices import in_slices
 from fxfuse.precision import no_autocast
+from fxfuse.replica import replicate
 from fxfuse.runs import REJECTIONS
 from fxfuse.runs import run as run_module
 
@@ -39,7 +40,7 @@ def compile_verified(
     with _COMPILES, torch.inference_mode(False), torch.no_grad(), no_autocast():
         try:
             own = pytree.tree_map(_own_copy, tuple(inputs))
-            compiler = Compiler(folded, engine, dtype)
+            compiler = Compiler(replicate(folded), engine, dtype)  # on which forward may set attributes
             outcome = in_slices(compiler, own) or compiler.compile(own).verify()
             return _in_layout_of(inputs, own, outcome)
         except UnsupportedError as error:
@@ -55,8 +56,8 @@ def _in_layout_of(inputs: Sequence[Any], own: tuple[Any, ...], outcome: Outcome)
     Kernels read the memory that they were compiled for.
     """
     run = outcome.run
-    pairs = zip(pytree.tree_leaves(tuple(inputs)), pytree.tree_leaves(own), strict=True)
-    others = {place for place, (leaf, copy) in enumerate(pairs) if memory_layout(leaf) != memory_layout(copy)}
+    leaves, copies = (map(memory_layout, pytree.tree_leaves(each)) for each in (tuple(inputs), own))
+    others = {place for place, (one, other) in enumerate(zip(leaves, copies, strict=True)) if one != other}
     if run is None or not others:
         return outcome
     return replace(
@@ -69,20 +70,26 @@ def memory_layout(leaf: Any) -> Any:
     """How a tensor lies in memory, and how that is to be read; None for anything else."""
     if not isinstance(leaf, Tensor):
         return None
-    if leaf.layout is not torch.strided:
-        return leaf.layout
-    return leaf.stride(), leaf.is_neg(), leaf.is_conj()
+    if not _is_block(leaf):
+        return "none that kernels read"
+    return leaf.shape, leaf.stride(), leaf.is_neg(), leaf.is_conj()
+
+
+def _is_block(tensor: Tensor) -> bool:
+    """Whether it has numbers of its own in memory: it is not sparse, nested, or a stand-in of torch.func."""
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.layout is torch.strided and not tensor.is_nested and not is_wrapped
 
 
 def _own_copy(leaf: Any) -> Any:
     """A tensor of its own memory.
 
     Raises:
-        UnsupportedError: it is sparse or empty, or an object that may change without notice.
+        UnsupportedError: it is no block of memory, or empty, or an object that may change without notice.
     """
     if type(leaf) in (Tensor, nn.Parameter):
-        if leaf.layout is not torch.strided or not leaf.numel():
-            raise UnsupportedError("an input is sparse or empty")
+        if not _is_block(leaf) or not leaf.numel():
+            raise UnsupportedError("an input is sparse, nested, empty or a stand-in of torch.func")
         return leaf.detach().clone()
     if isinstance(leaf, _SIMPLE):
         return leaf

@@ -19,7 +19,7 @@ from fxfuse.lowering.specialised import Specialised, at
 
 # Operators that take integers for indices, make floats or booleans of them, or compare them for being equal.
 _TAKE_INTEGERS = {
-    *("embedding", "embedding_bag", "index", "index_select", "gather", "getitem"),
+    *("embedding", "index", "index_select", "gather", "getitem"),
     *("to", "float", "bool", "type", "type_as", "_to_copy", "eq", "ne"),
 }
 
@@ -33,7 +33,7 @@ def check_no_integers(graph: Specialised) -> None:
     for node in graph.module.graph.nodes:
         if node.op == "placeholder" and node.meta["val"].dtype is torch.int64:  # others fit in 32 bits
             for user in node.users:
-                is_embedding = isinstance(plain_layer(graph.module, user), (nn.Embedding, nn.EmbeddingBag))
+                is_embedding = isinstance(plain_layer(graph.module, user), nn.Embedding)
                 if user.op != "output" and not is_embedding and operator_name(user) not in _TAKE_INTEGERS:
                     raise UnsupportedError(f"it computes integers its own way, {at(user)}")
         values = pytree.tree_leaves(node.meta.get("val")) if node.op.startswith("call") else ()

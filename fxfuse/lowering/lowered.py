@@ -154,5 +154,5 @@ def lowered(
 
 def _kind_of_leaf(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        return type(leaf), leaf.shape, memory_layout(leaf), leaf.dtype, leaf.device
+        return type(leaf), memory_layout(leaf), leaf.dtype, leaf.device
     return type(leaf), repr(leaf)  # which tells 0.0 from -0.0

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from fxfuse.aliases import plain_layer, roots
 from fxfuse.calls import operator_name, written_inputs
 from fxfuse.errors import UnsupportedError
+from fxfuse.lowering.attention import write_out
 from fxfuse.lowering.edits import in_dtype, put_channels_last
 from fxfuse.lowering.halves import halves
 from fxfuse.lowering.legal import Legalised
@@ -44,6 +45,8 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     if any(tensor.device.type != "cpu" for tensor in (*inputs, *graph.module.state_dict().values())):
         raise UnsupportedError("its kernels are for CPUs")
     module = copy.deepcopy(graph.module) if dtype is None else in_dtype(graph, dtype)
+    if dtype is None:
+        write_out(module)
     module.requires_grad_(False)  # what is no input of a function becomes a constant of its trace
     if not _writes_to_views(graph.module):
         put_channels_last(module, [result.is_contiguous() for result in graph.results])

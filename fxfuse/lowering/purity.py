@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
@@ -40,13 +41,25 @@ class PureOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise UnsupportedError("forward reads numbers of its inputs")
         if not self.is_static and func.namespace not in _TAGGED and func._schema.name not in _STATIC:
             raise UnsupportedError(f"sizes of {func._schema.name} may depend on numbers")
-        if func is torch.ops.aten.as_strided.default and storage(args[0]) in self.kept:
+        if (
+            not self.is_static
+            and func._schema.name.startswith("aten::as_strided")
+            and storage(args[0]) in self.kept
+        ):
             raise UnsupportedError("what forward reads depends on how its inputs lie in memory")
         written = _written(func, args, given)
         self.writes |= bool(written)
         if any(storage(tensor) in self.kept for tensor in written):
             raise UnsupportedError("forward writes to its inputs, or to what the module holds")
-        return func(*args, **given)
+        result = func(*args, **given)
+        if not self.is_static and not all(map(_is_strided, pytree.tree_leaves(result))):
+            raise UnsupportedError("sizes of sparse or nested tensors depend on numbers")
+        return result
+
+
+def _is_strided(leaf: Any) -> bool:
+    """Whether it is a tensor of one block of memory, or none."""
+    return not isinstance(leaf, Tensor) or (leaf.layout is torch.strided and not leaf.is_nested)
 
 
 class PureFunctions(TorchFunctionMode):
@@ -59,22 +72,26 @@ class PureFunctions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.operators.is_static and _gives_away(func, args, kwargs or {}):
             raise UnsupportedError("forward reads numbers of its inputs past all operators")
+        if func is F.multi_head_attention_forward and (kwargs or {}).get("key_padding_mask") is not None:
+            raise UnsupportedError("torch computes attention with padding otherwise where it is traced")
         return func(*args, **(kwargs or {}))
 
 
 _GIVEN_AWAY = {
     *("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"),
     *("apply_", "map_", "map2_", "__deepcopy__", "__reduce_ex__", "__repr__", "__format__"),
+    # Constructors such as torch.Tensor call these where no mode for operators sees it.
+    *("__float__", "__int__", "__index__", "__bool__", "__complex__", "item", "new"),
 }
-# These read the numbers of tensors among their arguments, the latter not those of the first one.
-_READ, _READ_OTHERS = {"tensor", "as_tensor", "asarray"}, {"new_tensor", "tensor_split"}
+# These read the numbers of tensors among their arguments, from that place on.
+_READ = {"tensor": 0, "as_tensor": 0, "asarray": 0, "new_tensor": 1, "tensor_split": 1}
 
 
 def _gives_away(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether it gives numbers of tensors away without an operator that a mode or a tracer sees."""
     name = getattr(func, "__name__", "")
-    read = (args, kwargs) if name in _READ else (args[1:], kwargs) if name in _READ_OTHERS else ()
-    if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(read)):
+    read = pytree.tree_leaves((args[_READ[name] :], kwargs)) if name in _READ else []
+    if any(isinstance(leaf, Tensor) for leaf in read):
         return True
     return bool(name in _GIVEN_AWAY or func == Tensor.data.__get__)  # type: ignore[attr-defined]
 
@@ -98,6 +115,8 @@ def _tells_numbers(func: Any, args: Any) -> bool:
     if func is torch.ops.aten.index.Tensor:  # of indices sizes do not depend, but of masks
         return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
     if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+        return True
+    if func is torch.ops.aten._pack_padded_sequence.default:  # does not say so
         return True
     name = func._schema.name.partition("::")[2]
     plain = any(isinstance(each.type, _NUMBERS) for each in func._schema.returns)

@@ -41,20 +41,23 @@ def specialise(module: fx.GraphModule, inputs: Sequence[Any]) -> Specialised:
     Raises:
         UnsupportedError: forward reads numbers of its inputs into Python, writes to its inputs or to the
             module, draws random numbers, changes the mode that torch computes in, runs hooks, or calls
-            operators of other libraries. Nothing is written then.
+            operators of other libraries: then nothing is written. Or it sets attributes.
     """
-    if any(_has_hooks(each) for each in module.modules()):
+    if any(_hooks_of(each) for each in module.modules()):
         raise UnsupportedError("there are hooks, which no kernel runs")
     for node in module.graph.nodes:
         # What is not traced may write in ways that no operator shows.
         if any(source.op == "get_attr" for source in written_inputs(node)):
             raise UnsupportedError(f"forward may write to what the module holds, {at(node)}")
-    specialiser = _Specialiser(module, inputs)
+    specialiser, held = _Specialiser(module, inputs), _held(module)
     try:
         with torch.no_grad(), no_random_numbers(), specialiser.pure, PureFunctions(specialiser.pure):
             specialiser.run(*inputs)
     except TraceError as error:
         raise UnsupportedError("forward draws random numbers") from error
+    now = _held(module)
+    if len(held) != len(now) or not all(map(_is_same, held, now)):
+        raise UnsupportedError("forward sets attributes, which no kernel does")
     return specialiser.specialised()
 
 
@@ -64,15 +67,35 @@ def without_numbers(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return cast(tuple[Any, ...], pytree.tree_map_only(Tensor, mode.from_tensor, inputs))
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether calling it runs hooks; those of torch itself check inputs, or compute weights."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return any(isinstance(hook, nn.Module) or not _home(hook).startswith("torch.") for hook in hooks)
+def _hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks that calling it runs, but for torch's own, which check inputs or compute weights."""
+    of_all = torch.nn.modules.module
+    hooks = [
+        *of_all._global_forward_pre_hooks.values(),
+        *of_all._global_forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._forward_hooks.values(),
+    ]
+    # The class of a graph says that it is torch's.
+    return [hook for hook in hooks if isinstance(hook, nn.Module) or not _is_at_home(hook, ["torch"])]
 
 
-def _home(called: object) -> str:
-    """The module of Python that it comes from, with a dot behind."""
-    return f"{getattr(called, '__module__', '')}."
+def _is_at_home(called: object, homes: Sequence[str]) -> bool:
+    """Whether it was defined in one of these modules of Python, or below."""
+    return f"{getattr(called, '__module__', None) or 'torch'}.".startswith(
+        tuple(f"{home}." for home in homes)
+    )
+
+
+def _held(module: nn.Module) -> list[Any]:
+    """All that is in its attributes, and in containers there."""
+    return pytree.tree_leaves([vars(each) for each in module.modules()])
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (
+        type(one) is type(other) and isinstance(one, (bool, int, float, str)) and one == other
+    )
 
 
 class _Specialiser(fx.Interpreter):
@@ -85,11 +108,10 @@ class _Specialiser(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
         super().__init__(module)
         self.extra_traceback = False
-        attributes = [value for each in module.modules() for value in vars(each).values()]
-        kept = [*module.parameters(), *module.buffers(), *attributes, *pytree.tree_leaves(list(inputs))]
-        self.pure = PureOperators(
-            {storage(each) for each in kept if isinstance(each, Tensor) and each.numel()}
+        kept = (
+            each for each in (*_held(module), *pytree.tree_leaves(list(inputs))) if isinstance(each, Tensor)
         )
+        self.pure = PureOperators({storage(each) for each in kept if each.numel()})
         self._attributes: dict[str, nn.Module | Tensor] = {}
         self._stand_ins: dict[fx.Node, Any] = {}
         self._getters: dict[_Constant, fx.Node] = {}
@@ -254,13 +276,14 @@ class _Specialiser(fx.Interpreter):
 
 def _is_of_torch(module: nn.Module, node: fx.Node) -> bool:
     """Whether it calls no function or module of the model's own."""
-    homes = ["torch"]
+    called: list[Any] = []
     if node.op == "call_module":
-        homes = [type(each).__module__ for each in module.get_submodule(str(node.target)).modules()]
+        called = [type(each) for each in module.get_submodule(str(node.target)).modules()]
     elif node.op == "call_function":
-        homes = [getattr(node.target, "__module__", None) or "torch"]
-    names = tuple(f"{name}." for name in ("torch", "torchvision.ops", "_operator", "math", "builtins"))
-    return all(f"{home}.".startswith(names) for home in homes)
+        called = [node.target]
+    return all(
+        _is_at_home(each, ["torch", "torchvision.ops", "_operator", "math", "builtins"]) for each in called
+    )
 
 
 def _passed_on(module: nn.Module, node: fx.Node) -> fx.Node | None:

@@ -62,7 +62,8 @@ class Specialised:
 def _leaf(output: Any, tensors: Sequence[Tensor]) -> Any:
     if isinstance(output, Output):
         return tensors[output.number]
-    return copy.deepcopy(output)  # the caller may write to it
+    # The caller may write to it.
+    return output.clone() if isinstance(output, Tensor) else copy.deepcopy(output)
 
 
 def at(node: fx.Node) -> str:

@@ -1,0 +1,64 @@
+"""Attention in products and a softmax, which kernels for several operators are made of.
+
+torch has one kernel for all of it, which takes longer on a CPU, and for a mask of three axes none: then it
+looks in each call for rows that are masked altogether, which a constant mask tells before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfuse.calls import arguments, operator_name
+from fxfuse.tree import attribute
+
+# For more keys than these the products, which torch's kernel has in parts only, would take much memory.
+_KEYS = 1024
+
+
+def write_out(module: fx.GraphModule) -> None:
+    """Writes attention without a mask, or under a constant one, as softmax(scale · Q Kᵀ + mask) V.
+
+    Attention Is All You Need, equation 1; the scale is that of ``F.scaled_dot_product_attention``.
+
+    Args:
+        module: the graph, which is changed. Values are known by ``meta["val"]``.
+    """
+    for node in [*module.graph.nodes]:
+        if operator_name(node) == "scaled_dot_product_attention" and _is_plain(module, arguments(node)):
+            with module.graph.inserting_before(node):
+                made = _written(module.graph, arguments(node))
+            made.meta = {**node.meta}
+            node.replace_all_uses_with(made)
+            module.graph.erase_node(node)
+    module.recompile()
+
+
+def _is_plain(module: fx.GraphModule, given: dict[str, Any]) -> bool:
+    """Whether it is computed in float32, for each head and sample apart, and no row is masked altogether."""
+    query, key, value = (given[name].meta["val"] for name in ("query", "key", "value"))
+    mask = given["attn_mask"]
+    if mask is not None:
+        if mask.op != "get_attr" or mask.meta["val"].dtype != query.dtype:
+            return False
+        tensor = attribute(module, mask.target)
+        if tensor.dim() > query.dim() or not tensor.isfinite().all():
+            return False
+    return (
+        query.dtype is torch.float32
+        and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+        and key.shape[-2] <= _KEYS
+        and not (given["dropout_p"] or given["is_causal"])
+    )
+
+
+def _written(graph: fx.Graph, given: dict[str, Any]) -> fx.Node:
+    query, key, value = (given[name] for name in ("query", "key", "value"))
+    scale = query.meta["val"].shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
+    product = graph.call_function(torch.matmul, (query, graph.call_method("transpose", (key, -2, -1))))
+    logits = graph.call_function(torch.mul, (product, scale))
+    if given["attn_mask"] is not None:
+        logits = graph.call_function(torch.add, (logits, given["attn_mask"]))
+    return graph.call_function(torch.matmul, (graph.call_method("softmax", (logits, -1)), value))
