@@ -28,7 +28,7 @@ import fxfuse
 from benchmarks.pages import table
 from benchmarks.record import surroundings, write
 from fxfuse import zoo
-from fxfuse.lowering import onednn
+from fxfuse.lowering import edits, onednn
 from fxfuse.lowering.engines import ENGINES, Engine
 from fxfuse.lowering.timing import samples
 
@@ -37,6 +37,12 @@ CASES = (
     *(("torchvision:mobilenet_v2", batch) for batch in (1, 8)),
     *(("torchvision:resnet50", batch) for batch in (1, 8)),
     ("torchvision:efficientnet_b0", 1),
+)
+# Edits of a graph, the function that makes them, and models with something to edit.
+EDITS: tuple[tuple[str, tuple[Any, str], str, int], ...] = (
+    ("attention as one call", (onednn, "write_out"), "timm:maxvit_tiny_tf_224", 2),
+    ("attention as one call", (onednn, "write_out"), "timm:vit_tiny_patch16_224", 2),
+    ("shuffles step by step", (edits, "_join_shuffle"), "torchvision:shufflenet_v2_x1_0", 8),
 )
 POST_OPS: dict[Any, tuple[str, list[float]]] = {
     nn.ReLU: ("relu", []),
@@ -153,6 +159,18 @@ def ways(folded: fx.GraphModule, x: Tensor) -> dict[str, Callable[[], Any]]:
     return found | compiled(folded, x)
 
 
+def without(
+    way: str, edit: tuple[Any, str], folded: fx.GraphModule, x: Tensor
+) -> dict[str, Callable[[], Any]]:
+    """The engine without an edit, and as it is."""
+    found: dict[str, Callable[[], Any]] = {"folded": partial(folded, x)}
+    with patch.dict(ENGINES, {"torch": Engine(onednn.compile)}):
+        with patch.object(*edit, lambda *_: None):
+            found[way] = partial(lowered(folded, x), x)
+        found["engine"] = partial(lowered(folded, x), x)
+    return found
+
+
 def compiled(folded: fx.GraphModule, x: Tensor) -> dict[str, Callable[[], Any]]:
     """Inductor's kernels, called in three ways."""
     found: dict[str, Callable[[], Any]] = {}
@@ -185,8 +203,10 @@ def sliced(engine: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
-    """The times of one model and batch, in milliseconds."""
+def measure(
+    name: str, batch: int, rounds: int, ways: Callable[[fx.GraphModule, Tensor], dict[str, Callable[[], Any]]]
+) -> dict[str, Any]:
+    """The times of one model and batch in some ways, in milliseconds."""
     source = zoo.load(name, seed=0).model
     assert isinstance(source, nn.Module)
     folded = fxfuse.fuse(source)
@@ -211,7 +231,7 @@ Made by `{record["command"]}` at {record["commit"]}: {machine["processor"]}, {ma
 {machine["threads"]} threads, {versions}. Medians of {record["rounds"]} rounds, all ways of a table side by
 side. *prepacked*: each convolution with its activation as one call of torch's oneDNN operators on packed
 weights, which fxfuse does not use. *oneDNN Graph*: the engine with its channels first. *Inductor* has frozen
-weights in all three ways.
+weights in all three ways. *engine*: as `fxfuse.lower` has it, without slices; above it, without one edit.
 """
     for case in record["cases"]:
         medians = {way: statistics.median(times) for way, times in case["milliseconds"].items()}
@@ -229,9 +249,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="counted calls of each way")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    cases = [
-        measure(name, batch, options.rounds) for name, batch in track(CASES, disable=not sys.stderr.isatty())
-    ]
+    tasks: list[Any] = [(name, batch, options.rounds, ways) for name, batch in CASES]
+    tasks += [(name, batch, options.rounds, partial(without, way, edit)) for way, edit, name, batch in EDITS]
+    cases = [measure(*task) for task in track(tasks, disable=not sys.stderr.isatty())]
     record = {**surroundings(COMMAND), "rounds": options.rounds, "cases": cases}
     text = page(record)
     print(text)

@@ -279,6 +279,21 @@ def test_auto_takes_the_fastest_and_says_what_it_saw(monkeypatch):
     assert reasons == dict.fromkeys(("broken", "fast"), "not tried: the time was over")
 
 
+def test_auto_times_what_is_close_once_more(monkeypatch):
+    table = {name: delayed(0) for name in ("one", "other", "slow")}
+    monkeypatch.setattr(auto, "ENGINES", table)
+    for name, engine in table.items():
+        monkeypatch.setitem(engines.ENGINES, name, engine)
+    answers = [{"one": 1.0, "other": 1.1, "slow": 2.0, "folded": 0.5}, {"one": 1.1, "other": 1.05}]
+    asked = []
+    monkeypatch.setattr(auto, "medians", lambda calls, rounds: (asked.append([*calls]), answers.pop(0))[1])
+    lowered = fxfuse.lower(folded(Net()), (X,), "auto")
+    assert asked == [["one", "other", "slow", "folded"], ["one", "other"]]
+    assert lowered.engine == "other"
+    times = {each.engine: each.milliseconds for each in lowered.lowering.timings}
+    assert times == {"folded": 0.5, "other": 1.05, "one": 1.1, "slow": 2.0}
+
+
 def test_auto_of_real_engines():
     lowered = fxfuse.lower(folded(Net()), (X,), "auto", tune_seconds=4)
     assert lowered.engine in {"torch", "openvino", "onnxruntime", "inductor"}
