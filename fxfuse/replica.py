@@ -9,6 +9,7 @@ over the same storage.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Mapping
 from functools import partial
@@ -91,6 +92,10 @@ def _own(value: Any, memo: dict[int, Any]) -> Any:
         return partial(_own(value.func, memo), *_own(value.args, memo), **_own(value.keywords, memo))
     if isinstance(value, (tuple, frozenset)):
         return _same_or_new(value, [_own(item, memo) for item in value])
+    if (
+        type(value) is weakref.ref and id(value()) in memo
+    ):  # as the layers of torch.nn.RNN have of their weights
+        return weakref.ref(memo[id(value())])
     return memo.get(id(value), value) if isinstance(value, Tensor) else value
 
 

@@ -40,7 +40,7 @@ LAYERS = [
     ["planner"],
     ["following"],
     ["rewrite"],
-    ["lowering.__init__", "lowering.purity", "lowering.timing", "lowering.records"],
+    ["lowering.__init__", "lowering.purity", "lowering.timing", "lowering.records", "lowering.state"],
     ["lowering.specialised"],
     ["lowering.specialise"],
     ["lowering.allocator"],

@@ -35,7 +35,7 @@ APART = {
     "layers": lambda m, y: m.norm(y).relu(),
     "windows": lambda m, y: joined(F.relu(m.head(m.head(windows(y)).relu())), y.shape[0]),
     "windows, counted": lambda m, y: m.head(windows(y).reshape(y.shape[0] * 9, 16, 8)).relu().mean(1),
-    "attention in windows": lambda m, y: joined(attention(m, windows(y)), y.shape[0]),
+    "attention in windows": lambda m, y: joined(attention(m, windows(y), m.mask), y.shape[0]),
     "upsampling": lambda m, y: F.interpolate(F.pad(y, (1, 1)), scale_factor=2.0).relu(),
 }
 MIXED = {
@@ -69,7 +69,7 @@ MIXED = {
         y.reshape(y.shape[0], 8, 9, 16).permute(2, 0, 3, 1).reshape(-1, 16, 8)
     ).relu(),
     "windows that are exchanged": lambda m, y: joined(m.head(windows(y)).relu().flip(0), y.shape[0]),
-    "attention over windows": lambda m, y: attention(m, windows(y).transpose(0, 1)),
+    "attention over windows": lambda m, y: attention(m, windows(y).transpose(0, 1), m.mask[:1, :1]),
     "more places for fewer samples": lambda m, y: (
         y.relu().reshape(y.shape[0], 2, 2, -1).reshape(8, -1).softmax(1).reshape(y.shape)
     ),
@@ -86,8 +86,8 @@ def joined(y, batch):
     return y.reshape(-1, 3, 3, 4, 4, 8).permute(0, 5, 1, 3, 2, 4).reshape(batch, 8, 12, 12)
 
 
-def attention(m, y):
-    return F.scaled_dot_product_attention(m.head(y) / 16, y, y, attn_mask=m.shift[:1, 0])  # no sharp choices
+def attention(m, y, mask):
+    return F.scaled_dot_product_attention(m.head(y) / 16, y, y, attn_mask=mask)  # no sharp choices
 
 
 def shuffled(y):
@@ -110,6 +110,7 @@ def with_parts(function):
     }
     model = randomise(Written(function, **parts)).float()
     model.shift = nn.Parameter(torch.randn(8, 1, 1))
+    model.mask = nn.Parameter(torch.randn(16, 16))
     model.each = nn.Parameter(torch.randn(8, 1, 1, 1))
     return model
 

@@ -14,8 +14,8 @@ from torch import fx
 from fxfuse.calls import arguments, operator_name
 from fxfuse.tree import attribute
 
-# For more keys than these the products, which torch's kernel has in parts only, would take much memory.
-_KEYS = 1024
+# The largest product of queries and keys, in elements: torch's kernel has it in parts, this has all of it.
+_LARGEST = 1 << 23
 
 
 def write_out(module: fx.GraphModule) -> None:
@@ -27,9 +27,10 @@ def write_out(module: fx.GraphModule) -> None:
         module: the graph, which is changed. Values are known by ``meta["val"]``.
     """
     for node in [*module.graph.nodes]:
-        if operator_name(node) == "scaled_dot_product_attention" and _is_plain(module, arguments(node)):
+        given = arguments(node) if operator_name(node) == "scaled_dot_product_attention" else None
+        if given and _is_plain(module, given):
             with module.graph.inserting_before(node):
-                made = _written(module.graph, arguments(node))
+                made = _written(module.graph, given)
             made.meta = {**node.meta}
             node.replace_all_uses_with(made)
             module.graph.erase_node(node)
@@ -49,7 +50,7 @@ def _is_plain(module: fx.GraphModule, given: dict[str, Any]) -> bool:
     return (
         query.dtype is torch.float32
         and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
-        and key.shape[-2] <= _KEYS
+        and query.shape[:-1].numel() * key.shape[-2] <= _LARGEST
         and not (given["dropout_p"] or given["is_causal"])
     )
 

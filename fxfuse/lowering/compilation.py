@@ -16,7 +16,6 @@ from fxfuse.lowering.candidates import Compiler, Outcome
 from fxfuse.lowering.engines import Engine
 from fxfuse.lowering.slices import in_slices
 from fxfuse.precision import no_autocast
-from fxfuse.replica import replicate
 from fxfuse.runs import REJECTIONS
 from fxfuse.runs import run as run_module
 
@@ -40,7 +39,7 @@ def compile_verified(
     with _COMPILES, torch.inference_mode(False), torch.no_grad(), no_autocast():
         try:
             own = pytree.tree_map(_own_copy, tuple(inputs))
-            compiler = Compiler(replicate(folded), engine, dtype)  # on which forward may set attributes
+            compiler = Compiler(folded, engine, dtype)
             outcome = in_slices(compiler, own) or compiler.compile(own).verify()
             return _in_layout_of(inputs, own, outcome)
         except UnsupportedError as error:
@@ -56,8 +55,8 @@ def _in_layout_of(inputs: Sequence[Any], own: tuple[Any, ...], outcome: Outcome)
     Kernels read the memory that they were compiled for.
     """
     run = outcome.run
-    leaves, copies = (map(memory_layout, pytree.tree_leaves(each)) for each in (tuple(inputs), own))
-    others = {place for place, (one, other) in enumerate(zip(leaves, copies, strict=True)) if one != other}
+    pairs = zip(pytree.tree_leaves(tuple(inputs)), pytree.tree_leaves(own), strict=True)
+    others = {place for place, (one, its) in enumerate(pairs) if memory_layout(one) != memory_layout(its)}
     if run is None or not others:
         return outcome
     return replace(
@@ -88,8 +87,10 @@ def _own_copy(leaf: Any) -> Any:
         UnsupportedError: it is no block of memory, or empty, or an object that may change without notice.
     """
     if type(leaf) in (Tensor, nn.Parameter):
-        if not _is_block(leaf) or not leaf.numel():
-            raise UnsupportedError("an input is sparse, nested, empty or a stand-in of torch.func")
+        if not _is_block(leaf):
+            raise UnsupportedError("an input is sparse, nested or one of torch.func")
+        if not leaf.numel():
+            raise UnsupportedError("an input is empty")
         return leaf.detach().clone()
     if isinstance(leaf, _SIMPLE):
         return leaf

@@ -87,4 +87,5 @@ def timed(folded: nn.Module, inputs: Sequence[Any], engine: str) -> Lowering:
     if engine == "auto":
         return found.lowering
     ready = {engine: found}
-    return replace(found.lowering, timings=timings(ready, times_of(ready, folded, inputs)))
+    times = times_of(ready, folded, inputs)
+    return replace(found.lowering, timings=timings(ready, times) if times else ())

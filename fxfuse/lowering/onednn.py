@@ -45,10 +45,10 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     if any(tensor.device.type != "cpu" for tensor in (*inputs, *graph.module.state_dict().values())):
         raise UnsupportedError("its kernels are for CPUs")
     module = copy.deepcopy(graph.module) if dtype is None else in_dtype(graph, dtype)
-    if dtype is None:
-        write_out(module)
     module.requires_grad_(False)  # what is no input of a function becomes a constant of its trace
     if not _writes_to_views(graph.module):
+        if dtype is None:
+            write_out(module)
         put_channels_last(module, [result.is_contiguous() for result in graph.results])
 
     def function(*tensors: Tensor) -> Any:

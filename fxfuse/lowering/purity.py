@@ -63,17 +63,24 @@ def _is_strided(leaf: Any) -> bool:
 
 
 class PureFunctions(TorchFunctionMode):
-    """Refuses what gives the numbers of tensors away without an operator, unless they depend on no inputs."""
+    """Refuses what gives the numbers of tensors away without an operator, unless they depend on no inputs.
+
+    Attributes:
+        operators: knows whether they do.
+        in_encoder: whether an ``nn.TransformerEncoder`` may run: under a mode for functions it keeps padding.
+    """
 
     def __init__(self, operators: PureOperators) -> None:
         super().__init__()
         self.operators = operators
+        self.in_encoder = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.operators.is_static and _gives_away(func, args, kwargs or {}):
             raise UnsupportedError("forward reads numbers of its inputs past all operators")
-        if func is F.multi_head_attention_forward and (kwargs or {}).get("key_padding_mask") is not None:
-            raise UnsupportedError("torch computes attention with padding otherwise where it is traced")
+        is_attention = self.in_encoder and func is F.multi_head_attention_forward
+        if is_attention and (kwargs or {}).get("key_padding_mask") is not None:
+            raise UnsupportedError("torch leaves out padding, but not where it is traced")
         return func(*args, **(kwargs or {}))
 
 
@@ -81,10 +88,10 @@ _GIVEN_AWAY = {
     *("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"),
     *("apply_", "map_", "map2_", "__deepcopy__", "__reduce_ex__", "__repr__", "__format__"),
     # Constructors such as torch.Tensor call these where no mode for operators sees it.
-    *("__float__", "__int__", "__index__", "__bool__", "__complex__", "item", "new"),
+    *("__float__", "__int__", "__index__", "__bool__", "__complex__", "item"),
 }
 # These read the numbers of tensors among their arguments, from that place on.
-_READ = {"tensor": 0, "as_tensor": 0, "asarray": 0, "new_tensor": 1, "tensor_split": 1}
+_READ = {"tensor": 0, "as_tensor": 0, "asarray": 0, "new_tensor": 1, "new": 1, "tensor_split": 1}
 
 
 def _gives_away(func: Any, args: Any, kwargs: Any) -> bool:

@@ -24,6 +24,8 @@ from fxfuse.errors import UnsupportedError
 from fxfuse.guards import no_random_numbers
 from fxfuse.lowering.purity import PureFunctions, PureOperators
 from fxfuse.lowering.specialised import WRITES, Output, Specialised, at
+from fxfuse.lowering.state import held, is_same
+from fxfuse.replica import replicate
 from fxfuse.table import DROPOUTS, LAYERS
 from fxfuse.tree import storage
 
@@ -43,20 +45,21 @@ def specialise(module: fx.GraphModule, inputs: Sequence[Any]) -> Specialised:
             module, draws random numbers, changes the mode that torch computes in, runs hooks, or calls
             operators of other libraries: then nothing is written. Or it sets attributes.
     """
-    if any(_hooks_of(each) for each in module.modules()):
+    if any(map(_has_hooks, module.modules())):
         raise UnsupportedError("there are hooks, which no kernel runs")
     for node in module.graph.nodes:
         # What is not traced may write in ways that no operator shows.
         if any(source.op == "get_attr" for source in written_inputs(node)):
             raise UnsupportedError(f"forward may write to what the module holds, {at(node)}")
-    specialiser, held = _Specialiser(module, inputs), _held(module)
+    own = replicate(module)  # on which forward may set attributes
+    before = held(own)
+    specialiser = _Specialiser(own, [*before, *pytree.tree_leaves(list(inputs))])
     try:
-        with torch.no_grad(), no_random_numbers(), specialiser.pure, PureFunctions(specialiser.pure):
+        with torch.no_grad(), no_random_numbers(), specialiser.pure, specialiser.functions:
             specialiser.run(*inputs)
     except TraceError as error:
         raise UnsupportedError("forward draws random numbers") from error
-    now = _held(module)
-    if len(held) != len(now) or not all(map(_is_same, held, now)):
+    if not is_same(before, held(own)):
         raise UnsupportedError("forward sets attributes, which no kernel does")
     return specialiser.specialised()
 
@@ -67,8 +70,8 @@ def without_numbers(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return cast(tuple[Any, ...], pytree.tree_map_only(Tensor, mode.from_tensor, inputs))
 
 
-def _hooks_of(module: nn.Module) -> list[Any]:
-    """The hooks that calling it runs, but for torch's own, which check inputs or compute weights."""
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling it runs hooks; those of torch itself check inputs, or compute weights."""
     of_all = torch.nn.modules.module
     hooks = [
         *of_all._global_forward_pre_hooks.values(),
@@ -77,41 +80,31 @@ def _hooks_of(module: nn.Module) -> list[Any]:
         *module._forward_hooks.values(),
     ]
     # The class of a graph says that it is torch's.
-    return [hook for hook in hooks if isinstance(hook, nn.Module) or not _is_at_home(hook, ["torch"])]
-
-
-def _is_at_home(called: object, homes: Sequence[str]) -> bool:
-    """Whether it was defined in one of these modules of Python, or below."""
-    return f"{getattr(called, '__module__', None) or 'torch'}.".startswith(
-        tuple(f"{home}." for home in homes)
+    return any(
+        isinstance(hook, nn.Module) or not _is_below(getattr(hook, "__module__", None), "torch")
+        for hook in hooks
     )
 
 
-def _held(module: nn.Module) -> list[Any]:
-    """All that is in its attributes, and in containers there."""
-    return pytree.tree_leaves([vars(each) for each in module.modules()])
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    return one is other or (
-        type(one) is type(other) and isinstance(one, (bool, int, float, str)) and one == other
-    )
+def _is_below(home: str | None, *packages: str) -> bool:
+    """Whether a module of Python is one of these, or below one."""
+    return f"{home}.".startswith(tuple(f"{package}." for package in packages))
 
 
 class _Specialiser(fx.Interpreter):
     """Runs a graph, and writes down a second one: of what is not known before the inputs are.
 
     Attributes:
-        pure: refuses what the second graph could not hold; it is to be entered for the run.
+        pure, functions: refuse what the second graph could not hold; they are to be entered for the run.
     """
 
-    def __init__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    def __init__(self, module: fx.GraphModule, kept: Sequence[Any]) -> None:
         super().__init__(module)
         self.extra_traceback = False
-        kept = (
-            each for each in (*_held(module), *pytree.tree_leaves(list(inputs))) if isinstance(each, Tensor)
+        self.pure = PureOperators(
+            {storage(each) for each in kept if isinstance(each, Tensor) and each.numel()}
         )
-        self.pure = PureOperators({storage(each) for each in kept if each.numel()})
+        self.functions = PureFunctions(self.pure)
         self._attributes: dict[str, nn.Module | Tensor] = {}
         self._stand_ins: dict[fx.Node, Any] = {}
         self._getters: dict[_Constant, fx.Node] = {}
@@ -130,6 +123,9 @@ class _Specialiser(fx.Interpreter):
             raise UnsupportedError(f"what is not traced might keep tensors without numbers, {at(n)}")
         self.pure.is_static = not any(isinstance(each, fx.Node) for each in self._read(n))
         self.pure.writes = False
+        self.functions.in_encoder = n.op == "call_module" and any(
+            isinstance(each, nn.TransformerEncoder) for each in self.fetch_attr(str(n.target)).modules()
+        )
         try:
             value = super().run_node(n)
         except UnsupportedError as error:
@@ -276,14 +272,13 @@ class _Specialiser(fx.Interpreter):
 
 def _is_of_torch(module: nn.Module, node: fx.Node) -> bool:
     """Whether it calls no function or module of the model's own."""
-    called: list[Any] = []
+    homes: list[str] = []
     if node.op == "call_module":
-        called = [type(each) for each in module.get_submodule(str(node.target)).modules()]
+        homes = [type(each).__module__ for each in module.get_submodule(str(node.target)).modules()]
     elif node.op == "call_function":
-        called = [node.target]
-    return all(
-        _is_at_home(each, ["torch", "torchvision.ops", "_operator", "math", "builtins"]) for each in called
-    )
+        homes = [getattr(node.target, "__module__", None) or "torch"]
+    packages = ("torch", "torchvision.ops", "_operator", "math", "builtins")
+    return all(_is_below(home, *packages) for home in homes)
 
 
 def _passed_on(module: nn.Module, node: fx.Node) -> fx.Node | None:
