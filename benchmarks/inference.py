@@ -201,6 +201,9 @@ def main() -> None:
     parser.add_argument("--batch", action="append", type=int, help="images in a call, once for each")
     parser.add_argument("--rounds", type=int, default=11, help="counted calls of each way")
     parser.add_argument("--again", action="store_true", help="measure anew what is there")
+    parser.add_argument(
+        "--without", default="", help="leave out ways that have this in their names, where memory is short"
+    )
     options = parser.parse_args()
     names = options.model or (QUICK if options.quick else MODELS)
     batches = options.batch or ((1,) if options.quick else BATCHES)
@@ -215,7 +218,7 @@ def main() -> None:
                 continue
             # A process of its own: what engines leave behind is gone with it.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                without = "inductor" if options.quick else ""
+                without = "inductor" if options.quick else options.without
                 try:
                     found = pool.submit(measure, name, batch, options.rounds, without).result()
                 except BrokenProcessPool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MethodType
 from typing import Any, TypeVar, cast
@@ -30,86 +30,92 @@ def replicate(model: _M) -> _M:
     Modules and tensors that appear under several names in `model` do so in the copy. Hooks are kept.
     TorchScript modules cannot be copied without their tensors, so these are copied too.
     """
-    return cast(_M, _module(model, {}))
+    return cast(_M, _Replica(_aliased, other=lambda tensor: tensor).module(model))
 
 
 def replicated(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The same for tensors by their names; what is no tensor stays."""
-    memo: dict[int, Any] = {}
+    replica = _Replica(_aliased, other=_aliased)
     return {
-        name: _tensor(value, memo) if isinstance(value, Tensor) else value for name, value in tensors.items()
+        name: replica.own(value) if isinstance(value, Tensor) else value for name, value in tensors.items()
     }
 
 
 def isolated(model: _M) -> _M:
     """A replica that may be run, without gradients: what it writes to its tensors stays in it."""
-    twin = replicate(model)
-    clones: dict[int, Tensor] = {}
-    for module in twin.modules():
-        for home in (module._parameters, module._buffers, module.__dict__):
-            for name, tensor in home.items():
-                if isinstance(tensor, Tensor) and is_plain(tensor):
-                    copied = tensor.detach().clone()
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    clones.setdefault(
-                        id(tensor), nn.Parameter(copied, requires_grad=False) if is_parameter else copied
-                    )
-                    cast(dict[str, Tensor], home)[name] = clones[id(tensor)]
-    return twin
+    return cast(_M, _Replica(_cloned, other=_cloned).module(model))
 
 
-def _module(source: Any, memo: dict[int, Any]) -> Any:
-    if id(source) in memo:
-        return memo[id(source)]
-    if isinstance(source, torch.jit.ScriptModule):
-        memo[id(source)] = copy.deepcopy(source)
-        return memo[id(source)]
-    twin = nn.Module.__new__(type(source))  # not type(source).__new__: a GraphModule's makes a new class
-    memo[id(source)] = twin
-    for tensor in (*source._parameters.values(), *source._buffers.values()):
-        _tensor(tensor, memo)
-    for name, value in source.__dict__.items():
-        twin.__dict__[name] = _own(value, memo)
-    twin.__dict__.pop("_compiled_call_impl", None)  # Module.compile() binds it to the source
-    return twin
+class _Replica:
+    """Makes what a copy has in place of modules, containers and tensors, once of each.
 
-
-def _own(value: Any, memo: dict[int, Any]) -> Any:
-    """What the replica has in place of an attribute: containers, modules and bound methods of its own.
-
-    A model that appends to a list in its forward must append to its own list, however deep it lies.
+    Attributes:
+        registered: makes parameters and buffers.
+        other: makes other tensors.
     """
-    kind = type(value)
-    if kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value)):
-        return value
-    if kind in _CONTAINERS:
-        return memo[id(value)] if id(value) in memo else _container(value, memo)
-    if isinstance(value, nn.Module):
-        return _module(value, memo)
-    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
-        return MethodType(value.__func__, _module(value.__self__, memo))
-    if kind is partial:
-        return partial(_own(value.func, memo), *_own(value.args, memo), **_own(value.keywords, memo))
-    if isinstance(value, (tuple, frozenset)):
-        return _same_or_new(value, [_own(item, memo) for item in value])
-    if (
-        type(value) is weakref.ref and id(value()) in memo
-    ):  # as the layers of torch.nn.RNN have of their weights
-        return weakref.ref(memo[id(value())])
-    return memo.get(id(value), value) if isinstance(value, Tensor) else value
 
+    def __init__(self, registered: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor]) -> None:
+        self.registered, self.other = registered, other
+        self._made: dict[int, Any] = {}
 
-def _container(value: Any, memo: dict[int, Any]) -> Any:
-    memo[id(value)] = twin = value.copy()
-    if not value:
+    def module(self, source: Any) -> Any:
+        """A module."""
+        if id(source) in self._made:
+            return self._made[id(source)]
+        if isinstance(source, torch.jit.ScriptModule):
+            self._made[id(source)] = copy.deepcopy(source)
+            return self._made[id(source)]
+        twin = nn.Module.__new__(type(source))  # not type(source).__new__: a GraphModule's makes a new class
+        self._made[id(source)] = twin
+        for tensor in (*source._parameters.values(), *source._buffers.values()):
+            if tensor is not None and id(tensor) not in self._made:
+                self._made[id(tensor)] = self.registered(tensor)
+        for name, value in source.__dict__.items():
+            twin.__dict__[name] = self.own(value)
+        twin.__dict__.pop("_compiled_call_impl", None)  # Module.compile() binds it to the source
         return twin
-    twin.clear()
-    if isinstance(twin, dict):
-        twin.update({_own(key, memo): _own(item, memo) for key, item in value.items()})
-    else:
-        items = [_own(item, memo) for item in value]
-        twin.update(items) if isinstance(twin, set) else twin.extend(items)
-    return twin
+
+    def own(self, value: Any) -> Any:
+        """What is in place of an attribute: containers, modules, bound methods and tensors of the copy's own.
+
+        A model that appends to a list in its forward must append to its own list, however deep it lies.
+        """
+        kind = type(value)
+        if kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value)):
+            return value
+        if id(value) in self._made:
+            return self._made[id(value)]
+        if isinstance(value, Tensor):
+            self._made[id(value)] = self.other(value)
+            return self._made[id(value)]
+        if kind in _CONTAINERS:
+            return self._container(value)
+        return self.module(value) if isinstance(value, nn.Module) else self._holder(value)
+
+    def _holder(self, value: Any) -> Any:
+        """What holds others, and is never written to."""
+        kind = type(value)
+        if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+            return MethodType(value.__func__, self.module(value.__self__))
+        if kind is partial:
+            return partial(self.own(value.func), *self.own(value.args), **self.own(value.keywords))
+        if isinstance(value, (tuple, frozenset)):
+            return _same_or_new(value, [self.own(item) for item in value])
+        if kind is weakref.ref and id(value()) in self._made:  # as the layers of torch.nn.RNN have of weights
+            return weakref.ref(self._made[id(value())])
+        return value
+
+    def _container(self, value: Any) -> Any:
+        self._made[id(value)] = twin = value.copy()
+        if not value:
+            return twin
+        twin.clear()
+        if isinstance(twin, dict):
+            twin.update({self.own(key): self.own(item) for key, item in value.items()})
+        else:
+            items = [self.own(item) for item in value]
+            twin.update(items) if isinstance(twin, set) else twin.extend(items)
+        return twin
 
 
 def _same_or_new(value: Any, items: list[Any]) -> Any:
@@ -121,12 +127,15 @@ def _same_or_new(value: Any, items: list[Any]) -> Any:
     return type(value)._make(items) if hasattr(type(value), "_make") else value
 
 
-def _tensor(source: Any, memo: dict[int, Any]) -> Any:
-    if source is None:
-        return None
-    if id(source) not in memo:
-        memo[id(source)] = alias(source, source.detach())
-    return memo[id(source)]
+def _aliased(tensor: Tensor) -> Tensor:
+    return alias(tensor, tensor.detach())
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    if not is_plain(tensor):
+        return tensor
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -85,6 +85,29 @@ def test_law_3_the_source_is_untouched_bit_for_bit():
     assert torch.equal(model(IMAGE), source)
 
 
+class Counting(Block):
+    """It writes to tensors that are neither parameters nor buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.named = [torch.zeros(())], {"calls": (torch.zeros(()),)}
+
+    def forward(self, x):
+        if x.shape[1] == 3:
+            self.calls[0] += 1
+            self.named["calls"][0].add_(1)
+        return super().forward(x) + self.calls[0] * 0
+
+
+@pytest.mark.parametrize("keep_modules", [False, True])
+def test_law_3_nor_are_tensors_in_containers_of_the_source(keep_modules):
+    model = randomise(Counting())
+    fused = fxfuse.fuse(model, example_inputs=(IMAGE,), keep_modules=keep_modules)
+    fxfuse.explain(model, example_inputs=(IMAGE,))
+    assert fxfuse.verify(model, fused, (IMAGE,)).ok
+    assert not model.calls[0] and not model.named["calls"][0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_law_4_weights_are_rounded_once_from_float64(dtype):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8))
