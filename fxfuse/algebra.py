@@ -19,7 +19,7 @@ from fxfuse.distances import distance, finite, rms, wide
 from fxfuse.inputs import in_float64
 from fxfuse.layers import has_statistics
 from fxfuse.precision import LeastPrecision
-from fxfuse.replica import isolated, replicate
+from fxfuse.replica import isolated
 from fxfuse.runs import REJECTIONS, Outputs, run
 from fxfuse.tree import named_tensors
 from fxfuse.verdict import Agreement
@@ -154,8 +154,7 @@ def least_explained(agreements: Iterable[Agreement]) -> Agreement | None:
 
 def _doubled(model: nn.Module) -> nn.Module:
     """A copy in float64, which a run may write to."""
-    is_copied = all(tensor.dtype is not torch.float64 for _, tensor in named_tensors(model))
-    return (replicate(model) if is_copied else isolated(model)).double()
+    return isolated(model).double()
 
 
 def _equal(tensor: Tensor, other: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.fx.proxy import Proxy, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfuse.objects import own_attributes, user_classes
+from fxfuse.objects import objects_in, own_attributes, user_classes
 from fxfuse.tree import NORM_RANKS, named_tensors, storage
 
 
@@ -123,12 +123,8 @@ class SourceIsReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         tensors = [tensor for _, tensor in named_tensors(model)]
         self.unread = {storage(tensor) for tensor in tensors if tensor.numel()} if unread else set()
-        tensors += [
-            each
-            for module in model.modules()
-            for _, each in own_attributes(module)
-            if isinstance(each, Tensor)
-        ]
+        held = [value for module in model.modules() for _, value in own_attributes(module)]
+        tensors += [each for each in objects_in(held) if isinstance(each, Tensor)]
         self.memory = {storage(tensor) for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

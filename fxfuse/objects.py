@@ -1,4 +1,4 @@
-"""What Python objects lead to: the modules that can be reached past the module tree."""
+"""What Python objects lead to: modules, and others, that can be reached past the module tree."""
 
 from __future__ import annotations
 
@@ -45,6 +45,11 @@ def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def modules_in(value: Any) -> Iterator[nn.Module]:
     """The modules that objects lead to without passing through a module, a class or a global variable."""
+    return (each for each in objects_in(value) if isinstance(each, nn.Module))
+
+
+def objects_in(value: Any) -> Iterator[Any]:
+    """All that objects lead to without passing through a module, a class or a global variable."""
     seen: dict[int, Any] = {}
     found = [value]
     while found:
@@ -52,11 +57,10 @@ def modules_in(value: Any) -> Iterator[nn.Module]:
         if id(each) in seen or isinstance(each, (type, ModuleType)):
             continue
         seen[id(each)] = each
-        if isinstance(each, nn.Module):
-            yield each
-        elif isinstance(each, FunctionType):
+        yield each
+        if isinstance(each, FunctionType):
             found += [each.__closure__, each.__defaults__, each.__kwdefaults__, each.__dict__]
-        else:
+        elif not isinstance(each, nn.Module):
             found += [each()] if isinstance(each, weakref.ref) else gc.get_referents(each)
 
 

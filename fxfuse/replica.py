@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MethodType
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 _M = TypeVar("_M", bound=nn.Module)
 _PLAIN = frozenset({bool, int, float, str, type(None)})
-_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set, deque})
+_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, set, deque})
 
 
 def replicate(model: _M) -> _M:
@@ -30,12 +30,12 @@ def replicate(model: _M) -> _M:
     Modules and tensors that appear under several names in `model` do so in the copy. Hooks are kept.
     TorchScript modules cannot be copied without their tensors, so these are copied too.
     """
-    return cast(_M, _Replica(_aliased, other=lambda tensor: tensor).module(model))
+    return cast(_M, _Replica(_aliased).module(model))
 
 
 def replicated(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The same for tensors by their names; what is no tensor stays."""
-    replica = _Replica(_aliased, other=_aliased)
+    replica = _Replica(_aliased)
     return {
         name: replica.own(value) if isinstance(value, Tensor) else value for name, value in tensors.items()
     }
@@ -43,19 +43,18 @@ def replicated(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def isolated(model: _M) -> _M:
     """A replica that may be run, without gradients: what it writes to its tensors stays in it."""
-    return cast(_M, _Replica(_cloned, other=_cloned).module(model))
+    return cast(_M, _Replica(_cloned).module(model))
 
 
 class _Replica:
     """Makes what a copy has in place of modules, containers and tensors, once of each.
 
     Attributes:
-        registered: makes parameters and buffers.
-        other: makes other tensors.
+        tensor: makes it of a tensor.
     """
 
-    def __init__(self, registered: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor]) -> None:
-        self.registered, self.other = registered, other
+    def __init__(self, tensor: Callable[[Tensor], Tensor]) -> None:
+        self.tensor = tensor
         self._made: dict[int, Any] = {}
 
     def module(self, source: Any) -> Any:
@@ -67,9 +66,6 @@ class _Replica:
             return self._made[id(source)]
         twin = nn.Module.__new__(type(source))  # not type(source).__new__: a GraphModule's makes a new class
         self._made[id(source)] = twin
-        for tensor in (*source._parameters.values(), *source._buffers.values()):
-            if tensor is not None and id(tensor) not in self._made:
-                self._made[id(tensor)] = self.registered(tensor)
         for name, value in source.__dict__.items():
             twin.__dict__[name] = self.own(value)
         twin.__dict__.pop("_compiled_call_impl", None)  # Module.compile() binds it to the source
@@ -86,7 +82,7 @@ class _Replica:
         if id(value) in self._made:
             return self._made[id(value)]
         if isinstance(value, Tensor):
-            self._made[id(value)] = self.other(value)
+            self._made[id(value)] = self.tensor(value)
             return self._made[id(value)]
         if kind in _CONTAINERS:
             return self._container(value)
@@ -128,14 +124,16 @@ def _same_or_new(value: Any, items: list[Any]) -> Any:
 
 
 def _aliased(tensor: Tensor) -> Tensor:
-    return alias(tensor, tensor.detach())
+    return alias(tensor, tensor.detach()) if is_plain(tensor) else tensor
 
 
 def _cloned(tensor: Tensor) -> Tensor:
     if not is_plain(tensor):
         return tensor
     copied = tensor.detach().clone()
-    return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
+    twin = nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
+    twin.__dict__.update(tensor.__dict__)
+    return twin
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -152,6 +150,7 @@ def alias(source: Tensor, data: Tensor) -> Tensor:
     if not is_plain(source):
         return source  # it may hold more than data
     if not isinstance(source, nn.Parameter):
+        data.__dict__.update(source.__dict__)
         return data
     with torch.inference_mode(source.is_inference()):
         twin = nn.Parameter(data, requires_grad=source.requires_grad)

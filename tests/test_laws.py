@@ -86,26 +86,60 @@ def test_law_3_the_source_is_untouched_bit_for_bit():
 
 
 class Counting(Block):
-    """It writes to tensors that are neither parameters nor buffers."""
+    """It writes to tensors that are no parameters, and may have control flow."""
 
-    def __init__(self) -> None:
+    def __init__(self, branches: bool) -> None:
         super().__init__()
+        self.branches = branches
         self.calls, self.named = [torch.zeros(())], {"calls": (torch.zeros(()),)}
+        self.direct = torch.zeros(())
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x):
-        if x.shape[1] == 3:
-            self.calls[0] += 1
-            self.named["calls"][0].add_(1)
-        return super().forward(x) + self.calls[0] * 0
+        if not self.branches or x.shape[1] == 3:
+            for each in (self.calls[0], self.named["calls"][0], self.direct, self.count):
+                each.add_(1)
+        return super().forward(x) * self.calls[0]
 
 
 @pytest.mark.parametrize("keep_modules", [False, True])
-def test_law_3_nor_are_tensors_in_containers_of_the_source(keep_modules):
-    model = randomise(Counting())
-    fused = fxfuse.fuse(model, example_inputs=(IMAGE,), keep_modules=keep_modules)
-    fxfuse.explain(model, example_inputs=(IMAGE,))
-    assert fxfuse.verify(model, fused, (IMAGE,)).ok
-    assert not model.calls[0] and not model.named["calls"][0]
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_law_3_nor_is_any_other_tensor_of_the_source(keep_modules, branches, dtype):
+    model = randomise(Counting(branches)).to(dtype)
+    before, x = copy.deepcopy(model), IMAGE.to(dtype)
+    fused = fxfuse.fuse(model, example_inputs=(x,), keep_modules=keep_modules)
+    fxfuse.explain(model, example_inputs=(x,))
+    assert fxfuse.verify(model, fused, (x,)).ok
+    for tensor in (model.calls[0], model.named["calls"][0], model.direct):
+        assert not tensor
+    assert torch.equal(model.count, before.count)
+    for _ in range(2):  # a count is no constant
+        torch.testing.assert_close(fused(x), before(x), rtol=1e-4, atol=1e-4)
+
+
+class Tied(nn.Module):
+    """It holds a weight of a layer that is registered after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        body = nn.Linear(3, 3, bias=False)
+        self.held = nn.Module()
+        self.held.weights = [body.weight]
+        self.body, self.norm = body, nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(self.body(x)) @ self.held.weights[0].T
+
+
+def test_law_3_nor_weights_that_are_held_elsewhere_too():
+    model = randomise(Tied()).float()
+    before = snapshot(model)
+    fused = fxfuse.fuse(model, example_inputs=(torch.randn(4, 3),))
+    assert_untouched(before, model)
+    fused.half()
+    assert_untouched(before, model)
+    assert model.held.weights[0] is model.body.weight and model.body.weight.dtype is torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse.errors import UnsupportedError
+from fxfuse.guards import patched
 from fxfuse.tree import storage
 
 
@@ -63,25 +65,31 @@ def _is_strided(leaf: Any) -> bool:
 
 
 class PureFunctions(TorchFunctionMode):
-    """Refuses what gives the numbers of tensors away without an operator, unless they depend on no inputs.
-
-    Attributes:
-        operators: knows whether they do.
-        in_encoder: whether an ``nn.TransformerEncoder`` may run: under a mode for functions it keeps padding.
-    """
+    """Refuses what gives the numbers of tensors away without an operator, unless they depend on no inputs."""
 
     def __init__(self, operators: PureOperators) -> None:
         super().__init__()
         self.operators = operators
-        self.in_encoder = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.operators.is_static and _gives_away(func, args, kwargs or {}):
             raise UnsupportedError("forward reads numbers of its inputs past all operators")
-        is_attention = self.in_encoder and func is F.multi_head_attention_forward
-        if is_attention and (kwargs or {}).get("key_padding_mask") is not None:
-            raise UnsupportedError("torch leaves out padding, but not where it is traced")
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_padding_left_out() -> Iterator[None]:
+    """Refuses encoders that leave out padding: they do not where a mode or a trace is on."""
+    original = vars(nn.TransformerEncoder)["forward"]
+
+    def forward(encoder: nn.TransformerEncoder, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("src_key_padding_mask", args[2] if len(args) > 2 else None)
+        if mask is not None and encoder.use_nested_tensor:
+            raise UnsupportedError("an encoder leaves out padding, but not where it is traced")
+        return original(encoder, *args, **kwargs)
+
+    with patched(nn.TransformerEncoder, "forward", forward):
+        yield
 
 
 _GIVEN_AWAY = {

@@ -22,7 +22,7 @@ from fxfuse.aliases import is_query, plain_layer
 from fxfuse.calls import layer_input, operator_name, switches_mode, written_inputs
 from fxfuse.errors import UnsupportedError
 from fxfuse.guards import no_random_numbers
-from fxfuse.lowering.purity import PureFunctions, PureOperators
+from fxfuse.lowering.purity import PureFunctions, PureOperators, no_padding_left_out
 from fxfuse.lowering.specialised import WRITES, Output, Specialised, at
 from fxfuse.lowering.state import held, is_same
 from fxfuse.replica import replicate
@@ -45,17 +45,18 @@ def specialise(module: fx.GraphModule, inputs: Sequence[Any]) -> Specialised:
             module, draws random numbers, changes the mode that torch computes in, runs hooks, or calls
             operators of other libraries: then nothing is written. Or it sets attributes.
     """
-    if any(map(_has_hooks, module.modules())):
-        raise UnsupportedError("there are hooks, which no kernel runs")
     for node in module.graph.nodes:
         # What is not traced may write in ways that no operator shows.
         if any(source.op == "get_attr" for source in written_inputs(node)):
             raise UnsupportedError(f"forward may write to what the module holds, {at(node)}")
     own = replicate(module)  # on which forward may set attributes
     before = held(own)
+    if any(_has_hooks(each) for each in before if isinstance(each, nn.Module)):
+        raise UnsupportedError("there are hooks, which no kernel runs")
     specialiser = _Specialiser(own, [*before, *pytree.tree_leaves(list(inputs))])
     try:
-        with torch.no_grad(), no_random_numbers(), specialiser.pure, specialiser.functions:
+        modes = specialiser.pure, PureFunctions(specialiser.pure)
+        with torch.no_grad(), no_random_numbers(), no_padding_left_out(), modes[0], modes[1]:
             specialiser.run(*inputs)
     except TraceError as error:
         raise UnsupportedError("forward draws random numbers") from error
@@ -95,7 +96,7 @@ class _Specialiser(fx.Interpreter):
     """Runs a graph, and writes down a second one: of what is not known before the inputs are.
 
     Attributes:
-        pure, functions: refuse what the second graph could not hold; they are to be entered for the run.
+        pure: refuses what the second graph could not hold; it is to be entered for the run.
     """
 
     def __init__(self, module: fx.GraphModule, kept: Sequence[Any]) -> None:
@@ -104,7 +105,6 @@ class _Specialiser(fx.Interpreter):
         self.pure = PureOperators(
             {storage(each) for each in kept if isinstance(each, Tensor) and each.numel()}
         )
-        self.functions = PureFunctions(self.pure)
         self._attributes: dict[str, nn.Module | Tensor] = {}
         self._stand_ins: dict[fx.Node, Any] = {}
         self._getters: dict[_Constant, fx.Node] = {}
@@ -123,9 +123,6 @@ class _Specialiser(fx.Interpreter):
             raise UnsupportedError(f"what is not traced might keep tensors without numbers, {at(n)}")
         self.pure.is_static = not any(isinstance(each, fx.Node) for each in self._read(n))
         self.pure.writes = False
-        self.functions.in_encoder = n.op == "call_module" and any(
-            isinstance(each, nn.TransformerEncoder) for each in self.fetch_attr(str(n.target)).modules()
-        )
         try:
             value = super().run_node(n)
         except UnsupportedError as error:

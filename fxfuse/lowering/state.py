@@ -1,10 +1,16 @@
-"""What a module holds in its attributes, however deep, so that what a run has changed is seen."""
+"""What a module holds in its attributes, however deep, so that what a run has changed is seen.
+
+Not seen are classes, the inside of what is written in C (arrays, iterators), and writes to tensors, which
+`fxfuse.lowering.purity` sees.
+"""
 
 from __future__ import annotations
 
+import copyreg
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -12,63 +18,63 @@ from torch import Tensor, nn
 
 # Two of these are the same if they are equal.
 _PLAIN = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    frozenset,
-    type,
-    torch.dtype,
-    torch.device,
-    torch.memory_format,
+    *(bool, int, float, complex, str, bytes, range, slice, type),
+    *(torch.dtype, torch.device, torch.memory_format),
 )
+# Parts of Python whose objects have attributes of the user's own.
+_OPEN = {"argparse", "collections", "types"}
 
 
 def held(module: nn.Module) -> list[Any]:
-    """All that it holds, in an order of its own: tensors, numbers, keys, and what cannot be looked into."""
+    """All that it holds, in an order of its own: modules, tensors, numbers, keys, sizes of containers."""
     found: list[Any] = []
-    _collect(module, found, set())
+    seen: dict[int, tuple[int, Any]] = {}
+    waiting: list[Any] = [module]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            found.append(seen[id(value)][0])
+            continue
+        parts = _parts(value)
+        if parts:
+            seen[id(value)] = len(seen), value
+        found += [value if isinstance(value, nn.Module) else type(value), len(parts)] if parts else [value]
+        waiting += parts
     return found
 
 
 def is_same(before: list[Any], after: list[Any]) -> bool:
-    """Whether nothing was set, added or removed in between; writes to tensors are not seen."""
+    """Whether nothing was set, added or removed in between."""
     return len(before) == len(after) and all(
         one is other or (type(one) is type(other) and isinstance(one, _PLAIN) and one == other)
         for one, other in zip(before, after, strict=True)
     )
 
 
-def _collect(value: Any, found: list[Any], seen: set[int]) -> None:
-    parts = _parts(value)
-    if parts is None:
-        found.append(value)
-    elif id(value) not in seen:
-        seen.add(id(value))
-        found.append(type(value))
-        for part in parts:
-            _collect(part, found, seen)
-
-
-def _parts(value: Any) -> Iterable[Any] | None:
-    """What is in it; None: it is no container, or one that is not known."""
+def _parts(value: Any) -> list[Any]:
+    """What is in it; nothing, if it is no container or one that is not known."""
     if isinstance(value, (Tensor, *_PLAIN)):
-        return None
-    if isinstance(value, (set, frozenset)):
-        return [frozenset(value)]
+        return []
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        return [*cells, value.__defaults__, value.__kwdefaults__, vars(value)]
+    if isinstance(value, MethodType):
+        return [value.__func__, value.__self__]
     parts: list[Any] = []
-    if isinstance(value, Mapping):
-        parts += [*value.keys(), *value.values()]
-    elif isinstance(value, (list, tuple, deque)):
+    if isinstance(value, dict):
+        parts += [*dict.keys(value), *dict.values(value)]
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
         parts += value
-    elif not (isinstance(value, nn.Module) or _is_own(value)):
-        return None
-    return [*parts, *getattr(value, "__dict__", {}).values()]
+    elif isinstance(value, partial):
+        parts += [value.func, value.args, value.keywords]
+    if isinstance(value, nn.Module) or _is_open(type(value)):
+        slots: list[str] = copyreg._slotnames(type(value))  # type: ignore[attr-defined]
+        parts += [vars(value)] if hasattr(value, "__dict__") else []
+        parts += [getattr(value, name) for name in slots if hasattr(value, name)]
+    return parts
 
 
-def _is_own(value: Any) -> bool:
-    """Whether it is an object of a class that belongs neither to torch nor to Python."""
-    home = (getattr(type(value), "__module__", None) or "builtins").partition(".")[0]
-    return hasattr(value, "__dict__") and home != "torch" and home not in sys.stdlib_module_names
+def _is_open(kind: type) -> bool:
+    """Whether it is neither torch's nor Python's, or one that attributes are given to."""
+    home = str(kind.__module__).partition(".")[0]
+    return home in _OPEN or not (home == "torch" or home in sys.stdlib_module_names)
