@@ -109,11 +109,11 @@ class Truth:
     def _changed(self, candidate: nn.Module) -> Iterator[nn.Module]:
         """The candidate in float64, its weights changed that are not the reference's own."""
         own = defaultdict(list)
-        for _, tensor in named_tensors(self._reference):
+        for _, tensor in _strided(self._reference):
             own[tensor.dtype, tensor.shape].append(tensor)
         rounded = {
             name: torch.finfo(tensor.dtype)
-            for name, tensor in named_tensors(candidate)
+            for name, tensor in _strided(candidate)
             if tensor.is_floating_point()
             and max(torch.finfo(tensor.dtype).eps, self._eps) > _FLOAT64
             and not any(_equal(tensor, other) for other in own[tensor.dtype, tensor.shape])
@@ -136,9 +136,9 @@ def others_than_rounded(candidate: nn.Module, folded: nn.Module) -> list[str]:
 
     What only one of the two has is left out. A model may compute weights in its own dtype, in a few steps.
     """
-    exact = dict(named_tensors(folded))
+    exact = dict(_strided(folded))
     found = []
-    for name, tensor in named_tensors(candidate):
+    for name, tensor in _strided(candidate):
         if tensor.is_floating_point() and name in exact and exact[name].shape == tensor.shape:
             limits = torch.finfo(tensor.dtype)
             apart = distance(wide(tensor), wide(exact[name]))
@@ -155,6 +155,11 @@ def least_explained(agreements: Iterable[Agreement]) -> Agreement | None:
 def _doubled(model: nn.Module) -> nn.Module:
     """A copy in float64, which a run may write to."""
     return isolated(model).double()
+
+
+def _strided(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Its parameters and buffers that are not sparse."""
+    return ((name, tensor) for name, tensor in named_tensors(model) if tensor.layout is torch.strided)
 
 
 def _equal(tensor: Tensor, other: Tensor) -> bool:

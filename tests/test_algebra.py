@@ -270,3 +270,25 @@ def test_reduced_precision_is_off_while_verifying_and_restored(precision):
     finally:
         torch.set_float32_matmul_precision(before)
     assert seen and all(each in (False, [value for _, _, value in _SETTINGS]) for each in seen)
+
+
+class Sparse(nn.Module):
+    """It holds a sparse matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.register_buffer("matrix", torch.eye(8).to_sparse())
+
+    def forward(self, x):
+        return torch.sparse.mm(self.matrix, self.norm(self.linear(x)).T)
+
+
+def test_sparse_buffers_are_no_weights_that_are_rounded():
+    model = Sparse().eval()
+    randomise(model.linear)
+    randomise(model.norm)
+    model.float()
+    x = torch.randn(5, 8)
+    fused = fxfuse.fuse(model, example_inputs=(x,))
+    assert len(fxfuse.report(fused).folded) == 1 and fxfuse.verify(model, fused, (x,)).ok

@@ -56,6 +56,7 @@ KEPT = {
     "mask of bits": lambda m, q, k, v: ATTENTION(q, k, v, m.mask3 > -1),
     "mask that is computed": lambda m, q, k, v: ATTENTION(q, k, v, q @ k.transpose(2, 3)),
     "heads that share keys": lambda m, q, k, v: ATTENTION(q, k[:, :1], v[:, :1], enable_gqa=True),
+    "one query": lambda m, q, k, v: ATTENTION(q[:, :, :1], k, v, m.mask2[:1]),
     "a sample for all": lambda m, q, k, v: ATTENTION(q, k[:1], v[:1]),
 }
 
@@ -125,3 +126,18 @@ def test_many_keys_and_other_dtypes(monkeypatch):
     monkeypatch.setattr(attention, "_LARGEST", 2 * 2 * 24 * 24 - 1)
     lowered = fxfuse.lower(attend(WRITTEN["no mask"]), (X,))
     assert not lowered.lowering.reason and count() == 1
+
+
+EMPTY = {
+    "attention": lambda m, q, k, v: ATTENTION(q, k[:, :, :0], v[:, :, :0]).add(q),
+    "products": lambda m, q, k, v: ((q @ k[:, :, :0].mT) * 0.5).softmax(-1) @ v[:, :, :0] + q,
+}
+
+
+@pytest.mark.parametrize("way", EMPTY)
+def test_no_keys(way):
+    """On empty products oneDNN Graph divides by zero, which ends the process."""
+    model = attend(EMPTY[way])
+    lowered = fxfuse.lower(model, (X,))
+    assert "a value in it is empty" in lowered.lowering.reason
+    assert torch.equal(lowered(X), model(X))

@@ -23,6 +23,12 @@ _NOTHING_ADDED = {"aten::layer_norm", "aten::max_pool2d", "aten::avg_pool2d"}
 _BINARY = {f"aten::{name}" for name in ("add", "sub", "mul", "div")}
 
 
+def has_empty_values(graph: Any) -> bool:
+    """Whether a tensor in a trace has no elements."""
+    values = (value for node in graph.nodes() for value in node.outputs())
+    return any(value.type().kind() == "TensorType" and 0 in (value.type().sizes() or ()) for value in values)
+
+
 def edit(graph: Any) -> list[Tensor]:
     """Edits a trace; tensors that it takes behind its inputs then.
 
