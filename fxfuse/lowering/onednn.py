@@ -36,8 +36,8 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     """A function of a list of tensors, for inputs like these.
 
     Raises:
-        UnsupportedError: this torch has no oneDNN Graph, TorchScript fails on it, or oneDNN Graph has a
-            kernel for none of it.
+        UnsupportedError: this torch has no oneDNN Graph, TorchScript fails on it, a value is empty, or
+            oneDNN Graph has a kernel for none of it.
     """
     mkldnn: Any = torch.backends.mkldnn
     if not hasattr(torch._C, "_jit_set_llga_enabled") or not mkldnn.is_available():

@@ -39,16 +39,8 @@ class PureOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = kwargs or {}
         if not isinstance(func, OpOverload):
             raise UnsupportedError("forward calls a graph inside of it")
-        if not self.is_static and _tells_numbers(func, args):
-            raise UnsupportedError("forward reads numbers of its inputs")
-        if not self.is_static and func.namespace not in _TAGGED and func._schema.name not in _STATIC:
-            raise UnsupportedError(f"sizes of {func._schema.name} may depend on numbers")
-        if (
-            not self.is_static
-            and func._schema.name.startswith("aten::as_strided")
-            and storage(args[0]) in self.kept
-        ):
-            raise UnsupportedError("what forward reads depends on how its inputs lie in memory")
+        if not self.is_static:
+            self._check_reads(func, args)
         written = _written(func, args, given)
         self.writes |= bool(written)
         if any(storage(tensor) in self.kept for tensor in written):
@@ -57,6 +49,16 @@ class PureOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self.is_static and not all(map(_is_strided, pytree.tree_leaves(result))):
             raise UnsupportedError("sizes of sparse or nested tensors depend on numbers")
         return result
+
+    def _check_reads(self, func: OpOverload, args: Any) -> None:
+        """Raises an UnsupportedError if it reads what the inputs of another call may have otherwise."""
+        name = func._schema.name
+        if _tells_numbers(func, args):
+            raise UnsupportedError("forward reads numbers of its inputs")
+        if func.namespace not in _TAGGED and name not in _STATIC:
+            raise UnsupportedError(f"sizes of {name} may depend on numbers")
+        if name.startswith("aten::as_strided") and storage(args[0]) in self.kept:
+            raise UnsupportedError("what forward reads depends on how its inputs lie in memory")
 
 
 def _is_strided(leaf: Any) -> bool:

@@ -39,9 +39,8 @@ def in_slices(compiler: Compiler, inputs: tuple[Any, ...]) -> Outcome | None:
     batch = batches.pop() if len(batches) == 1 else 0
     if not compiler.engine.slices or batch < _BATCH or any(tensor.is_cuda for tensor in tensors):
         return None
-    if any(
-        tensor.stride(0) * batch != tensor.numel() for tensor in tensors
-    ):  # slices are no blocks of memory
+    # Slices along another axis than the outermost are no blocks of memory.
+    if any(tensor.stride(0) * batch != tensor.numel() for tensor in tensors):
         return None
     try:
         with refusing(), _quiet():

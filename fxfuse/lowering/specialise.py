@@ -54,9 +54,9 @@ def specialise(module: fx.GraphModule, inputs: Sequence[Any]) -> Specialised:
     if any(_has_hooks(each) for each in before if isinstance(each, nn.Module)):
         raise UnsupportedError("there are hooks, which no kernel runs")
     specialiser = _Specialiser(own, [*before, *pytree.tree_leaves(list(inputs))])
+    operators, functions = specialiser.pure, PureFunctions(specialiser.pure)
     try:
-        modes = specialiser.pure, PureFunctions(specialiser.pure)
-        with torch.no_grad(), no_random_numbers(), no_padding_left_out(), modes[0], modes[1]:
+        with torch.no_grad(), no_random_numbers(), no_padding_left_out(), operators, functions:
             specialiser.run(*inputs)
     except TraceError as error:
         raise UnsupportedError("forward draws random numbers") from error
