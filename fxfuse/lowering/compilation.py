@@ -20,6 +20,7 @@ from fxfuse.runs import REJECTIONS
 from fxfuse.runs import run as run_module
 
 _COMPILES = threading.RLock()  # tracers and compilers set what concerns the whole process
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
 
 
@@ -76,8 +77,7 @@ def memory_layout(leaf: Any) -> Any:
 
 def _is_block(tensor: Tensor) -> bool:
     """Whether it has numbers of its own in memory: it is not sparse, nested, or a stand-in of torch.func."""
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor.layout is torch.strided and not tensor.is_nested and not is_wrapped
+    return tensor.layout is torch.strided and not tensor.is_nested and not _is_wrapped(tensor)
 
 
 def _own_copy(leaf: Any) -> Any:

@@ -66,9 +66,8 @@ class Lowered(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the folded module gives."""
         inputs = self._positional(args, kwargs) if kwargs else args
-        leaves, structure = pytree.tree_flatten(inputs)
-        tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        leaves, structure = _flatten(inputs)
+        if torch.is_grad_enabled() and any(map(_wants_gradients, leaves)):
             raise UsageError("a lowered module gives no gradients; call it under torch.no_grad()")
         kind = self._kind(structure, leaves)
         outcome = self._outcomes.get(kind) or self._make_outcome(kind, inputs)
@@ -89,7 +88,7 @@ class Lowered(nn.Module):
 
     def prepare(self, inputs: Sequence[Any]) -> Outcome:
         """What answers for inputs like these."""
-        leaves, structure = pytree.tree_flatten(tuple(inputs))
+        leaves, structure = _flatten(tuple(inputs))
         return self._make_outcome(self._kind(structure, leaves), tuple(inputs))
 
     def _make_outcome(self, kind: Hashable, inputs: tuple[Any, ...]) -> Outcome:
@@ -106,7 +105,7 @@ class Lowered(nn.Module):
                     _LOG.warning("%s runs as it was folded for kinds of inputs after these %d", name, _KINDS)
             return outcomes.get(kind, Outcome(None))
 
-    def _kind(self, structure: pytree.TreeSpec, leaves: Sequence[Any]) -> Hashable:
+    def _kind(self, structure: pytree.TreeSpec | None, leaves: Sequence[Any]) -> Hashable:
         """What a program depends on, of its inputs and of torch."""
         own = streams([leaf for leaf in leaves if isinstance(leaf, Tensor)]) if self.cuda_graphs else ()
         return (structure, torch.get_num_threads(), own, *map(_kind_of_leaf, leaves))
@@ -150,6 +149,21 @@ def lowered(
     seconds = time.perf_counter() - started
     made.lowering = Lowering(engine, first.reason, seconds, first.comparison)
     return made
+
+
+def _flatten(inputs: tuple[Any, ...]) -> tuple[Sequence[Any], pytree.TreeSpec | None]:
+    """Their leaves, and how these are put together; None: the inputs are tensors, and their own leaves.
+
+    Small networks take a few milliseconds, and find every line of Python cold.
+    """
+    for each in inputs:
+        if type(each) is not Tensor:
+            return pytree.tree_flatten(inputs)
+    return inputs, None
+
+
+def _wants_gradients(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
 def _kind_of_leaf(leaf: Any) -> Hashable:
