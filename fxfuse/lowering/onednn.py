@@ -22,6 +22,7 @@ from fxfuse.aliases import plain_layer, roots
 from fxfuse.calls import operator_name, written_inputs
 from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.attention import write_out
+from fxfuse.lowering.concatenations import grow
 from fxfuse.lowering.edits import in_dtype, put_channels_last
 from fxfuse.lowering.halves import halves
 from fxfuse.lowering.legal import Legalised
@@ -49,6 +50,7 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     if not _writes_to_views(graph.module):
         if dtype is None:
             write_out(module)
+        grow(module)
         put_channels_last(module, [result.is_contiguous() for result in graph.results])
 
     def function(*tensors: Tensor) -> Any:

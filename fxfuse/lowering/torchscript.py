@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxfuse.lowering.references import ACTIVATIONS, avoid_references
+
 _jit: Any = torch._C
 # Their kernels write to new memory, unless something follows that does not.
 _TO_NEW_MEMORY = {
@@ -20,6 +22,11 @@ _TO_NEW_MEMORY = {
 }
 # To these it can add nothing, nor multiply them.
 _NOTHING_ADDED = {"aten::layer_norm", "aten::max_pool2d", "aten::avg_pool2d"}
+# What activations are joined to.
+_JOINED = {
+    f"aten::{name}"
+    for name in ("_convolution", "linear", "addmm", "matmul", "mm", "bmm", "add", "mul", "div")
+}
 _BINARY = {f"aten::{name}" for name in ("add", "sub", "mul", "div")}
 
 
@@ -38,6 +45,8 @@ def edit(graph: Any) -> list[Tensor]:
     _jit._jit_pass_remove_mutation(graph)
     _know_sizes(graph)
     _jit._jit_pass_cse(graph)
+    _join_swish(graph)
+    avoid_references(graph)
     constants: list[Tensor] = []
     for node in [*graph.nodes()]:
         if node.kind() in _BINARY:
@@ -45,6 +54,9 @@ def edit(graph: Any) -> list[Tensor]:
             _give_axes(graph, node)
             _keep_apart(graph, node)
     _keep_what_is_read_later(graph)
+    for node in [*graph.nodes()]:
+        if node.kind() in _BINARY:
+            _keep_from_activations(graph, node)
     return constants
 
 
@@ -57,6 +69,23 @@ def _know_sizes(graph: Any) -> None:
             size = graph.insertConstant(value.type().sizes()[axis[0].toIValue()])
             node.output().replaceAllUsesWith(size)
     _jit._jit_pass_constant_propagation(graph)
+
+
+def _join_swish(graph: Any) -> None:
+    """Puts SiLU in the place of x · σ(x): it is joined to what gives x, and these two are not."""
+    for node in graph.findAllNodes("aten::mul"):
+        given = [*node.inputs()]
+        for x, gate in (given, given[::-1]):
+            if (
+                gate.node().kind() == "aten::sigmoid"
+                and next(gate.node().inputs()).debugName() == x.debugName()
+            ):
+                graph.setInsertPoint(node)
+                joined = graph.insertNode(graph.create("aten::silu", [x], 1))
+                joined.output().setType(node.output().type())
+                node.output().replaceAllUsesWith(joined.output())
+                break
+    _jit._jit_pass_dce(graph)
 
 
 def _operands(node: Any) -> dict[int, Any]:
@@ -83,7 +112,7 @@ def _as_inputs(graph: Any, node: Any) -> Iterator[Tensor]:
 def _give_axes(graph: Any, node: Any) -> None:
     """Has a number among the operands, if it is computed, as many axes as the result: else that fails."""
     for place, value in _operands(node).items():
-        if not _rank(value) and _is_computed(value, node.output()):
+        if not _rank(value) and _rank(node.output()) and _is_computed(value, node.output()):
             graph.setInsertPoint(node)
             ones = [1] * _rank(node.output())
             spread = graph.insertNode(graph.create("aten::reshape", [value, graph.insertConstant(ones)], 1))
@@ -110,6 +139,15 @@ def _keep_apart(graph: Any, node: Any) -> None:
         is_given = value.node().kind() in ("prim::Param", "prim::Constant")
         if _rank(value) and not is_given and (is_apart or value.node().kind() in _NOTHING_ADDED):
             _read_through_view(graph, node, place)
+
+
+def _keep_from_activations(graph: Any, node: Any) -> None:
+    """Has it read a view of an activation that is joined to nothing: both would be a kernel of reference."""
+    for place, value in _operands(node).items():
+        if value.node().kind() in ACTIVATIONS:
+            (source, *_) = value.node().inputs()
+            if source.node().kind() not in _JOINED | ACTIVATIONS:
+                _read_through_view(graph, node, place)
 
 
 def _is_computed(value: Any, result: Any) -> bool:

@@ -1,0 +1,154 @@
+"""Keeps a trace from what oneDNN has only kernels of reference for.
+
+Such a kernel takes one element after the other, a hundred times as long as others, and oneDNN Graph takes
+it all the same. Which operands have no other was seen by trying: oneDNN's verbose mode names its kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+# Left to torch: the same by names that oneDNN Graph does not know; a sum is the difference with −α.
+_NAMES = {
+    "aten::mul": "aten::multiply",
+    "aten::div": "aten::divide",
+    "aten::add": "aten::sub",
+    "aten::softmax": "aten::special_softmax",
+}
+_PRODUCTS = {"aten::matmul", "aten::bmm"}
+_POOLINGS = {"aten::max_pool2d", "aten::avg_pool2d"}
+# What has a layout of its choice, and what keeps that of what it reads.
+_IMAGES = {"aten::_convolution", *_POOLINGS}
+ACTIVATIONS = {
+    f"aten::{name}"
+    for name in (
+        *("relu", "relu6", "hardtanh", "clamp", "leaky_relu", "elu", "sigmoid", "silu", "tanh", "gelu"),
+        *("hardswish", "exp", "log", "sqrt", "square", "abs", "round"),
+    )
+}
+"""Functions of single numbers that oneDNN Graph knows."""
+_POINTWISE = {*ACTIVATIONS, "aten::add", "aten::mul", "aten::div", "aten::softmax", "aten::cat"}
+# The axes of images, from the slowest in memory to the fastest, and how TorchScript writes memory formats.
+_CHANNELS_LAST = [0, 2, 3, 1]
+_FORMATS = {torch.contiguous_format: 0, torch.channels_last: 2}
+
+
+def avoid_references(graph: Any) -> None:
+    """Has operators computed by torch, or read a copy, where oneDNN has no other kernel for them."""
+    images: set[str] = set()  # names of what oneDNN Graph may lay out as it does images, channels last
+    for node in [*graph.nodes()]:
+        if node.kind() in _NAMES and _has_only_a_reference(node):
+            _rename(graph, node)
+            continue
+        if node.kind() in _PRODUCTS | _POOLINGS | {"aten::softmax"}:
+            for place in range(2 if node.kind() in _PRODUCTS else 1):
+                _read_copy(graph, node, place, images)
+        if node.kind() in _IMAGES or (
+            node.kind() in _POINTWISE and any(value.debugName() in images for value in node.inputs())
+        ):
+            images |= {value.debugName() for value in node.outputs()}
+
+
+def _has_only_a_reference(node: Any) -> bool:
+    """Whether that is so of operands that lie in memory like these, as far as the trace tells."""
+    tensors = [value for value in node.inputs() if value.type().kind() == "TensorType"]
+    kinds = [value.type() for value in (*tensors, node.output())]
+    if any(kind.sizes() is None or kind.strides() is None for kind in kinds):
+        return False
+    shapes = [(kind.sizes(), kind.strides()) for kind in kinds[:-1] if kind.sizes()]
+    if not all(_is_dense(*shape) for shape in shapes):
+        return True
+    if node.kind() == "aten::softmax":
+        sizes, strides = shapes[0]
+        return _order(sizes, strides) != sorted(_order(sizes, strides))
+    result = kinds[-1].sizes()
+    whole = [shape for shape in shapes if shape[0] == result]
+    if not whole or (node.kind() == "aten::div" and shapes[0][0] != result):
+        return True
+    return not all(
+        _is_spread(result, sizes, _order(sizes, strides) == _order(*whole[0]))
+        for sizes, strides in shapes
+        if sizes != result
+    )
+
+
+def _is_spread(result: Sequence[int], sizes: Sequence[int], alike: bool) -> bool:
+    """Whether an operand of fewer elements is one that oneDNN's kernels know, for a result of these sizes.
+
+    It may vary along the last axes only; along these and the first; along the second, along the first two.
+
+    Args:
+        result: sizes of the result.
+        sizes: those of the operand.
+        alike: whether its axes lie in memory in the order of the other operand's.
+    """
+    sizes = [1] * (len(result) - len(sizes)) + [*sizes]
+    first, *rest = [own == whole for own, whole in zip(sizes, result, strict=True)]
+    if all(size == 1 for size in sizes):
+        return True
+    if not any(rest[1:]):  # a number for each channel, maybe of each sample
+        return rest[:1] == [True] or len(result) == 2
+    if rest == sorted(rest):
+        return alike or first or not rest[0]
+    return False
+
+
+def _is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether it is a block of memory without gaps, whatever the order of the axes."""
+    expected = 1
+    for axis in reversed(_order(sizes, strides)):
+        if strides[axis] != expected:
+            return False
+        expected *= sizes[axis]
+    return True
+
+
+def _order(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """The axes of more than one element, from the slowest in memory to the fastest."""
+    axes = (axis for axis, size in enumerate(sizes) if size > 1)
+    return sorted(axes, key=lambda axis: -strides[axis])
+
+
+def _rename(graph: Any, node: Any) -> None:
+    """Puts the same function by its other name in the place of a node."""
+    graph.setInsertPoint(node)
+    inputs = [*node.inputs()]
+    if node.kind() == "aten::add":
+        inputs[2] = graph.insertConstant(-inputs[2].toIValue())
+    other = graph.insertNode(graph.create(_NAMES[node.kind()], inputs, 1))
+    other.output().setType(node.output().type())
+    node.output().replaceAllUsesWith(other.output())
+    node.destroy()
+
+
+def _read_copy(graph: Any, node: Any, place: int, images: set[str]) -> None:
+    """Has a node read a copy of an operand that lies in memory as no kernel for it reads it.
+
+    A product has its last or its last but one axis the fastest; what is pooled is a block, with its channels
+    the fastest axis or its axes in order. What lies as it should, and may be laid out otherwise by oneDNN
+    Graph, is copied by an operator that it does not know.
+    """
+    value = [*node.inputs()][place]
+    kind = value.type()
+    if kind.kind() != "TensorType" or not kind.sizes() or kind.strides() is None:
+        return
+    sizes, order = kind.sizes(), _order(kind.sizes(), kind.strides())
+    is_pooling = node.kind() in _POOLINGS
+    if is_pooling:
+        in_order = order in (sorted(order), sorted(order, key=_CHANNELS_LAST.index))
+        is_read = in_order and _is_dense(sizes, kind.strides())
+    else:
+        is_read = not order or order[-1] >= len(sizes) - 2
+    if is_read and (is_pooling or value.debugName() not in images):
+        return
+    layout = torch.channels_last if is_pooling and order[-1:] == [1] else torch.contiguous_format
+    graph.setInsertPoint(node)
+    copy = graph.insertNode(
+        graph.create("aten::contiguous", [value, graph.insertConstant(_FORMATS[layout])], 1)
+    )
+    like = torch.empty(sizes, dtype=kind.dtype(), memory_format=layout)
+    copy.output().setType(torch._C.TensorType.create_from_tensor(like))
+    node.replaceInput(place, copy.output())

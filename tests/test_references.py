@@ -1,0 +1,145 @@
+"""Operands for which oneDNN has a kernel of reference only: torch computes them, or a copy is read."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxfuse
+from fxfuse.lowering import onednn, torchscript
+from tests.lowering import Written, X, folded, near
+from tests.test_onednn import kernels
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's tracer
+
+
+def halves(m, y):
+    return m.wide(y).chunk(2, 1)
+
+
+def tokens(y):
+    return y.flatten(2).transpose(1, 2)
+
+
+def sum_of_halves(rows, **kwargs):
+    one, other = rows.chunk(2, -1)
+    return torch.add(one, other, **kwargs)
+
+
+def gated(activation):
+    def function(m, y):
+        one, other = halves(m, y)
+        return m.other(activation(one) * other)
+
+    return function
+
+
+def row_gated(m, y):
+    one, other = m.rows(tokens(y)).chunk(2, -1)
+    return m.head(F.silu(one) * other)
+
+
+# By what would be computed by a kernel of reference.
+REFERENCES = {
+    ("binary", "product of halves of rows"): row_gated,
+    ("binary", "sum of halves of rows"): lambda m, y: m.head(F.relu(sum_of_halves(m.rows(tokens(y))))),
+    ("binary", "sum with a factor"): lambda m, y: m.head(
+        F.relu(sum_of_halves(m.rows(tokens(y)), alpha=-0.7))
+    ),
+    ("binary", "quotient of halves of rows"): lambda m, y: m.head(
+        F.relu((z := m.rows(tokens(y)))[..., :8] / z[..., 8:].cosh())
+    ),
+    ("binary", "number for each sample"): lambda m, y: m.head(
+        F.relu((z := m.head(tokens(y))) * z.cumsum(1).mean((1, 2), keepdim=True))
+    ),
+    ("binary", "number for each row of each channel"): lambda m, y: m.other(
+        F.relu(m.other(y) * y.cumsum(1).mean(2, keepdim=True))
+    ),
+    ("binary", "quotient by the larger one"): lambda m, y: m.other(
+        F.relu(y.amax((0, 2, 3), keepdim=True) / (m.other(y).abs() + 1))
+    ),
+    ("eltwise", "gate of halves of images"): gated(torch.sigmoid),
+    ("eltwise", "gate of what torch computes"): lambda m, y: m.other(
+        torch.tanh(y.cumsum(1)) * y.cumsum(2) + m.other(y)
+    ),
+    ("eltwise", "swish in words"): lambda m, y: m.other((z := m.other(y)) * torch.sigmoid(z)),
+    ("eltwise", "swish the other way"): lambda m, y: m.other(torch.sigmoid(z := m.other(y)) * z),
+    ("softmax", "softmax of heads"): lambda m, y: m.head(
+        F.relu(tokens(y).unflatten(2, (2, 4)).transpose(1, 2).softmax(-1)).transpose(1, 2).flatten(2)
+    ),
+    ("softmax", "softmax of what is transposed"): lambda m, y: m.head(
+        F.relu(m.rows(tokens(y))[..., :8].transpose(1, 2).softmax(-1)).transpose(1, 2)
+    ),
+    ("matmul", "product of what convolutions give"): lambda m, y: m.other(y) @ m.other(y).relu(),
+    ("matmul", "product behind a convolution of products"): lambda m, y: (
+        m.other((z := y.cumsum(1)) @ z.transpose(2, 3)) @ z
+    ),
+    ("pooling", "maxima of a half"): lambda m, y: m.other(F.max_pool2d(halves(m, y)[0], 2)),
+    ("pooling", "means of a half"): lambda m, y: m.other(F.avg_pool2d(halves(m, y)[1], 2)),
+}
+
+
+def network(function):
+    layers = {"wide": nn.Conv2d(8, 16, 1), "other": nn.Conv2d(8, 8, 1)}
+    layers |= {"rows": nn.Linear(8, 16), "head": nn.Linear(8, 8)}
+    return folded(Written(function, **layers))
+
+
+def references(lowered, capfd):
+    """The kernels of reference in a call, by primitive."""
+    capfd.readouterr()
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        lowered(X)
+    lines = [line.split(",") for line in capfd.readouterr().out.splitlines()]
+    primitives = [line[5:7] for line in lines if line[2:4] == ["primitive", "exec"]]
+    assert primitives, "oneDNN was not seen to compute anything"
+    return {kind for kind, kernel in primitives if kernel.startswith("ref:")}
+
+
+@pytest.mark.parametrize(("kind", "way"), REFERENCES)
+def test_there_are_none(kind, way, capfd, monkeypatch):
+    model = network(REFERENCES[kind, way])
+    lowered = fxfuse.lower(model, (X,))
+    assert not lowered.lowering.reason
+    near(lowered, X)
+    assert not references(lowered, capfd)
+    for each in ("avoid_references", "_join_swish", "_keep_from_activations"):
+        monkeypatch.setattr(torchscript, each, lambda *_: None)
+    plain = fxfuse.lower(model, (X,))
+    assert not plain.lowering.reason
+    assert references(plain, capfd) == {kind}, "there is nothing to avoid"
+
+
+# What oneDNN's other kernels know stays with it.
+KNOWN = {
+    "same sizes": lambda m, y: m.other(y) + m.other(y.relu()),
+    "a number for each channel": lambda m, y: m.other(y) * y.mean((2, 3), keepdim=True),
+    "a number for each place": lambda m, y: F.relu(m.other(y) * y.mean(1, keepdim=True)),
+    "one number": lambda m, y: m.other(y.cumsum(1) * 3 + m.other(y)),
+    "the last axis": lambda m, y: F.relu(m.head(tokens(y)) + m.head(tokens(y)).cumsum(1)[:1, :1]),
+    "the last axis and samples": lambda m, y: F.relu(m.head(z := tokens(y)) * z.mean(1, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("way", KNOWN)
+def test_other_operands_stay_with_onednn(way, capfd):
+    lowered = fxfuse.lower(network(KNOWN[way]), (X,))
+    assert not lowered.lowering.reason
+    near(lowered, X)
+    assert not references(lowered, capfd)
+    inside, _ = kernels()
+    assert any({"add", "mul"} & {*each} for each in inside)
+
+
+def test_the_answer_of_a_single_number():
+    """Sizes of what has no axes are no sizes."""
+    lowered = fxfuse.lower(network(lambda m, y: m.other(y) / (y.mean() - 9 * y.amax())), (X,))
+    assert not lowered.lowering.reason
+    near(lowered, X)
+
+
+def test_bfloat16(capfd):
+    model = network(row_gated)
+    lowered = fxfuse.lower(model, (X,), dtype=torch.bfloat16)
+    assert not lowered.lowering.reason and not references(lowered, capfd)
+    assert onednn.edit is torchscript.edit
