@@ -1,9 +1,10 @@
-"""Which architectures run on the kernels of the engine "torch": the smallest model of each family.
+"""Which architectures run on the kernels of the engine "torch", and how much faster: one model of a family.
 
-Families are those of timm and torchvision with batch norms (``docs/results/reach.json``). Each model is
-drawn, folded and lowered, with two images and with nine, which may be cut in slices; of a detector the
-backbone. What is counted is what ``lowered.lowering`` says, with the errors against float64. One thread for
-each of two processes; a model whose process dies is named.
+Families are those of timm and torchvision with batch norms (``docs/results/reach.json``), of which the
+smallest model is taken, and some without. Each is drawn, folded and lowered, with two images and with nine,
+which may be cut in slices; of a detector the backbone. What is counted is what ``lowered.lowering`` says,
+with the errors against float64. The folded module and the program are called in turns. One thread for each of two
+processes; a model whose process dies is named.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
+from statistics import geometric_mean
 
 import torch
 
@@ -21,11 +24,14 @@ import fxfuse
 from benchmarks.families import INT8, Record, first_line, images, place, prepared, sweep
 from benchmarks.pages import table
 from benchmarks.record import RESULTS, surroundings, write
+from fxfuse.lowering.timing import medians
 
 COMMAND = "python -m benchmarks.lowerable"
 CACHE = RESULTS.parents[1] / ".reach"
 BATCHES = (2, 9)
 LIMIT = 600.0  # seconds for one model
+# Families without batch norms, whose blocks are of another kind.
+WITHOUT = ("convnextv2_atto", "gmlp_s16_224", "mixer_s32_224", "resmlp_12_224", "swinv2_tiny_window8_256")
 
 
 def measure(spec: str) -> Record:
@@ -42,7 +48,13 @@ def measure(spec: str) -> Record:
     except Exception as error:  # third-party models are built and run, and may raise anything
         return {"failed": first_line(error)}
     lowered = {str(batch): fxfuse.lower(folded, given) for batch, given in zip(BATCHES, inputs, strict=True)}
-    return {"size": size} | {batch: each.lowering.to_dict() for batch, each in lowered.items()}
+    found: Record = {"size": size} | {batch: each.lowering.to_dict() for batch, each in lowered.items()}
+    for (batch, each), given in zip(lowered.items(), inputs, strict=True):
+        if not each.lowering.reason:
+            calls = {"folded": partial(folded, *given), "lowered": partial(each, *given)}
+            with torch.no_grad():
+                found[batch]["milliseconds"] = medians(calls, rounds=5, pause=0.0)
+    return found
 
 
 def smallest() -> list[str]:
@@ -51,7 +63,7 @@ def smallest() -> list[str]:
     for name, model in json.loads((RESULTS / "reach.json").read_text())["models"].items():
         if model.get("norms") and INT8 not in name:
             families.setdefault(place(name), []).append((model["parameters"], name))
-    return [min(members)[1] for members in families.values()]
+    return [*(min(members)[1] for members in families.values()), *(f"timm:{name}" for name in WITHOUT)]
 
 
 def page(record: Record) -> str:
@@ -69,15 +81,31 @@ def page(record: Record) -> str:
 
 Made by `{COMMAND}` at {record["commit"]}: {record["machine"]["processor"]}, {versions}.
 
-The smallest model of each family of timm and torchvision that has batch norms, with random weights, folded
-and lowered by `fxfuse.lower` for the engine "torch" on a CPU: in how many the program answers, after it was
-compared with the folded module. With nine images it may be one for slices of the batch. Of a detector the
-backbone is taken.
+The smallest model of each family of timm and torchvision that has batch norms, and some without, with random
+weights, folded and lowered by `fxfuse.lower` for the engine "torch" on a CPU: in how many the program
+answers, after it was compared with the folded module. With nine images it may be one for slices of the batch.
+Of a detector the backbone is taken.
 
 {counts}
+## How much faster
+
+The folded module's time over the program's, medians of five calls of each, in turns, on one thread while
+another model is measured beside; mostly with images of 64 pixels.
+
+{table(_speedups(models))}
 ## Where the folded module answers, and why
 
 {table(_others(models))}"""
+
+
+def _speedups(models: Mapping[str, Record]) -> Iterator[list[object]]:
+    """How many times as fast: the geometric mean, and the least of all."""
+    yield ["images", "geometric mean", "the least"]
+    for batch in BATCHES:
+        times = {name: model.get(str(batch), {}).get("milliseconds") for name, model in models.items()}
+        ratios = sorted((each["folded"] / each["lowered"], name) for name, each in times.items() if each)
+        least = ", ".join(f"{name} {ratio:.2f}" for ratio, name in ratios[:8])
+        yield [batch, f"{geometric_mean(ratio for ratio, _ in ratios):.2f}", least]
 
 
 def _others(models: Mapping[str, Record]) -> Iterator[list[object]]:

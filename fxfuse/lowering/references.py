@@ -35,6 +35,9 @@ _POINTWISE = {*ACTIVATIONS, "aten::add", "aten::mul", "aten::div", "aten::softma
 _CHANNELS_LAST = [0, 2, 3, 1]
 _FORMATS = {torch.contiguous_format: 0, torch.channels_last: 2}
 
+Shape = tuple[Sequence[int], Sequence[int]]
+"""Sizes and strides."""
+
 
 def avoid_references(graph: Any) -> None:
     """Has operators computed by torch, or read a copy, where oneDNN has no other kernel for them."""
@@ -58,6 +61,8 @@ def _has_only_a_reference(node: Any) -> bool:
     kinds = [value.type() for value in (*tensors, node.output())]
     if any(kind.sizes() is None or kind.strides() is None for kind in kinds):
         return False
+    if kinds[-1].scalarType() not in {"Float", "BFloat16"}:  # of which it computes nothing
+        return False
     shapes = [(kind.sizes(), kind.strides()) for kind in kinds[:-1] if kind.sizes()]
     if not all(_is_dense(*shape) for shape in shapes):
         return True
@@ -65,35 +70,24 @@ def _has_only_a_reference(node: Any) -> bool:
         sizes, strides = shapes[0]
         return _order(sizes, strides) != sorted(_order(sizes, strides))
     result = kinds[-1].sizes()
-    whole = [shape for shape in shapes if shape[0] == result]
-    if not whole or (node.kind() == "aten::div" and shapes[0][0] != result):
+    whole = next((shape for shape in shapes if shape[0] == result), None)
+    if whole is None or (node.kind() == "aten::div" and shapes[0][0] != result):
         return True
-    return not all(
-        _is_spread(result, sizes, _order(sizes, strides) == _order(*whole[0]))
-        for sizes, strides in shapes
-        if sizes != result
-    )
+    return not all(_is_spread(shape, whole) for shape in shapes if shape[0] != result)
 
 
-def _is_spread(result: Sequence[int], sizes: Sequence[int], alike: bool) -> bool:
-    """Whether an operand of fewer elements is one that oneDNN's kernels know, for a result of these sizes.
+def _is_spread(part: Shape, whole: Shape) -> bool:
+    """Whether the smaller of two operands varies as oneDNN's kernels know it.
 
-    It may vary along the last axes only; along these and the first; along the second, along the first two.
-
-    Args:
-        result: sizes of the result.
-        sizes: those of the operand.
-        alike: whether its axes lie in memory in the order of the other operand's.
+    That is along the last axes, maybe along the first as well, and along the second alone or with the first.
     """
-    sizes = [1] * (len(result) - len(sizes)) + [*sizes]
-    first, *rest = [own == whole for own, whole in zip(sizes, result, strict=True)]
-    if all(size == 1 for size in sizes):
-        return True
-    if not any(rest[1:]):  # a number for each channel, maybe of each sample
-        return rest[:1] == [True] or len(result) == 2
-    if rest == sorted(rest):
-        return alike or first or not rest[0]
-    return False
+    missing = len(whole[0]) - len(part[0])
+    first, *others = [*[False] * missing, *(size > 1 for size in part[0])]
+    if not any(others[1:]):  # a number for each channel, maybe of each sample
+        return others[:1] == [True] or not first or len(others) == 1
+    own_order = [axis + missing for axis in _order(*part)]
+    is_alike = own_order == [axis for axis in _order(*whole) if axis in own_order]
+    return others == sorted(others) and (first or not others[0] or is_alike)
 
 
 def _is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
@@ -144,11 +138,11 @@ def _read_copy(graph: Any, node: Any, place: int, images: set[str]) -> None:
         is_read = not order or order[-1] >= len(sizes) - 2
     if is_read and (is_pooling or value.debugName() not in images):
         return
-    layout = torch.channels_last if is_pooling and order[-1:] == [1] else torch.contiguous_format
+    is_image = is_pooling and len(sizes) == 4 and order[-1:] == [1]
+    layout = torch.channels_last if is_image else torch.contiguous_format
     graph.setInsertPoint(node)
-    copy = graph.insertNode(
-        graph.create("aten::contiguous", [value, graph.insertConstant(_FORMATS[layout])], 1)
-    )
+    given = [value, graph.insertConstant(_FORMATS[layout])]
+    copy = graph.insertNode(graph.create("aten::contiguous", given, 1))
     like = torch.empty(sizes, dtype=kind.dtype(), memory_format=layout)
     copy.output().setType(torch._C.TensorType.create_from_tensor(like))
     node.replaceInput(place, copy.output())
