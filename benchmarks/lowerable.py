@@ -3,8 +3,8 @@
 Families are those of timm and torchvision with batch norms (``docs/results/reach.json``), of which the
 smallest model is taken, and some without. Each is drawn, folded and lowered, with two images and with nine,
 which may be cut in slices; of a detector the backbone. What is counted is what ``lowered.lowering`` says,
-with the errors against float64. The folded module and the program are called in turns. One thread for each of two
-processes; a model whose process dies is named.
+with the errors against float64. The folded module and the program are called in turns. One thread for each
+of two processes; a model whose process dies is named.
 """
 
 from __future__ import annotations
