@@ -28,7 +28,7 @@ import fxfuse
 from benchmarks.pages import table
 from benchmarks.record import surroundings, write
 from fxfuse import zoo
-from fxfuse.lowering import edits, onednn
+from fxfuse.lowering import edits, onednn, torchscript
 from fxfuse.lowering.engines import ENGINES, Engine
 from fxfuse.lowering.timing import samples
 
@@ -41,8 +41,11 @@ CASES = (
 # Edits of a graph, the function that makes them, and models with something to edit.
 EDITS: tuple[tuple[str, tuple[Any, str], str, int], ...] = (
     ("attention as one call", (onednn, "write_out"), "timm:maxvit_tiny_tf_224", 2),
-    ("attention as one call", (onednn, "write_out"), "timm:vit_tiny_patch16_224", 2),
     ("shuffles step by step", (edits, "_join_shuffle"), "torchvision:shufflenet_v2_x1_0", 8),
+    ("kernels of reference", (torchscript, "avoid_references"), "timm:efficientformerv2_s0", 2),
+    ("kernels of reference", (torchscript, "avoid_references"), "timm:gmlp_s16_224", 2),
+    ("concatenations of all parts", (onednn, "grow"), "torchvision:densenet121", 1),
+    ("concatenations of all parts", (onednn, "grow"), "torchvision:densenet121", 8),
 )
 POST_OPS: dict[Any, tuple[str, list[float]]] = {
     nn.ReLU: ("relu", []),

@@ -1,5 +1,8 @@
 """Operands for which oneDNN has a kernel of reference only: torch computes them, or a copy is read."""
 
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.lowering import onednn, torchscript
+from fxfuse.lowering.references import _has_only_a_reference
 from tests.lowering import Written, X, folded, near
 from tests.test_onednn import kernels
 
@@ -85,11 +89,11 @@ def network(function):
     return folded(Written(function, **layers))
 
 
-def references(lowered, capfd):
+def references(call, capfd):
     """The kernels of reference in a call, by primitive."""
     capfd.readouterr()
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
-        lowered(X)
+        call()
     lines = [line.split(",") for line in capfd.readouterr().out.splitlines()]
     primitives = [line[5:7] for line in lines if line[2:4] == ["primitive", "exec"]]
     assert primitives, "oneDNN was not seen to compute anything"
@@ -102,12 +106,12 @@ def test_there_are_none(kind, way, capfd, monkeypatch):
     lowered = fxfuse.lower(model, (X,))
     assert not lowered.lowering.reason
     near(lowered, X)
-    assert not references(lowered, capfd)
+    assert not references(partial(lowered, X), capfd)
     for each in ("avoid_references", "_join_swish", "_keep_from_activations"):
         monkeypatch.setattr(torchscript, each, lambda *_: None)
     plain = fxfuse.lower(model, (X,))
     assert not plain.lowering.reason
-    assert references(plain, capfd) == {kind}, "there is nothing to avoid"
+    assert references(partial(plain, X), capfd) == {kind}, "there is nothing to avoid"
 
 
 # What oneDNN's other kernels know stays with it.
@@ -126,7 +130,7 @@ def test_other_operands_stay_with_onednn(way, capfd):
     lowered = fxfuse.lower(network(KNOWN[way]), (X,))
     assert not lowered.lowering.reason
     near(lowered, X)
-    assert not references(lowered, capfd)
+    assert not references(partial(lowered, X), capfd)
     inside, _ = kernels()
     assert any({"add", "mul"} & {*each} for each in inside)
 
@@ -141,5 +145,34 @@ def test_the_answer_of_a_single_number():
 def test_bfloat16(capfd):
     model = network(row_gated)
     lowered = fxfuse.lower(model, (X,), dtype=torch.bfloat16)
-    assert not lowered.lowering.reason and not references(lowered, capfd)
+    assert not lowered.lowering.reason and not references(partial(lowered, X), capfd)
     assert onednn.edit is torchscript.edit
+
+
+def operands(rank):
+    """Of a product: a whole one and one that is spread over it, in all ways, orders and memory formats."""
+    formats = [torch.contiguous_format, torch.channels_last] if rank == 4 else [torch.contiguous_format]
+    for short in product((False, True), repeat=rank):
+        sizes = [1 if one else axis + 3 for axis, one in enumerate(short)]
+        for spread in product((False, True), repeat=rank):
+            part = [1 if one else size for size, one in zip(sizes, spread, strict=True)]
+            if part != sizes and (rank < 5 or not any(short)):
+                for one, other in product(formats, formats):
+                    whole = torch.randn(sizes).contiguous(memory_format=one)
+                    yield whole, torch.randn(part).contiguous(memory_format=other)
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+def test_the_rule_for_operands_that_are_spread(rank, capfd):
+    """It says of all of them what oneDNN does."""
+    seen = set()
+    for whole, part in operands(rank):
+        for given in ((whole, part), (part, whole)):
+            with onednn._onednn_graph(True):
+                traced = torch.jit.trace(lambda one, other: torch.relu(one * other), given, check_trace=False)
+                for _ in range(2):
+                    traced(*given)
+                is_reference = bool(references(partial(traced, *given), capfd))
+            assert _has_only_a_reference(traced.graph.findNode("aten::mul")) == is_reference, given[1].shape
+            seen.add(is_reference)
+    assert seen == ({False} if rank == 2 else {False, True})
