@@ -41,7 +41,7 @@ LAYERS = [
     ["following"],
     ["rewrite"],
     ["lowering.__init__", "lowering.purity", "lowering.timing", "lowering.records", "lowering.state"],
-    ["lowering.specialised"],
+    ["lowering.traces", "lowering.specialised"],
     ["lowering.specialise"],
     ["lowering.allocator"],
     ["lowering.edits"],

@@ -12,7 +12,7 @@ import fxfuse
 from fxfuse.lowering import onednn, torchscript
 from fxfuse.lowering.references import _has_only_a_reference
 from tests.lowering import Written, X, folded, near
-from tests.test_onednn import kernels
+from tests.test_onednn import assert_same_for_large_numbers, called, kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's tracer
 
@@ -78,6 +78,9 @@ REFERENCES = {
     ("matmul", "product behind a convolution of products"): lambda m, y: (
         m.other((z := y.cumsum(1)) @ z.transpose(2, 3)) @ z
     ),
+    ("matmul", "product of what is concatenated"): lambda m, y: (
+        torch.cat([m.other(y), y], 1) @ torch.cat([y, y], 1).cumsum(1)
+    ),
     ("pooling", "maxima of a half"): lambda m, y: m.other(F.max_pool2d(halves(m, y)[0], 2)),
     ("pooling", "means of a half"): lambda m, y: m.other(F.avg_pool2d(halves(m, y)[1], 2)),
 }
@@ -135,11 +138,41 @@ def test_other_operands_stay_with_onednn(way, capfd):
     assert any({"add", "mul"} & {*each} for each in inside)
 
 
-def test_the_answer_of_a_single_number():
-    """Sizes of what has no axes are no sizes."""
-    lowered = fxfuse.lower(network(lambda m, y: m.other(y) / (y.mean() - 9 * y.amax())), (X,))
+# What must not be taken for something else.
+OTHERS = {
+    "a quotient of single numbers": lambda m, y: m.other(y) / (y.mean() - 9 * y.amax()),
+    "softmax of a single number": lambda m, y: m.other(y) + y.mean().softmax(0),
+    "sum with a mask": lambda m, y: m.head((z := m.rows(tokens(y)))[..., :8] + (z[..., 8:] > 0)),
+    "swish of integers": lambda m, y: m.other(y) + (n := (y > 0).long() + 1) * torch.sigmoid(n),
+    "swish of what is spread": lambda m, y: m.other(y) * torch.sigmoid(m.other(y)[:, :1]),
+    "product of masks": lambda m, y: m.other(y) * ((y > 0) * (y < 1)),
+    "sum of integers": lambda m, y: m.other(y) + ((y > 0).long()[:, :4] + (y > 1).long()[:, 4:]).sum(),
+    "floor of a quotient": lambda m, y: m.head(
+        torch.div((z := m.rows(tokens(y)))[..., :8], z[..., 8:].cosh(), rounding_mode="floor")
+    ),
+    "softmax in another dtype": lambda m, y: m.head(
+        m.rows(tokens(y))[..., :8].transpose(1, 2).softmax(-1, dtype=y.dtype).transpose(1, 2)
+    ),
+    "number in front": lambda m, y: (
+        m.head(torch.add(0.5, (z := m.rows(tokens(y)))[..., :8], alpha=2)) + z[..., 8:]
+    ),
+}
+
+
+@pytest.mark.parametrize("way", OTHERS)
+def test_what_is_something_else(way):
+    lowered = fxfuse.lower(network(OTHERS[way]), (X,))
     assert not lowered.lowering.reason
     near(lowered, X)
+
+
+def test_a_gate_of_what_is_written_to_later():
+    def written(_, y):
+        gate = torch.sigmoid(y)
+        y[:, :4].clamp_(-3, 3)
+        return y * gate
+
+    assert_same_for_large_numbers(called(written), atol=1e-4)
 
 
 def test_bfloat16(capfd):

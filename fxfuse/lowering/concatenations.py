@@ -6,58 +6,61 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxfuse.aliases import plain_layer
-from fxfuse.calls import arguments, operator_name
-from fxfuse.layers import NORM_FUNCTIONS
-from fxfuse.lowering.specialised import WRITES
+from fxfuse.memory import Memory
+from fxfuse.nodes import LeftNorm, Norm
+from fxfuse.ops import Reader
+from fxfuse.transparent import Concat
 
 Parts = Mapping[fx.Node, Sequence[fx.Node]]
-"""What concatenations are made of; one that begins with another one, of the parts of that."""
+"""What is in each concatenation; one that begins with another one begins with the parts of that."""
 
 
-def grow(module: fx.GraphModule) -> None:
+def grow(module: fx.GraphModule) -> bool:
     """Has images that are concatenated again with more channels grow in one block, channels last.
 
-    What reads them reads a view with gaps. That is done where norms do, which write a block of their own.
+    What reads them reads a view with gaps. That is done where only norms do, which give a block of their own.
 
     Args:
         module: the graph, which is changed. Values are known by ``meta["val"]``.
+
+    Returns:
+        Whether there are any. Then the graph writes in place.
     """
+    reader = Reader(module, module.graph)
+    memory = Memory(module.graph, reader, {})
     parts: dict[fx.Node, list[fx.Node]] = {}
     for node in module.graph.nodes:
-        if tensors := _growing(module, node):
+        tensors = _concatenated(reader, node)
+        if tensors and _may_grow(reader, memory, node, tensors):
             first, *more = tensors
             parts[node] = [*parts.get(first, [first]), *more]
-    for chain in _chains(parts):
+    chains = [*_chains(parts)]
+    for chain in chains:
         _write_to_one_block(chain, parts)
     module.recompile()
+    return bool(chains)
 
 
-def _growing(module: fx.GraphModule, node: fx.Node) -> Sequence[fx.Node]:
-    """The images that are concatenated by their channels, if nothing speaks against that they grow."""
-    tensors = _concatenated(node)
-    if not tensors:
-        return []
-    values = [node, *tensors]
-    users = {user for value in values for user in value.users if user.op != "output"}
-    is_read = (_is_norm(module, user) or _concatenated(user)[:1] == [node] for user in node.users)
-    is_written = any(user.meta.get(WRITES, True) for user in users)
-    dtypes = {value.meta["val"].dtype for value in values}
-    return tensors if len(dtypes) == 1 and not is_written and all(is_read) else []
-
-
-def _concatenated(node: fx.Node) -> list[fx.Node]:
+def _concatenated(reader: Reader, node: fx.Node) -> tuple[fx.Node, ...]:
     """The images that `node` concatenates by their channels; none if it does something else."""
-    if operator_name(node) not in {"cat", "concat", "concatenate"} or node.meta["val"].dim() != 4:
-        return []
-    given = arguments(node)
-    return [*given["tensors"]] if given["dim"] in (1, -3) else []
+    op = reader.read(node)
+    is_one = isinstance(op, Concat) and op.axis in {1, -3} and node.meta["val"].dim() == 4
+    return op.inputs if isinstance(op, Concat) and is_one else ()
 
 
-def _is_norm(module: fx.GraphModule, node: fx.Node) -> bool:
-    return operator_name(node) in NORM_FUNCTIONS or isinstance(plain_layer(module, node), _BatchNorm)
+def _may_grow(reader: Reader, memory: Memory, node: fx.Node, tensors: Sequence[fx.Node]) -> bool:
+    """Whether norms and longer concatenations read it, of one dtype, and nobody writes to any of it later."""
+    values = {node, *tensors}
+    for user in node.users:
+        longer = _concatenated(reader, user)
+        if not isinstance(reader.read(user), (Norm, LeftNorm)) and longer[:1] != (node,):
+            return False
+        if node in longer[1:]:
+            return False
+    return len({value.meta["val"].dtype for value in values}) == 1 and not (
+        reader.written_inputs(node) or any(map(memory.is_written_after, values))
+    )
 
 
 def _chains(parts: Parts) -> Iterator[list[fx.Node]]:

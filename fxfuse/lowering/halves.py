@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fxfuse.lowering.traces import may_write
+
 _jit: Any = torch._C
 # What puts values together and takes them apart again. It is no operator, and may be in both halves.
 _PLAIN = {
@@ -25,7 +27,7 @@ def halves(graph: Any) -> tuple[Any, Any] | None:
     """
     nodes = [*graph.nodes()]
     places = [place for place, node in enumerate(nodes) if is_operator(node)]
-    if len(places) < 2 or any(_may_write(nodes[place]) for place in places):
+    if len(places) < 2 or any(may_write(nodes[place]) for place in places):
         return None
     middle = places[len(places) // 2]
     passed = _passed(nodes, middle, graph.outputs())
@@ -45,11 +47,6 @@ def halves(graph: Any) -> tuple[Any, Any] | None:
 def is_operator(node: Any) -> bool:
     """Whether it computes something."""
     return node.kind() not in _PLAIN
-
-
-def _may_write(node: Any) -> bool:
-    """Whether its schema says so, or nothing about it."""
-    return "!" in node.schema() or node.schema() == "(no schema)"
 
 
 def _passed(nodes: Sequence[Any], middle: int, results: Sequence[Any]) -> list[tuple[int, int]]:

@@ -45,12 +45,28 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
         raise UnsupportedError("this build of torch is without oneDNN Graph")
     if any(tensor.device.type != "cpu" for tensor in (*inputs, *graph.module.state_dict().values())):
         raise UnsupportedError("its kernels are for CPUs")
+    program, compiler, grows = _program(graph, inputs, dtype, grow)
+    if grows and not compiler.kernels:  # what writes in place is not cut in halves
+        program, compiler, _ = _program(graph, inputs, dtype, lambda _: False)
+    if not compiler.kernels:
+        raise UnsupportedError(compiler.failure or "oneDNN Graph has no kernel for any part of it")
+    return program
+
+
+def _program(
+    graph: Specialised,
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype | None,
+    grow: Callable[[fx.GraphModule], bool],
+) -> tuple[Callable[..., Any], _TraceCompiler, bool]:
+    """A function of a list of tensors, what compiled it, and whether concatenations grow in it."""
     module = copy.deepcopy(graph.module) if dtype is None else in_dtype(graph, dtype)
     module.requires_grad_(False)  # what is no input of a function becomes a constant of its trace
+    grows = False
     if not _writes_to_views(graph.module):
+        grows = grow(module)
         if dtype is None:
             write_out(module)
-        grow(module)
         put_channels_last(module, [result.is_contiguous() for result in graph.results])
 
     def function(*tensors: Tensor) -> Any:
@@ -68,9 +84,7 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
             program = compiler.compile(traced.graph, [*inputs, *constants])
     except RuntimeError as error:
         raise UnsupportedError(f"TorchScript fails: {_last_line(error)}") from error
-    if not compiler.kernels:
-        raise UnsupportedError(compiler.failure or "oneDNN Graph has no kernel for any part of it")
-    return lambda tensors: program(*tensors, *constants)
+    return lambda tensors: program(*tensors, *constants), compiler, grows
 
 
 @dataclass

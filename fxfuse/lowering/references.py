@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fxfuse.lowering.traces import insert
+
 # Left to torch: the same by names that oneDNN Graph does not know; a sum is the difference with −α.
 _NAMES = {
     "aten::mul": "aten::multiply",
@@ -20,6 +22,7 @@ _NAMES = {
 }
 _PRODUCTS = {"aten::matmul", "aten::bmm"}
 _POOLINGS = {"aten::max_pool2d", "aten::avg_pool2d"}
+_READERS = {*_PRODUCTS, *_POOLINGS, "aten::softmax"}
 # What has a layout of its choice, and what keeps that of what it reads.
 _IMAGES = {"aten::_convolution", *_POOLINGS}
 ACTIVATIONS = {
@@ -29,11 +32,11 @@ ACTIVATIONS = {
         *("hardswish", "exp", "log", "sqrt", "square", "abs", "round"),
     )
 }
-"""Functions of single numbers that oneDNN Graph knows."""
-_POINTWISE = {*ACTIVATIONS, "aten::add", "aten::mul", "aten::div", "aten::softmax", "aten::cat"}
-# The axes of images, from the slowest in memory to the fastest, and how TorchScript writes memory formats.
+"""Functions of single numbers that oneDNN Graph knows, or takes apart into such."""
+_ARITHMETIC = {"aten::add", "aten::mul", "aten::div"}
+_LAID_OUT_ALIKE = {*ACTIVATIONS, *_ARITHMETIC, "aten::softmax", "aten::cat", "prim::ListConstruct"}
+# The axes of images with channels last, from the slowest in memory to the fastest.
 _CHANNELS_LAST = [0, 2, 3, 1]
-_FORMATS = {torch.contiguous_format: 0, torch.channels_last: 2}
 
 Shape = tuple[Sequence[int], Sequence[int]]
 """Sizes and strides."""
@@ -46,34 +49,34 @@ def avoid_references(graph: Any) -> None:
         if node.kind() in _NAMES and _has_only_a_reference(node):
             _rename(graph, node)
             continue
-        if node.kind() in _PRODUCTS | _POOLINGS | {"aten::softmax"}:
+        if node.kind() in _READERS:
             for place in range(2 if node.kind() in _PRODUCTS else 1):
                 _read_copy(graph, node, place, images)
-        if node.kind() in _IMAGES or (
-            node.kind() in _POINTWISE and any(value.debugName() in images for value in node.inputs())
-        ):
+        is_alike = node.kind() in _LAID_OUT_ALIKE
+        if node.kind() in _IMAGES or (is_alike and any(each.debugName() in images for each in node.inputs())):
             images |= {value.debugName() for value in node.outputs()}
 
 
 def _has_only_a_reference(node: Any) -> bool:
     """Whether that is so of operands that lie in memory like these, as far as the trace tells."""
-    tensors = [value for value in node.inputs() if value.type().kind() == "TensorType"]
-    kinds = [value.type() for value in (*tensors, node.output())]
-    if any(kind.sizes() is None or kind.strides() is None for kind in kinds):
+    tensors = [value.type() for value in node.inputs() if value.type().kind() == "TensorType"]
+    result = node.output().type()
+    kinds = [*tensors, result]
+    if any(kind.sizes() is None or kind.strides() is None for kind in kinds) or not result.sizes():
         return False
-    if kinds[-1].scalarType() not in {"Float", "BFloat16"}:  # of which it computes nothing
-        return False
-    shapes = [(kind.sizes(), kind.strides()) for kind in kinds[:-1] if kind.sizes()]
+    dtypes = {kind.scalarType() for kind in kinds if kind.sizes()}
+    if not dtypes <= {"Float", "BFloat16"} or "Bool" in (kind.scalarType() for kind in kinds):
+        return False  # it computes nothing of others
+    shapes = [(kind.sizes(), kind.strides()) for kind in tensors]
     if not all(_is_dense(*shape) for shape in shapes):
         return True
     if node.kind() == "aten::softmax":
-        sizes, strides = shapes[0]
-        return _order(sizes, strides) != sorted(_order(sizes, strides))
-    result = kinds[-1].sizes()
-    whole = next((shape for shape in shapes if shape[0] == result), None)
-    if whole is None or (node.kind() == "aten::div" and shapes[0][0] != result):
+        order = _order(*shapes[0])
+        return order != sorted(order)
+    whole = next((shape for shape in shapes if shape[0] == result.sizes()), None)
+    if whole is None or (node.kind() == "aten::div" and shapes[0] != whole):
         return True
-    return not all(_is_spread(shape, whole) for shape in shapes if shape[0] != result)
+    return not all(_is_spread(shape, whole) for shape in shapes if shape[0] != result.sizes())
 
 
 def _is_spread(part: Shape, whole: Shape) -> bool:
@@ -108,13 +111,12 @@ def _order(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
 
 def _rename(graph: Any, node: Any) -> None:
     """Puts the same function by its other name in the place of a node."""
-    graph.setInsertPoint(node)
     inputs = [*node.inputs()]
     if node.kind() == "aten::add":
+        graph.setInsertPoint(node)
         inputs[2] = graph.insertConstant(-inputs[2].toIValue())
-    other = graph.insertNode(graph.create(_NAMES[node.kind()], inputs, 1))
-    other.output().setType(node.output().type())
-    node.output().replaceAllUsesWith(other.output())
+    other = insert(graph, node, _NAMES[node.kind()], inputs, node.output().type())
+    node.output().replaceAllUsesWith(other)
     node.destroy()
 
 
@@ -122,8 +124,8 @@ def _read_copy(graph: Any, node: Any, place: int, images: set[str]) -> None:
     """Has a node read a copy of an operand that lies in memory as no kernel for it reads it.
 
     A product has its last or its last but one axis the fastest; what is pooled is a block, with its channels
-    the fastest axis or its axes in order. What lies as it should, and may be laid out otherwise by oneDNN
-    Graph, is copied by an operator that it does not know.
+    the fastest axis or its axes in order. Products and softmax read a copy, too, of what lies as it should
+    but may be laid out otherwise by oneDNN Graph: a copy that lies as it did is none of its operators.
     """
     value = [*node.inputs()][place]
     kind = value.type()
@@ -140,9 +142,8 @@ def _read_copy(graph: Any, node: Any, place: int, images: set[str]) -> None:
         return
     is_image = is_pooling and len(sizes) == 4 and order[-1:] == [1]
     layout = torch.channels_last if is_image else torch.contiguous_format
-    graph.setInsertPoint(node)
-    given = [value, graph.insertConstant(_FORMATS[layout])]
-    copy = graph.insertNode(graph.create("aten::contiguous", given, 1))
     like = torch.empty(sizes, dtype=kind.dtype(), memory_format=layout)
-    copy.output().setType(torch._C.TensorType.create_from_tensor(like))
-    node.replaceInput(place, copy.output())
+    graph.setInsertPoint(node)
+    given = [value, graph.insertConstant(2 if is_image else 0)]  # memory formats, as TorchScript writes them
+    copy = insert(graph, node, "aten::contiguous", given, torch._C.TensorType.create_from_tensor(like))
+    node.replaceInput(place, copy)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.lowering.references import ACTIVATIONS, avoid_references
+from fxfuse.lowering.traces import insert, may_write
 
 _jit: Any = torch._C
 # Their kernels write to new memory, unless something follows that does not.
@@ -72,20 +73,23 @@ def _know_sizes(graph: Any) -> None:
 
 
 def _join_swish(graph: Any) -> None:
-    """Puts SiLU in the place of x · σ(x): it is joined to what gives x, and these two are not."""
+    """Puts SiLU in the place of x · σ(x), whose sigmoid would be kept apart from what gives x.
+
+    Where nothing is written in place: x may be another one in the product than in the sigmoid.
+    """
+    if any(map(may_write, graph.nodes())):
+        return
     for node in graph.findAllNodes("aten::mul"):
-        given = [*node.inputs()]
-        for x, gate in (given, given[::-1]):
-            if (
-                gate.node().kind() == "aten::sigmoid"
-                and next(gate.node().inputs()).debugName() == x.debugName()
-            ):
-                graph.setInsertPoint(node)
-                joined = graph.insertNode(graph.create("aten::silu", [x], 1))
-                joined.output().setType(node.output().type())
-                node.output().replaceAllUsesWith(joined.output())
+        one, other = node.inputs()
+        for x, gate in ((one, other), (other, one)):
+            if _is_sigmoid_of(x, gate) and x.type().dtype().is_floating_point:
+                node.output().replaceAllUsesWith(insert(graph, node, "aten::silu", [x], node.output().type()))
                 break
     _jit._jit_pass_dce(graph)
+
+
+def _is_sigmoid_of(x: Any, gate: Any) -> bool:
+    return bool(gate.node().kind() == "aten::sigmoid" and gate.node().input().debugName() == x.debugName())
 
 
 def _operands(node: Any) -> dict[int, Any]:
@@ -115,9 +119,9 @@ def _give_axes(graph: Any, node: Any) -> None:
         if not _rank(value) and _rank(node.output()) and _is_computed(value, node.output()):
             graph.setInsertPoint(node)
             ones = [1] * _rank(node.output())
-            spread = graph.insertNode(graph.create("aten::reshape", [value, graph.insertConstant(ones)], 1))
-            spread.output().setType(value.type().with_sizes(ones))
-            node.replaceInput(place, spread.output())
+            sizes = graph.insertConstant(ones)
+            spread = insert(graph, node, "aten::reshape", [value, sizes], value.type().with_sizes(ones))
+            node.replaceInput(place, spread)
 
 
 def _keep_apart(graph: Any, node: Any) -> None:
@@ -164,10 +168,7 @@ def _rank(value: Any) -> int:
 def _read_through_view(graph: Any, node: Any, place: int) -> None:
     """Has a node read a view of an input."""
     value = [*node.inputs()][place]
-    view = graph.create("aten::alias", [value], 1)
-    view.insertBefore(node)
-    view.output().setType(value.type())
-    node.replaceInput(place, view.output())
+    node.replaceInput(place, insert(graph, node, "aten::alias", [value], value.type()))
 
 
 def _keep_what_is_read_later(graph: Any) -> None:
