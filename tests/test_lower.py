@@ -50,6 +50,65 @@ def test_sizes_layouts_and_slices_that_were_not_in_the_examples(engine):
     assert len(lowered._outcomes) == 5 and all(each.run for each in lowered._outcomes.values())
 
 
+class Optional(Net):
+    """Whose forward takes options, so that fuse keeps its modules."""
+
+    def forward(self, x, mask=None, double: bool = False):
+        y = self.stem(x)
+        y = y if mask is None else y * mask
+        y = F.relu(y + self.point(self.deep(y)))
+        return 2 * y if double else y
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_options_have_their_defaults_in_programs(engine, caplog):
+    model = folded(Optional())
+    assert isinstance(model, Optional) and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    lowered = fxfuse.lower(model, (X,), engine)
+    assert not lowered.lowering.reason
+    near(lowered, X)
+    mask = (torch.randn(12, 12) > 0).float()
+    for given, options in (
+        ((X, mask), {}),
+        ((X,), {"mask": mask}),
+        ((X, None, True), {}),
+        ((X,), {"double": True}),
+    ):
+        assert torch.equal(lowered(*given, **options), model(*given, **options))
+    assert "runs as it was folded" in caplog.text
+    torch.testing.assert_close(lowered(X, None, False), model(X), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lowered(X, double=False), model(X), rtol=1e-4, atol=1e-4)
+
+
+def test_modules_that_were_kept_for_their_class():
+    model = fxfuse.fuse(randomise(Net()).float(), keep_modules=True)
+    lowered = fxfuse.lower(model, (X,))
+    assert isinstance(model, Net) and not lowered.lowering.reason
+    near(lowered, X)
+
+
+class Counting(Net):
+    """Which remembers how often it was called."""
+
+    def forward(self, x, scale=None):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x) * self.calls
+
+
+class Deciding(Net):
+    def forward(self, x, scale=None):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+@pytest.mark.parametrize("make", [Counting, Deciding])
+def test_what_cannot_be_traced_answers_itself(make):
+    model = folded(make())
+    lowered = fxfuse.lower(model, (X,))
+    assert f"{make.__name__} is no graph: " in lowered.lowering.reason
+    first, second = lowered(X), lowered(X)
+    assert torch.equal(first, second) == (make is Deciding)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_structured_outputs_and_several_inputs(engine):
     def function(_, y, z):
@@ -114,13 +173,6 @@ def test_integers_that_are_given(engine, way):
     assert is_lowered == (not lowered.lowering.reason)
     assert is_lowered or "integers" in lowered.lowering.reason
     assert torch.allclose(lowered(X, 8 - numbers), model(X, 8 - numbers), rtol=1e-4, atol=1e-5)
-
-
-def test_kept_modules_are_no_graph():
-    model = fxfuse.fuse(randomise(Net()).float(), keep_modules=True)
-    lowered = fxfuse.lower(model, (X,))
-    assert "no graph" in lowered.lowering.reason
-    assert torch.equal(lowered(X), model(X))
 
 
 def test_it_is_copied_pickled_converted_and_loaded():

@@ -205,7 +205,7 @@ def prepared(batch):
     inputs = (torch.randn(batch, 3, 12, 12),)
     with torch.no_grad():
         whole = specialise(model, without_numbers(inputs))
-    return Compiler(model, engines.ENGINES["torch"], None), inputs, batch, whole
+    return Compiler(model, model, engines.ENGINES["torch"], None), inputs, batch, whole
 
 
 @pytest.mark.parametrize("way", MIXED)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxfuse.comparison import same_numbers
@@ -39,9 +39,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Compiler:
-    """Compiles a folded module on an engine, to compute in `dtype` if one is given."""
+    """Compiles a folded module, by a graph of it, on an engine, to compute in `dtype` if one is given."""
 
-    folded: fx.GraphModule
+    folded: nn.Module
+    graph: fx.GraphModule
     engine: Engine
     dtype: torch.dtype | None
 
@@ -54,7 +55,7 @@ class Compiler:
         Raises:
             UnsupportedError: there is none; whatever the engine raises is a reason.
         """
-        graph = specialise(self.folded, inputs)
+        graph = specialise(self.graph, inputs)
         tensors = graph.tensors(pytree.tree_leaves(_drawn(inputs, seed=1)))
         with refusing():
             program = self.engine.compile(graph, tensors, self.dtype)

@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.candidates import Compiler, Outcome
 from fxfuse.lowering.engines import Engine
 from fxfuse.lowering.slices import in_slices
+from fxfuse.lowering.specialise import graph_of
 from fxfuse.precision import no_autocast
 from fxfuse.runs import REJECTIONS
 from fxfuse.runs import run as run_module
@@ -30,17 +31,15 @@ def compile_verified(
     """A program of an engine for inputs like these, compared with `folded` on them, or on slices of them.
 
     Of both the outputs are held against a run of `folded` in float64. The program may be about as far from it
-    as `folded` is, in `dtype` if one is given: see ``fxfuse.verify`` on rounding. Raises what `folded` raises
-    if it does not take the inputs.
+    as `folded` is, in `dtype` if one is given: see ``fxfuse.verify`` on rounding. Where the modules were kept
+    since forward has options, as those of vision transformers have, a program is for these at their defaults.
+    Raises what `folded` raises if it does not take the inputs.
     """
-    if not isinstance(folded, fx.GraphModule):
-        name = type(folded).__name__
-        return Outcome(None, f"{name} is no graph: it could not be traced whole, or its modules were kept")
     # Tensors of inference mode could not become constants.
     with _COMPILES, torch.inference_mode(False), torch.no_grad(), no_autocast():
         try:
             own = pytree.tree_map(_own_copy, tuple(inputs))
-            compiler = Compiler(folded, engine, dtype)
+            compiler = Compiler(folded, graph_of(folded), engine, dtype)
             outcome = in_slices(compiler, own) or compiler.compile(own).verify()
             return _in_layout_of(inputs, own, outcome)
         except UnsupportedError as error:

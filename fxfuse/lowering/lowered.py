@@ -35,9 +35,9 @@ class Lowered(nn.Module):
     (structure, shapes, layouts, dtypes, devices, values that are no tensors, the number of threads, and with
     CUDA graphs the stream) the first call compiles a program and compares it with the folded module; that of
     the example inputs is there from the beginning. Where the engine cannot do that, for more than 16 kinds,
-    and under autocast, the folded module answers. Weights are constants of the programs: these are compiled
-    anew after ``to`` and ``load_state_dict`` of this module, and blind to what is written to the weights
-    otherwise.
+    and under autocast, the folded module answers. Weights are constants of the programs, and so is what else
+    of its modules forward reads: programs are compiled anew after ``to`` and ``load_state_dict`` of this
+    module, and blind to what is written to the folded module otherwise.
 
     Attributes:
         folded: the folded module.

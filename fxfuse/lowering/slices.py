@@ -44,7 +44,7 @@ def in_slices(compiler: Compiler, inputs: tuple[Any, ...]) -> Outcome | None:
         return None
     try:
         with refusing(), _quiet():
-            whole = specialise(compiler.folded, without_numbers(inputs))
+            whole = specialise(compiler.graph, without_numbers(inputs))
         if not keeps_samples_apart(whole.module, batch):
             return None
         return _Slices(compiler, inputs, batch, whole).verified()
