@@ -42,7 +42,7 @@ LAYERS = [
     ["rewrite"],
     ["lowering.__init__", "lowering.purity", "lowering.timing", "lowering.records", "lowering.state"],
     ["lowering.traces", "lowering.specialised"],
-    ["lowering.specialise"],
+    ["lowering.specialise", "lowering.kept"],
     ["lowering.allocator"],
     ["lowering.edits"],
     [

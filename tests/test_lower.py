@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -23,7 +24,7 @@ from torch import fx, nn
 import fxfuse
 from fxfuse import backend, cli
 from fxfuse.errors import UnsupportedError
-from fxfuse.lowering import auto, engines, onednn, timing
+from fxfuse.lowering import auto, engines, kept, onednn, timing
 from tests.lowering import ENGINES, Net, WithSecond, Written, X, folded, near
 from tests.support import randomise
 
@@ -87,26 +88,95 @@ def test_modules_that_were_kept_for_their_class():
     near(lowered, X)
 
 
-class Counting(Net):
-    """Which remembers how often it was called."""
-
-    def forward(self, x, scale=None):
-        self.calls = getattr(self, "calls", 0) + 1
-        return super().forward(x) * self.calls
-
-
 class Deciding(Net):
     def forward(self, x, scale=None):
         return super().forward(x if x.sum() > 0 else -x)
 
 
-@pytest.mark.parametrize("make", [Counting, Deciding])
-def test_what_cannot_be_traced_answers_itself(make):
-    model = folded(make())
+def test_what_cannot_be_traced_answers_itself():
+    model = folded(Deciding())
     lowered = fxfuse.lower(model, (X,))
-    assert f"{make.__name__} is no graph: " in lowered.lowering.reason
-    first, second = lowered(X), lowered(X)
-    assert torch.equal(first, second) == (make is Deciding)
+    assert "Deciding is no graph: " in lowered.lowering.reason
+    assert torch.equal(lowered(-X), model(-X))
+
+
+class Stateful(Net):
+    """Which does in forward what a trace does not show."""
+
+    def __init__(self, does):
+        super().__init__()
+        self.does = does
+        self._last = {}
+        self._numbers = torch.Generator().manual_seed(0)
+
+    def forward(self, x, scale=None):
+        return self.does(self, super().forward(x))
+
+
+def smoothed(m, y):
+    last = m._last.get("y")
+    m._last["y"] = y = y if last is None else 0.9 * last + 0.1 * y
+    return y
+
+
+def recorded(m, y):
+    m._last.setdefault("all", []).append(y)
+    return y
+
+
+def noisy(m, y):
+    return y + 1e-2 * torch.rand(1, generator=m._numbers)
+
+
+def unlike_tensors(_, y):
+    return y + 0.1 * y.sigmoid() if type(y) is torch.Tensor else y
+
+
+def in_order(_, y):
+    return OrderedDict(out=y)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("does", [smoothed, recorded, noisy, unlike_tensors, in_order])
+def test_what_is_more_than_its_trace_answers_itself(does, dtype):
+    model = folded(Stateful(does))
+    lowered, twin = fxfuse.lower(model, (X,), dtype=dtype), copy.deepcopy(model)
+    assert lowered.lowering.reason
+    for number in range(3):
+        result, expected = lowered(X * number), twin(X * number)
+        assert type(result) is type(expected)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
+    assert len(model._last.get("all", [])) == (3 if does is recorded else 0)
+
+
+def test_what_is_kept_from_the_first_call_on_is_no_state():
+    def table(m, y):
+        if "table" not in m._last:
+            m._last["table"] = torch.arange(5.0)
+        return y + m._last["table"]
+
+    lowered = fxfuse.lower(folded(Stateful(table)), (X,))
+    assert not lowered.lowering.reason
+    near(lowered, X)
+
+
+def test_it_is_traced_when_it_is_made_and_not_while_it_is_called(monkeypatch):
+    lowered = fxfuse.lower(folded(Optional()), (X,))
+    monkeypatch.setattr(kept, "capture", None)
+    near(lowered, torch.randn(3, 3, 14, 14))
+    assert len(lowered._outcomes) == 2 and all(each.run for each in lowered._outcomes.values())
+    monkeypatch.undo()
+    twin = pickle.loads(pickle.dumps(lowered))
+    twin.load_state_dict({name: 2 * value for name, value in lowered.state_dict().items()})
+    near(twin, X)
+    assert all(each.run for each in twin._outcomes.values()) and not torch.equal(twin(X), lowered(X))
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, torch.compile])
+def test_modules_of_compilers_answer_themselves(make):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    lowered = fxfuse.lower(make(model), (X,))
+    assert "is no graph: " in lowered.lowering.reason
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.candidates import Compiler, Outcome
 from fxfuse.lowering.engines import Engine
+from fxfuse.lowering.kept import Traced
 from fxfuse.lowering.slices import in_slices
-from fxfuse.lowering.specialise import graph_of
 from fxfuse.precision import no_autocast
 from fxfuse.runs import REJECTIONS
 from fxfuse.runs import run as run_module
@@ -26,26 +26,25 @@ _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device
 
 
 def compile_verified(
-    folded: nn.Module, inputs: Sequence[Any], engine: Engine, dtype: torch.dtype | None
+    traced: Traced, inputs: Sequence[Any], engine: Engine, dtype: torch.dtype | None
 ) -> Outcome:
-    """A program of an engine for inputs like these, compared with `folded` on them, or on slices of them.
+    """A program of an engine for inputs like these, compared with the folded module on them, or on slices.
 
-    Of both the outputs are held against a run of `folded` in float64. The program may be about as far from it
-    as `folded` is, in `dtype` if one is given: see ``fxfuse.verify`` on rounding. Where the modules were kept
-    since forward has options, as those of vision transformers have, a program is for these at their defaults.
-    Raises what `folded` raises if it does not take the inputs.
+    Of both the outputs are held against a run of the folded module in float64. The program may be about as
+    far from it as the folded module is, in `dtype` if one is given: see ``fxfuse.verify`` on rounding. Raises
+    what the folded module raises if it does not take the inputs.
     """
     # Tensors of inference mode could not become constants.
     with _COMPILES, torch.inference_mode(False), torch.no_grad(), no_autocast():
         try:
             own = pytree.tree_map(_own_copy, tuple(inputs))
-            compiler = Compiler(folded, graph_of(folded), engine, dtype)
+            compiler = Compiler(traced.folded, traced.graph_for(own), engine, dtype)
             outcome = in_slices(compiler, own) or compiler.compile(own).verify()
             return _in_layout_of(inputs, own, outcome)
         except UnsupportedError as error:
             return Outcome(None, str(error))
         except REJECTIONS as error:
-            run_module(folded, inputs, seed=0)  # raises if it does not take them
+            run_module(traced.folded, inputs, seed=0)  # raises if it does not take them
             return Outcome(None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 

@@ -41,7 +41,8 @@ def lower(
     why. Gradients do not get through, and NaN in inputs need not.
 
     Args:
-        folded: what ``fxfuse.fuse`` gave: a graph or an exported program.
+        folded: what ``fxfuse.fuse`` gave: a graph, an exported program, or a module that it kept, of which
+            programs are for options at their defaults.
         example_inputs: positional inputs; a ``torch.Size`` stands for a random tensor of that shape.
         engine: "torch": the kernels that torch brings along: oneDNN's for CPUs, cuDNN's for CUDA. "inductor",
             "openvino" or "onnxruntime": those of another compiler or runtime, which fxfuse's extra of that

@@ -19,6 +19,7 @@ from fxfuse.lowering.candidates import Outcome
 from fxfuse.lowering.compilation import compile_verified, memory_layout
 from fxfuse.lowering.cuda_graphs import streams, with_cuda_graphs
 from fxfuse.lowering.engines import ENGINES
+from fxfuse.lowering.kept import Traced
 from fxfuse.lowering.records import Lowering
 from fxfuse.precision import DEVICES
 from fxfuse.reports import attach, report
@@ -92,12 +93,12 @@ class Lowered(nn.Module):
         return self._make_outcome(self._kind(structure, leaves), tuple(inputs))
 
     def _make_outcome(self, kind: Hashable, inputs: tuple[Any, ...]) -> Outcome:
-        outcomes = self._outcomes  # these, even if the weights change meanwhile
+        outcomes, traced = self._outcomes, self._traced  # these, even if the weights change meanwhile
         with self._lock:
             if kind not in outcomes and len(outcomes) < _KINDS:
                 engine = ENGINES[self.engine]
                 engine = with_cuda_graphs(engine) if self.cuda_graphs else engine
-                found = outcomes[kind] = compile_verified(self.folded, inputs, engine, self.dtype)
+                found = outcomes[kind] = compile_verified(traced, inputs, engine, self.dtype)
                 name = type(self.folded).__name__
                 if found.reason:
                     _LOG.warning("%s runs as it was folded: %s", name, found.reason)
@@ -119,6 +120,7 @@ class Lowered(nn.Module):
         return bound.args
 
     def _forget(self, *_: object) -> None:
+        self._traced = Traced.of(self.folded)  # not while it is called
         self._outcomes: dict[Hashable, Outcome] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -127,7 +129,9 @@ class Lowered(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_outcomes", "_lock")}
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("_outcomes", "_traced", "_lock")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

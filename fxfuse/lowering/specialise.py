@@ -20,8 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.aliases import is_query, plain_layer
 from fxfuse.calls import layer_input, operator_name, switches_mode, written_inputs
-from fxfuse.capture import capture
-from fxfuse.errors import CaptureError, UnsupportedError
+from fxfuse.errors import UnsupportedError
 from fxfuse.guards import no_random_numbers
 from fxfuse.lowering.purity import PureFunctions, PureOperators, no_padding_left_out
 from fxfuse.lowering.specialised import WRITES, Output, Specialised, at
@@ -36,20 +35,6 @@ class _Constant:
     """A tensor that does not depend on the inputs; two are never the same."""
 
     tensor: Tensor
-
-
-def graph_of(folded: nn.Module) -> fx.GraphModule:
-    """Its graph; of one whose modules were kept, that of a run with all options at their defaults.
-
-    Raises:
-        UnsupportedError: it cannot be traced.
-    """
-    if isinstance(folded, fx.GraphModule):
-        return folded
-    try:
-        return capture(folded).module()
-    except CaptureError as error:
-        raise UnsupportedError(f"{type(folded).__name__} is no graph: {error}") from error
 
 
 def specialise(module: fx.GraphModule, inputs: Sequence[Any]) -> Specialised:
