@@ -81,6 +81,20 @@ def test_options_have_their_defaults_in_programs(engine, caplog):
     torch.testing.assert_close(lowered(X, double=False), model(X), rtol=1e-4, atol=1e-4)
 
 
+class ByKeyword(Optional):
+    def forward(self, x, *, mask=None):
+        return super().forward(x, mask)
+
+
+def test_options_that_are_given_by_keyword_only():
+    lowered = fxfuse.lower(folded(ByKeyword()), (X,))
+    assert not lowered.lowering.reason
+    near(lowered, X)
+    assert torch.equal(lowered(x=X, mask=None), lowered(X))
+    with pytest.raises(fxfuse.UsageError, match="mask can only be given by keyword"):
+        lowered(X, mask=torch.ones(12, 12))
+
+
 def test_modules_that_were_kept_for_their_class():
     model = fxfuse.fuse(randomise(Net()).float(), keep_modules=True)
     lowered = fxfuse.lower(model, (X,))
@@ -124,6 +138,12 @@ def recorded(m, y):
     return y
 
 
+def counted(m, y):
+    m._last.setdefault("count", torch.zeros(()))
+    m._last["count"] += 1
+    return y
+
+
 def noisy(m, y):
     return y + 1e-2 * torch.rand(1, generator=m._numbers)
 
@@ -137,7 +157,7 @@ def in_order(_, y):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("does", [smoothed, recorded, noisy, unlike_tensors, in_order])
+@pytest.mark.parametrize("does", [smoothed, recorded, counted, noisy, unlike_tensors, in_order])
 def test_what_is_more_than_its_trace_answers_itself(does, dtype):
     model = folded(Stateful(does))
     lowered, twin = fxfuse.lower(model, (X,), dtype=dtype), copy.deepcopy(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,13 +13,12 @@ from torch.utils import _pytree as pytree
 from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.candidates import Compiler, Outcome
 from fxfuse.lowering.engines import Engine
-from fxfuse.lowering.kept import Traced
+from fxfuse.lowering.kept import COMPILES, Traced
 from fxfuse.lowering.slices import in_slices
 from fxfuse.precision import no_autocast
 from fxfuse.runs import REJECTIONS
 from fxfuse.runs import run as run_module
 
-_COMPILES = threading.RLock()  # tracers and compilers set what concerns the whole process
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
 
@@ -35,7 +33,7 @@ def compile_verified(
     what the folded module raises if it does not take the inputs.
     """
     # Tensors of inference mode could not become constants.
-    with _COMPILES, torch.inference_mode(False), torch.no_grad(), no_autocast():
+    with COMPILES, torch.inference_mode(False), torch.no_grad(), no_autocast():
         try:
             own = pytree.tree_map(_own_copy, tuple(inputs))
             compiler = Compiler(traced.folded, traced.graph_for(own), engine, dtype)

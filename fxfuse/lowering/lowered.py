@@ -112,16 +112,20 @@ class Lowered(nn.Module):
         return (structure, torch.get_num_threads(), own, *map(_kind_of_leaf, leaves))
 
     def _positional(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        bound = inspect.signature(self.folded.forward).bind(*args, **kwargs)
+        signature = inspect.signature(self.folded.forward)
+        bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        if bound.kwargs:
-            names = ", ".join(bound.kwargs)
+        defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+        given = [name for name, value in bound.kwargs.items() if value is not defaults.get(name, self)]
+        if given:
+            names = ", ".join(given)
             raise UsageError(f"{names} can only be given by keyword, which engines do not know")
         return bound.args
 
     def _forget(self, *_: object) -> None:
-        self._traced = Traced.of(self.folded)  # not while it is called
         self._outcomes: dict[Hashable, Outcome] = {}
+        self._traced = Traced.of(self.folded)  # not while it is called
+        self._outcomes = {}  # without what was compiled of another trace meanwhile
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

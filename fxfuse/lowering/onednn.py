@@ -45,29 +45,30 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
         raise UnsupportedError("this build of torch is without oneDNN Graph")
     if any(tensor.device.type != "cpu" for tensor in (*inputs, *graph.module.state_dict().values())):
         raise UnsupportedError("its kernels are for CPUs")
-    program, compiler, grows = _program(graph, inputs, dtype, grow)
-    if grows and not compiler.kernels:  # what writes in place is not cut in halves
-        program, compiler, _ = _program(graph, inputs, dtype, lambda _: False)
-    if not compiler.kernels:
-        raise UnsupportedError(compiler.failure or "oneDNN Graph has no kernel for any part of it")
-    return program
+    module, grows = _edited(graph, dtype, grows=True)
+    try:
+        return _compiled(module, inputs)
+    except UnsupportedError:
+        if not grows:  # what writes in place is not cut in halves
+            raise
+        return _compiled(_edited(graph, dtype, grows=False)[0], inputs)
 
 
-def _program(
-    graph: Specialised,
-    inputs: Sequence[Tensor],
-    dtype: torch.dtype | None,
-    grow: Callable[[fx.GraphModule], bool],
-) -> tuple[Callable[..., Any], _TraceCompiler, bool]:
-    """A function of a list of tensors, what compiled it, and whether concatenations grow in it."""
+def _edited(graph: Specialised, dtype: torch.dtype | None, *, grows: bool) -> tuple[fx.GraphModule, bool]:
+    """A module of a graph, laid out for kernels, and whether concatenations grow in it, if they may."""
     module = copy.deepcopy(graph.module) if dtype is None else in_dtype(graph, dtype)
     module.requires_grad_(False)  # what is no input of a function becomes a constant of its trace
-    grows = False
-    if not _writes_to_views(graph.module):
-        grows = grow(module)
-        if dtype is None:
-            write_out(module)
-        put_channels_last(module, [result.is_contiguous() for result in graph.results])
+    if _writes_to_views(graph.module):
+        return module, False
+    grows = grows and grow(module)
+    if dtype is None:
+        write_out(module)
+    put_channels_last(module, [result.is_contiguous() for result in graph.results])
+    return module, grows
+
+
+def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """A function of a list of tensors, with kernels of oneDNN Graph."""
 
     def function(*tensors: Tensor) -> Any:
         return module(*tensors)
@@ -84,7 +85,9 @@ def _program(
             program = compiler.compile(traced.graph, [*inputs, *constants])
     except RuntimeError as error:
         raise UnsupportedError(f"TorchScript fails: {_last_line(error)}") from error
-    return lambda tensors: program(*tensors, *constants), compiler, grows
+    if not compiler.kernels:
+        raise UnsupportedError(compiler.failure or "oneDNN Graph has no kernel for any part of it")
+    return lambda tensors: program(*tensors, *constants)
 
 
 @dataclass
