@@ -45,22 +45,21 @@ def grow(module: fx.GraphModule) -> bool:
 def _concatenated(reader: Reader, node: fx.Node) -> tuple[fx.Node, ...]:
     """The images that `node` concatenates by their channels; none if it does something else."""
     op = reader.read(node)
-    is_one = isinstance(op, Concat) and op.axis in {1, -3} and node.meta["val"].dim() == 4
-    return op.inputs if isinstance(op, Concat) and is_one else ()
+    if isinstance(op, Concat) and op.axis in {1, -3} and node.meta["val"].dim() == 4:
+        return op.inputs
+    return ()
 
 
 def _may_grow(reader: Reader, memory: Memory, node: fx.Node, tensors: Sequence[fx.Node]) -> bool:
     """Whether norms and longer concatenations read it, of one dtype, and nobody writes to any of it later."""
-    values = {node, *tensors}
     for user in node.users:
         longer = _concatenated(reader, user)
-        if not isinstance(reader.read(user), (Norm, LeftNorm)) and longer[:1] != (node,):
+        goes_on = longer[:1] == (node,) and node not in longer[1:]
+        if not goes_on and not isinstance(reader.read(user), (Norm, LeftNorm)):
             return False
-        if node in longer[1:]:
-            return False
-    return len({value.meta["val"].dtype for value in values}) == 1 and not (
-        reader.written_inputs(node) or any(map(memory.is_written_after, values))
-    )
+    values = {node, *tensors}
+    is_written = reader.written_inputs(node) or any(map(memory.is_written_after, values))
+    return len({value.meta["val"].dtype for value in values}) == 1 and not is_written
 
 
 def _chains(parts: Parts) -> Iterator[list[fx.Node]]:
