@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import functools
 import operator
 import random
 import sys
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping
-from types import FunctionType, MethodType, ModuleType
+from collections.abc import Container, Iterable, Iterator
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -141,57 +142,79 @@ class SourceIsReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @contextlib.contextmanager
 def objects_unchanged(model: nn.Module) -> Iterator[None]:
     """What forward keeps in objects that are no modules, or in its class, would be proxies from then on."""
-    before = [(each, dict(each) if isinstance(each, dict) else [*each]) for each in _containers(model)]
+    before = [(each, _saved(each)) for each in _holders(model)]
     changed = False
     try:
         yield
     finally:
         for each, saved in before:
-            if _identities(each) != _identities(saved):
+            if _identities(_saved(each)) != _identities(saved):
                 changed = True
                 _restore(each, saved)
     if changed:
         raise TraceError("forward keeps state in an object or a class, which a graph does not record")
 
 
-def _containers(model: nn.Module) -> list[Any]:
-    """The containers that classes, and objects that are no modules, lead to."""
+def _holders(model: nn.Module) -> list[Any]:
+    """What holds others, and may be given others, of what classes and objects that are no modules lead to."""
     classes = {kind for module in model.modules() for kind in user_classes(module)}
-    waiting: list[Any] = [[*vars(kind).values()] for kind in classes]
-    waiting += [[value for _, value in own_attributes(module)] for module in model.modules()]
-    found: dict[int, Any] = {}
-    seen: set[int] = set()
+    waiting = [each for kind in classes for each in vars(kind).values() if not isinstance(each, FunctionType)]
+    waiting += [value for module in model.modules() for _, value in own_attributes(module)]
+    found: list[Any] = []
+    seen: dict[int, Any] = {}
     while waiting and len(seen) < _MOST_OBJECTS:
-        inner = waiting.pop()
-        values = inner.values() if isinstance(inner, Mapping) else inner
-        for value in values:
-            if id(value) in seen or isinstance(value, _KNOWN):
-                continue
-            seen.add(id(value))
-            if isinstance(value, _KINDS):
-                found[id(value)] = value
-                waiting.append(value)
-            elif isinstance(value, tuple):
-                waiting.append(value)
-            elif hasattr(value, "__dict__"):
-                found[id(vars(value))] = vars(value)
-                waiting.append(vars(value))
-    return [*found.values()]
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, _KNOWN):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, FunctionType):
+            waiting += [vars(value), *(value.__closure__ or ()), *(value.__defaults__ or ())]
+        elif isinstance(value, MethodType):
+            waiting.append(value.__self__)
+        elif isinstance(value, tuple):
+            waiting += value
+        else:
+            saved = _saved(value)
+            if saved is not None:
+                found.append(value)
+                waiting += saved.values() if isinstance(saved, dict) else saved
+            waiting += [vars(value)] if hasattr(value, "__dict__") else []
+    return found
 
 
 _MOST_OBJECTS = 10_000
 _KINDS = (list, dict, set, deque)
-_KNOWN = (nn.Module, Tensor, type, FunctionType, MethodType, ModuleType, str, int, float, type(None))
+_KNOWN = (nn.Module, Tensor, type, ModuleType, str, int, float, type(None))
 
 
-def _identities(container: Any) -> list[tuple[int, int]]:
-    pairs = container.items() if isinstance(container, dict) else enumerate(container)
-    return [(id(key) if isinstance(container, dict) else 0, id(value)) for key, value in pairs]
+def _saved(holder: Any) -> Any:
+    """A copy of what it holds; None if it holds nothing that can be set."""
+    if isinstance(holder, _KINDS):
+        return dict(holder) if isinstance(holder, dict) else [*holder]
+    if isinstance(holder, CellType):
+        return [] if holder == CellType() else [holder.cell_contents]
+    if type(holder).__module__.partition(".")[0] in sys.stdlib_module_names:  # paths keep their texts there
+        return None
+    slots: list[str] = copyreg._slotnames(type(holder))  # type: ignore[attr-defined]
+    return {name: getattr(holder, name) for name in slots if hasattr(holder, name)} or None
 
 
-def _restore(container: Any, saved: Any) -> None:
-    container.clear()
-    (container.extend if isinstance(container, (list, deque)) else container.update)(saved)
+def _identities(saved: Any) -> list[tuple[int, int]]:
+    pairs = saved.items() if isinstance(saved, dict) else enumerate(saved or ())
+    return [(id(key) if isinstance(saved, dict) else 0, id(value)) for key, value in pairs]
+
+
+def _restore(holder: Any, saved: Any) -> None:
+    if isinstance(holder, CellType) and saved:
+        holder.cell_contents = saved[0]
+    elif isinstance(holder, CellType):
+        del holder.cell_contents
+    elif isinstance(holder, _KINDS):
+        holder.clear()
+        (holder.extend if isinstance(holder, (list, deque)) else holder.update)(saved)
+    else:
+        for name, value in saved.items():
+            object.__setattr__(holder, name, value)
 
 
 @contextlib.contextmanager

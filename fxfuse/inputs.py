@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,3 +53,16 @@ def in_float64(inputs: Sequence[Any]) -> list[Any]:
         return tensor.double() if tensor.is_floating_point() else tensor
 
     return list(pytree.tree_map_only(Tensor, double, list(inputs)))
+
+
+def drawn_like(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
+    """Random numbers in the place of floats, laid out like these; others than torch.randn gives."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        return like.normal_(0.25, 1.25, generator=generator).to(tensor.device)
+
+    return cast(tuple[Any, ...], pytree.tree_map_only(Tensor, drawn, inputs))

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import fx
 
-from fxfuse.aliases import roots
+from fxfuse.aliases import Roots, roots
 from fxfuse.ops import Reader
 
 
@@ -17,7 +17,7 @@ class Memory:
     Args:
         graph: the graph.
         reader: reads its nodes.
-        gone: the nodes that are to go, and what is read in the place of each; may grow.
+        gone: the nodes that are to go, and what is read in the place of each; may grow, not change.
 
     Attributes:
         order: the place of each node in the graph.
@@ -25,6 +25,8 @@ class Memory:
 
     def __init__(self, graph: fx.Graph, reader: Reader, gone: Mapping[fx.Node, fx.Node]) -> None:
         self._roots = partial(roots, graph, reader.root, reader.written_inputs, gone)
+        self._gone = gone
+        self._found: tuple[int, Roots] = (-1, {})  # of so many nodes that are to go
         self.order = {node: number for number, node in enumerate(graph.nodes)}
         writes = ((node, {*reader.written_inputs(node)}) for node in graph.nodes)
         self._writes: list[tuple[fx.Node, set[fx.Node]]] = [each for each in writes if each[1]]
@@ -40,7 +42,9 @@ class Memory:
 
     def _writers(self, value: fx.Node, first: int, last: int) -> Iterator[fx.Node]:
         writes = [each for each in self._writes if first <= self.order[each[0]] <= last]
-        found = self._roots() if writes else {}
+        if writes and self._found[0] != len(self._gone):
+            self._found = len(self._gone), self._roots()
+        found = self._found[1]
         for writer, written in writes:
             if any(found[each] & found[value] for each in written):
                 yield writer

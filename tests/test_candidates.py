@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fxfuse
-from fxfuse.lowering import candidates, engines, onednn
+from fxfuse.inputs import drawn_like
+from fxfuse.lowering import engines, onednn
 from fxfuse.lowering import slices as cutting
 from fxfuse.lowering.halves import is_operator
 from tests.lowering import ENGINES, Net, WithSecond, Written, X, folded, near
@@ -122,11 +123,11 @@ def test_constants_in_objects_belong_to_the_caller():
 
 
 def test_numbers_are_drawn_for_each_input():
-    one, other, number = candidates._drawn((X, [X.clone()], 3), seed=0)
+    one, other, number = drawn_like((X, [X.clone()], 3), seed=0)
     assert not torch.equal(one, other[0]) and one.shape == X.shape and number == 3
-    assert not torch.equal(one, candidates._drawn((X,), seed=1)[0])
+    assert not torch.equal(one, drawn_like((X,), seed=1)[0])
     ids = torch.arange(3)
-    assert candidates._drawn((ids,), seed=0)[0] is ids
+    assert drawn_like((ids,), seed=0)[0] is ids
 
 
 def test_results_that_are_constants_belong_to_the_caller():

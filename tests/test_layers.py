@@ -41,6 +41,7 @@ LAYERS = [
     ["following"],
     ["rewrite"],
     ["lowering.__init__", "lowering.purity", "lowering.timing", "lowering.records", "lowering.state"],
+    ["lowering.lock"],
     ["lowering.traces", "lowering.specialised"],
     ["lowering.specialise", "lowering.kept"],
     ["lowering.allocator"],

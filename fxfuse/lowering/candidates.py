@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,10 +14,12 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.comparison import same_numbers
 from fxfuse.errors import UnsupportedError
+from fxfuse.inputs import drawn_like
 from fxfuse.lowering.edits import in_dtype
 from fxfuse.lowering.engines import Engine
 from fxfuse.lowering.specialise import specialise
 from fxfuse.lowering.specialised import Program, Specialised
+from fxfuse.replica import replicate
 from fxfuse.tree import storage
 from fxfuse.verdict import Comparison
 
@@ -49,17 +51,16 @@ class Compiler:
     def compile(self, inputs: tuple[Any, ...]) -> Candidate:
         """A program for inputs like these, which nobody has compared yet.
 
-        It is compiled with drawn numbers, and compared on `inputs`: a value that a tracer took for a constant
-        shows there.
+        It is traced and compiled with drawn numbers, and compared on `inputs`: a value that was taken for a
+        constant shows there.
 
         Raises:
             UnsupportedError: there is none; whatever the engine raises is a reason.
         """
-        graph = specialise(self.graph, inputs)
-        tensors = graph.tensors(pytree.tree_leaves(_drawn(inputs, seed=1)))
+        drawn = drawn_like(inputs, seed=1)
+        graph = specialise(self.graph, drawn)
         with refusing():
-            program = self.engine.compile(graph, tensors, self.dtype)
-            program = _with_own_memory(program, tensors)
+            program = self.engine.compile(graph, graph.tensors(pytree.tree_leaves(drawn)), self.dtype)
         return Candidate(self, inputs, graph, program)
 
 
@@ -81,7 +82,10 @@ class Candidate:
 
     def run_example(self) -> Sequence[Tensor]:
         """Its results for the inputs that it was compiled for."""
-        return self.program(self.graph.tensors(pytree.tree_leaves(self.inputs)))
+        return self.program(self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        return self.graph.tensors(pytree.tree_leaves(self.inputs))
 
     def verify(self) -> Outcome:
         """It, if it gives what the folded module does.
@@ -89,21 +93,23 @@ class Candidate:
         Raises:
             UnsupportedError: it raises something.
         """
-        folded, dtype = self.compiler.folded, self.compiler.dtype
+        folded, dtype = replicate(self.compiler.folded), self.compiler.dtype
         reference: Callable[..., Any] = folded
         if dtype is not None:
             rounded = in_dtype(self.graph, dtype)
             reference = self._positional(lambda tensors: rounded(*tensors))
-        candidate = self._positional(self.program)
+        with refusing():
+            program = _with_own_memory(self.program, self._tensors())
+        candidate = self._positional(program)
         # Where nothing could be seen, as with zeros, other numbers are drawn.
-        for values in (self.inputs, _drawn(self.inputs, seed=2)):
+        for values in (self.inputs, drawn_like(self.inputs, seed=2)):
             found = same_numbers(folded, candidate, values, reference)
             if not found.ok:
                 errors = f"{found.candidate_error:.2g}, of the folded module {found.reference_error:.2g}"
                 wrong = f"it gives other numbers: error against float64 {errors}"
                 return Outcome(None, wrong if found.worst else found.notes[0], found)
             if found.conclusive:
-                return Outcome(partial(self.graph.run, self.program), comparison=found)
+                return Outcome(partial(self.graph.run, program), comparison=found)
         return Outcome(None, "whether it gives the same numbers could not be seen", found)
 
     def _positional(self, program: Program) -> Callable[..., Any]:
@@ -149,16 +155,3 @@ def _with_own_memory(program: Program, tensors: Sequence[Tensor]) -> Program:
     return lambda given: [
         result.clone() if number in shared else result for number, result in enumerate(program(given))
     ]
-
-
-def _drawn(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
-    """Random numbers in the place of numbers, laid out like these; others than torch.randn gives."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(leaf: Tensor) -> Tensor:
-        if not leaf.is_floating_point():
-            return leaf
-        like = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype)
-        return like.normal_(0.25, 1.25, generator=generator).to(leaf.device)
-
-    return cast(tuple[Any, ...], pytree.tree_map_only(Tensor, drawn, inputs))

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.candidates import Compiler, Outcome
 from fxfuse.lowering.engines import Engine
-from fxfuse.lowering.kept import COMPILES, Traced
+from fxfuse.lowering.kept import Traced
+from fxfuse.lowering.lock import COMPILES
 from fxfuse.lowering.slices import in_slices
 from fxfuse.precision import no_autocast
 from fxfuse.runs import REJECTIONS
@@ -88,6 +89,6 @@ def _own_copy(leaf: Any) -> Any:
         if not leaf.numel():
             raise UnsupportedError("an input is empty")
         return leaf.detach().clone()
-    if isinstance(leaf, _SIMPLE):
+    if type(leaf) in _SIMPLE:  # of which each has a text of its own
         return leaf
     raise UnsupportedError(f"an input is a {type(leaf).__name__}")

@@ -6,7 +6,6 @@ here the defaults. Forward itself does not run then, so nothing else may depend 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,11 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.capture import capture
 from fxfuse.errors import CaptureError, UnsupportedError, UsageError
+from fxfuse.inputs import drawn_like
+from fxfuse.lowering.lock import COMPILES
 from fxfuse.lowering.state import held, is_same
 from fxfuse.replica import isolated
 from fxfuse.runs import clean_run
-
-COMPILES = threading.RLock()
-"""Held by tracers and compilers, which set what concerns the whole process."""
 
 
 @dataclass(frozen=True)
@@ -54,24 +52,29 @@ class Traced:
         """The graph, if it gives what the folded module does.
 
         Raises:
-            UnsupportedError: there is none; or the folded module gives other numbers or containers than the
-                graph, or others the second time, or changes what it holds.
+            UnsupportedError: there is none; or the folded module changes what it holds, or gives other
+                numbers or containers than the graph.
         """
         if self.graph is None:
             raise UnsupportedError(self.reason)
         if self.graph is not self.folded:
-            own = isolated(self.folded)
-            first = _outputs(own, inputs)
-            before, writes = _state(own)  # what it keeps from the first time on is no state
-            second = _outputs(own, inputs)
-            after, more_writes = _state(own)
-            if not is_same(before, after) or writes != more_writes:
-                raise UnsupportedError("forward changes what the module holds, which no kernel does")
-            if not _is_equal(first, second):
-                raise UnsupportedError("forward gives other numbers the second time")
-            if not _is_equal(first, _outputs(isolated(self.graph), inputs)):
-                raise UnsupportedError("its trace gives others than forward, or other containers of them")
+            self._check_trace(self.graph, tuple(inputs))
         return self.graph
+
+    def _check_trace(self, graph: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+        """Raises an UnsupportedError where the graph and forward were seen to differ.
+
+        What forward keeps from the first run on, of other numbers, is no state, if it has no effect.
+        """
+        own = isolated(self.folded)
+        _outputs(own, drawn_like(inputs, seed=1))
+        before, writes = _state(own)
+        outputs = _outputs(own, inputs)
+        after, more_writes = _state(own)
+        if not is_same(before, after) or writes != more_writes:
+            raise UnsupportedError("forward changes what the module holds, which no kernel does")
+        if not _is_equal(outputs, _outputs(isolated(graph), inputs)):
+            raise UnsupportedError("forward gives other numbers or containers than its trace")
 
 
 def _state(module: nn.Module) -> tuple[list[Any], list[int]]:
@@ -93,6 +96,5 @@ def _is_equal(one: tuple[list[Any], pytree.TreeSpec], other: tuple[list[Any], py
 def _is_same_leaf(one: Any, other: Any) -> bool:
     if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
         return type(one) is type(other) and bool(one == other)
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+    is_like = (one.shape, one.dtype) == (other.shape, other.dtype)
+    return is_like and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

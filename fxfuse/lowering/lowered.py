@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import threading
 import time
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from fxfuse.lowering.compilation import compile_verified, memory_layout
 from fxfuse.lowering.cuda_graphs import streams, with_cuda_graphs
 from fxfuse.lowering.engines import ENGINES
 from fxfuse.lowering.kept import Traced
+from fxfuse.lowering.lock import COMPILES
 from fxfuse.lowering.records import Lowering
 from fxfuse.precision import DEVICES
 from fxfuse.reports import attach, report
@@ -58,7 +58,6 @@ class Lowered(nn.Module):
         self.cuda_graphs = cuda_graphs
         self.lowering = Lowering(engine)
         self.training = False
-        self._lock = threading.Lock()
         self._forget()
         self.register_load_state_dict_post_hook(Lowered._forget)  # type: ignore[no-untyped-call]
         with contextlib.suppress(UsageError):  # it need not have been made by fxfuse
@@ -94,7 +93,9 @@ class Lowered(nn.Module):
 
     def _make_outcome(self, kind: Hashable, inputs: tuple[Any, ...]) -> Outcome:
         outcomes, traced = self._outcomes, self._traced  # these, even if the weights change meanwhile
-        with self._lock:
+        if len(outcomes) == _KINDS:
+            return outcomes.get(kind, Outcome(None))
+        with COMPILES:
             if kind not in outcomes and len(outcomes) < _KINDS:
                 engine = ENGINES[self.engine]
                 engine = with_cuda_graphs(engine) if self.cuda_graphs else engine
@@ -133,13 +134,10 @@ class Lowered(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            key: value for key, value in self.__dict__.items() if key not in ("_outcomes", "_traced", "_lock")
-        }
+        return {key: value for key, value in self.__dict__.items() if key not in ("_outcomes", "_traced")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._lock = threading.Lock()
         self._forget()
 
 

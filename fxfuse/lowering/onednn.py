@@ -27,7 +27,7 @@ from fxfuse.lowering.edits import in_dtype, put_channels_last
 from fxfuse.lowering.halves import halves
 from fxfuse.lowering.legal import Legalised
 from fxfuse.lowering.specialised import WRITES, Specialised
-from fxfuse.lowering.torchscript import edit, has_empty_values
+from fxfuse.lowering.torchscript import calls_others, edit, has_empty_values
 
 _LOG = logging.getLogger("fxfuse")
 _KERNEL = "prim::oneDNNFusionGroup"
@@ -76,6 +76,8 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
     with torch.no_grad(), warnings.catch_warnings(), Legalised():
         warnings.simplefilter("ignore")  # of sizes that are numbers in a trace
         traced: Any = torch.jit.trace(function, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
+    if calls_others(traced.graph):
+        raise UnsupportedError("it calls a function of TorchScript, in which nothing could be kept apart")
     if has_empty_values(traced.graph):
         raise UnsupportedError("a value in it is empty, with which oneDNN Graph would end the process")
     constants = edit(traced.graph)

@@ -1,7 +1,8 @@
-"""Keeps a trace from what oneDNN has only kernels of reference for.
+"""Keeps a trace from what oneDNN has only kernels of reference for, or reads wrongly.
 
-Such a kernel takes one element after the other, a hundred times as long as others, and oneDNN Graph takes
-it all the same. Which operands have no other was seen by trying: oneDNN's verbose mode names its kernels.
+A kernel of reference takes one element after the other, a hundred times as long as others, and oneDNN Graph
+takes it all the same. Which operands have no other was seen by trying: oneDNN's verbose mode names its
+kernels. So was which operands of products it reads from elsewhere in memory.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ ACTIVATIONS = {
     )
 }
 """Functions of single numbers that oneDNN Graph knows, or takes apart into such."""
-_ARITHMETIC = {"aten::add", "aten::mul", "aten::div"}
-_LAID_OUT_ALIKE = {*ACTIVATIONS, *_ARITHMETIC, "aten::softmax", "aten::cat", "prim::ListConstruct"}
+_LAID_OUT_ALIKE = {*ACTIVATIONS, *_NAMES, "aten::cat", "prim::ListConstruct"}
 # The axes of images with channels last, from the slowest in memory to the fastest.
 _CHANNELS_LAST = [0, 2, 3, 1]
 
@@ -123,27 +123,60 @@ def _rename(graph: Any, node: Any) -> None:
 def _read_copy(graph: Any, node: Any, place: int, images: set[str]) -> None:
     """Has a node read a copy of an operand that lies in memory as no kernel for it reads it.
 
-    A product has its last or its last but one axis the fastest; what is pooled is a block, with its channels
-    the fastest axis or its axes in order. Products and softmax read a copy, too, of what lies as it should
-    but may be laid out otherwise by oneDNN Graph: a copy that lies as it did is none of its operators.
+    Products and softmax read a copy, too, of what lies as it should but may be laid out otherwise by oneDNN
+    Graph: a copy that lies as it did is none of its operators.
     """
     value = [*node.inputs()][place]
     kind = value.type()
     if kind.kind() != "TensorType" or not kind.sizes() or kind.strides() is None:
         return
-    sizes, order = kind.sizes(), _order(kind.sizes(), kind.strides())
-    is_pooling = node.kind() in _POOLINGS
-    if is_pooling:
-        in_order = order in (sorted(order), sorted(order, key=_CHANNELS_LAST.index))
-        is_read = in_order and _is_dense(sizes, kind.strides())
+    shape = kind.sizes(), kind.strides()
+    layout = torch.contiguous_format
+    if node.kind() in _POOLINGS:
+        is_read = _is_pooled(*shape)
+        if len(kind.sizes()) == 4 and _order(*shape)[-1:] == [1]:
+            layout = torch.channels_last
     else:
-        is_read = not order or order[-1] >= len(sizes) - 2
-    if is_read and (is_pooling or value.debugName() not in images):
+        is_read = _is_multiplied(*shape) and value.debugName() not in images
+    if is_read:
         return
-    is_image = is_pooling and len(sizes) == 4 and order[-1:] == [1]
-    layout = torch.channels_last if is_image else torch.contiguous_format
-    like = torch.empty(sizes, dtype=kind.dtype(), memory_format=layout)
+    like = torch.empty(kind.sizes(), dtype=kind.dtype(), memory_format=layout)
     graph.setInsertPoint(node)
-    given = [value, graph.insertConstant(2 if is_image else 0)]  # memory formats, as TorchScript writes them
+    written = 2 if layout is torch.channels_last else 0  # as TorchScript writes memory formats
+    given = [value, graph.insertConstant(written)]
     copy = insert(graph, node, "aten::contiguous", given, torch._C.TensorType.create_from_tensor(like))
     node.replaceInput(place, copy)
+
+
+def _is_pooled(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether poolings read it: a block, with its channels the fastest axis or all axes in order."""
+    order = _order(sizes, strides)
+    return _is_dense(sizes, strides) and order in (sorted(order), sorted(order, key=_CHANNELS_LAST.index))
+
+
+def _is_multiplied(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether kernels of products and softmax read it, and read it right.
+
+    Its last or its last but one axis is the fastest. Of two axes of matrices, the kernels of oneDNN 3.7 step
+    along the slower one by the wrong stride if that is the faster one's times both sizes, as it is of
+    (batch, tokens, heads, width) with gaps for as many tokens as there are samples. With a single element in
+    one of these axes, or in the rows, more goes wrong, but for blocks in order and single samples outermost.
+    """
+    order = _order(sizes, strides)
+    if order and order[-1] < len(sizes) - 2:
+        return False
+    if len(sizes) != 4 or _is_in_order(sizes, strides):
+        return True
+    samples, heads, rows, _ = sizes
+    if heads == 1 or rows == 1:
+        return False
+    if samples == 1:
+        return all(strides[0] >= size * stride for size, stride in zip(sizes, strides, strict=True))
+    slow, fast = sorted(strides[:2], reverse=True)
+    return slow != samples * heads * fast
+
+
+def _is_in_order(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether it is a block with its axes in order, but maybe for the last two."""
+    axes = [min(axis, len(sizes) - 2) for axis in _order(sizes, strides)]
+    return _is_dense(sizes, strides) and axes == sorted(axes)

@@ -164,7 +164,10 @@ class _Specialiser(fx.Interpreter):
             return leaf.tensor if isinstance(leaf, _Constant) else leaf
 
         self._residual.eliminate_dead_code(is_impure_node=_is_needed)
-        module = fx.GraphModule(self._attributes, self._residual).eval()
+        try:
+            module = fx.GraphModule(self._attributes, self._residual).eval()
+        except SyntaxError as error:
+            raise UnsupportedError("an object is passed on that the code of a graph cannot hold") from error
         results = tuple(leaf.meta["val"] for leaf in tensors)
         return Specialised(module, tuple(self._places), results, tuple(map(output, leaves)), structure)
 

@@ -31,6 +31,11 @@ _JOINED = {
 _BINARY = {f"aten::{name}" for name in ("add", "sub", "mul", "div")}
 
 
+def calls_others(graph: Any) -> bool:
+    """Whether a trace calls functions or modules of TorchScript, of whose values it knows no sizes."""
+    return any(node.kind() in {"prim::CallFunction", "prim::CallMethod"} for node in graph.nodes())
+
+
 def has_empty_values(graph: Any) -> bool:
     """Whether a tensor in a trace has no elements."""
     values = (value for node in graph.nodes() for value in node.outputs())
