@@ -171,6 +171,8 @@ def _holders(model: nn.Module) -> list[Any]:
             waiting += [vars(value), *(value.__closure__ or ()), *(value.__defaults__ or ())]
         elif isinstance(value, MethodType):
             waiting.append(value.__self__)
+        elif isinstance(value, functools.partial):
+            waiting += [value.func, value.args, value.keywords]
         elif isinstance(value, tuple):
             waiting += value
         else:

@@ -152,16 +152,30 @@ def unlike_tensors(_, y):
     return y + 0.1 * y.sigmoid() if type(y) is torch.Tensor else y
 
 
+def calibrated(m, y):
+    m._last.setdefault("mean", y.mean())
+    return y.relu() - m._last["mean"]
+
+
 def in_order(_, y):
     return OrderedDict(out=y)
 
 
+def test_bfloat16_is_not_for_floats_that_become_indices():
+    table = nn.Embedding(1000, 8)
+    model = folded(WithSecond(lambda m, y, z: y + m.table(z.long())[:, :, None, None], table=table))
+    lowered = fxfuse.lower(model, (X, torch.tensor([3.0, 200.0])), dtype=torch.bfloat16)
+    assert "floats become integers" in lowered.lowering.reason
+    given = X, torch.tensor([301.0, 999.0])
+    assert torch.equal(lowered(*given), model(*given))
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("does", [smoothed, recorded, counted, noisy, unlike_tensors, in_order])
+@pytest.mark.parametrize("does", [smoothed, recorded, counted, noisy, calibrated, unlike_tensors, in_order])
 def test_what_is_more_than_its_trace_answers_itself(does, dtype):
     model = folded(Stateful(does))
     lowered, twin = fxfuse.lower(model, (X,), dtype=dtype), copy.deepcopy(model)
-    assert lowered.lowering.reason
+    assert lowered.lowering.reason and not model._last
     for number in range(3):
         result, expected = lowered(X * number), twin(X * number)
         assert type(result) is type(expected)
@@ -175,8 +189,9 @@ def test_what_is_kept_from_the_first_call_on_is_no_state():
             m._last["table"] = torch.arange(5.0)
         return y + m._last["table"]
 
-    lowered = fxfuse.lower(folded(Stateful(table)), (X,))
-    assert not lowered.lowering.reason
+    model = folded(Stateful(table))
+    lowered = fxfuse.lower(model, (X,))
+    assert not lowered.lowering.reason and not model._last
     near(lowered, X)
 
 

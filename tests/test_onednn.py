@@ -108,6 +108,10 @@ MENDED = {
     "fewer axes": lambda m, y: m.head(tokens(y)) * y.mean((0, 1)).flatten().unsqueeze(1),
     "sum with a pooling": lambda m, y: (z := y.cumsum(1)) + F.max_pool2d(z, 3, 1, 1),
     "a number that is computed": lambda m, y: m.other(y) / y.abs().amax(),
+    "heads of as many tokens as samples": lambda m, y: (
+        (z := y.mean(3).reshape(2, 2, 4, 12).cumsum(3))[..., :6].transpose(1, 2)
+        @ z[..., 6:].permute(0, 2, 3, 1)
+    ),
     "sum with a layer norm": lambda m, y: m.norm(tokens(y)) + tokens(y).roll(1, 1),
     "a number for each channel behind a linear layer": lambda m, y: (
         m.row(z := y.contiguous().cumsum(1)) + y.cumsum(2) + z.mean((2, 3), keepdim=True)
@@ -150,6 +154,24 @@ def test_what_ended_the_process(way, batch):
     lowered = fxfuse.lower(with_constants(CRASHES[way]), (x,))
     assert not lowered.lowering.reason
     near(lowered, x, limit=1e-4)
+
+
+def in_a_loop(y, times: int):
+    for _ in range(times):
+        y = (y.cumsum(1) + y) + y[:1, :1, :1].cumsum(3)
+    return y
+
+
+@fx.wrap
+def scripted(y):
+    return torch.jit.script(in_a_loop)(y, 2)
+
+
+def test_functions_of_torchscript_are_left_alone():
+    """No edit would keep apart what they hold."""
+    lowered = fxfuse.lower(folded(Written(lambda m, y: scripted(y))), (X,))
+    assert "calls a function of TorchScript" in lowered.lowering.reason
+    near(lowered, X)
 
 
 def test_a_sum_behind_the_product_of_one_long_row():

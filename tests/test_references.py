@@ -1,15 +1,15 @@
 """Operands for which oneDNN has a kernel of reference only: torch computes them, or a copy is read."""
 
 from functools import partial
-from itertools import product
+from itertools import permutations, product
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import fxfuse
-from fxfuse.lowering import onednn, torchscript
+from fxfuse.lowering import onednn, references, torchscript
 from fxfuse.lowering.references import _has_only_a_reference
 from tests.lowering import Written, X, folded, near
 from tests.test_onednn import assert_same_for_large_numbers, called, kernels
@@ -92,7 +92,7 @@ def network(function):
     return folded(Written(function, **layers))
 
 
-def references(call, capfd):
+def of_reference(call, capfd):
     """The kernels of reference in a call, by primitive."""
     capfd.readouterr()
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
@@ -109,12 +109,12 @@ def test_there_are_none(kind, way, capfd, monkeypatch):
     lowered = fxfuse.lower(model, (X,))
     assert not lowered.lowering.reason
     near(lowered, X)
-    assert not references(partial(lowered, X), capfd)
+    assert not of_reference(partial(lowered, X), capfd)
     for each in ("avoid_references", "_join_swish", "_keep_from_activations"):
         monkeypatch.setattr(torchscript, each, lambda *_: None)
     plain = fxfuse.lower(model, (X,))
     assert not plain.lowering.reason
-    assert references(partial(plain, X), capfd) == {kind}, "there is nothing to avoid"
+    assert of_reference(partial(plain, X), capfd) == {kind}, "there is nothing to avoid"
 
 
 # What oneDNN's other kernels know stays with it.
@@ -133,7 +133,7 @@ def test_other_operands_stay_with_onednn(way, capfd):
     lowered = fxfuse.lower(network(KNOWN[way]), (X,))
     assert not lowered.lowering.reason
     near(lowered, X)
-    assert not references(partial(lowered, X), capfd)
+    assert not of_reference(partial(lowered, X), capfd)
     inside, _ = kernels()
     assert any({"add", "mul"} & {*each} for each in inside)
 
@@ -178,7 +178,7 @@ def test_a_gate_of_what_is_written_to_later():
 def test_bfloat16(capfd):
     model = network(row_gated)
     lowered = fxfuse.lower(model, (X,), dtype=torch.bfloat16)
-    assert not lowered.lowering.reason and not references(partial(lowered, X), capfd)
+    assert not lowered.lowering.reason and not of_reference(partial(lowered, X), capfd)
     assert onednn.edit is torchscript.edit
 
 
@@ -205,7 +205,41 @@ def test_the_rule_for_operands_that_are_spread(rank, capfd):
                 traced = torch.jit.trace(lambda one, other: torch.relu(one * other), given, check_trace=False)
                 for _ in range(2):
                     traced(*given)
-                is_reference = bool(references(partial(traced, *given), capfd))
+                is_reference = bool(of_reference(partial(traced, *given), capfd))
             assert _has_only_a_reference(traced.graph.findNode("aten::mul")) == is_reference, given[1].shape
             seen.add(is_reference)
     assert seen == ({False} if rank == 2 else {False, True})
+
+
+def laid_out(sizes, order, gap, generator):
+    """Numbers whose axes lie in `order` in memory, the slowest first, the one at place `gap` with gaps."""
+    spread = [size * (1 + (place == gap)) for place, size in enumerate(sizes[axis] for axis in order)]
+    numbers = torch.randn(spread, generator=generator)
+    for place, axis in enumerate(order):
+        numbers = numbers.narrow(place, 0, sizes[axis])
+    return numbers.permute([order.index(axis) for axis in range(len(sizes))])
+
+
+def wrong_products(samples, heads, rows, width, columns):
+    """How many products are wrong of matrices that lie in memory in all ways, and of how many."""
+    generator = torch.Generator().manual_seed(0)
+    module = fx.symbolic_trace(lambda one, other: (2 * (one @ other),))
+    sizes = (samples, heads, rows, width), (samples, heads, width, columns)
+    wrong = []
+    for order, gap, place in product(permutations(range(4)), (None, 1, 2, 3), (0, 1)):
+        pair = [torch.randn(each, generator=generator) for each in sizes]
+        pair[place] = laid_out(sizes[place], order, gap, generator)
+        (result,) = onednn._compiled(module, pair)(pair)
+        exact = 2 * (pair[0].double() @ pair[1].double())
+        wrong.append(not bool((result - exact).abs().max() < 1e-4 * exact.abs().max()))
+    return sum(wrong), len(wrong)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(4, 4, 4, 4, 4), (2, 3, 2, 5, 2), (3, 3, 1, 5, 3), (1, 3, 4, 1, 5), (3, 1, 2, 1, 3)]
+)
+def test_products_of_matrices_in_all_orders(sizes, monkeypatch):
+    wrong, tried = wrong_products(*sizes)
+    assert (wrong, tried) == (0, 192)
+    monkeypatch.setattr(references, "_is_multiplied", lambda *_: True)
+    assert wrong_products(*sizes)[0], "oneDNN reads them all"

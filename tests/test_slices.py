@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -198,6 +200,37 @@ def test_slices_that_are_slower_are_not_taken(monkeypatch):
     monkeypatch.setattr(cutting, "medians", lambda *_, **__: {"small": 1.0, "large": 2.1})
     size, made = cutting._Slices(*prepared(32))._fastest()
     assert size == 2 and len(made.inputs[0]) == 2
+
+
+# What a kernel might do to the samples of a slice.
+MISTAKES = {
+    **{f"shifted by {count}": lambda y, count=count: y.roll(count, 0) for count in range(1, 8)},
+    **{f"{one} and {one + 1} exchanged": lambda y, one=one: exchanged(y, one) for one in (0, 2, 3, 4, 6)},
+    **{f"{one} for all": lambda y, one=one: y[[one] * len(y)] for one in range(8)},
+    "backwards": lambda y: y.flip(0)[[*range(1, len(y)), 0]],
+    "one is off": lambda y: torch.cat([y[:-1], y[-1:] * (1 + 1e-3)]),
+}
+
+
+def exchanged(y, one):
+    order = [*range(len(y))]
+    order[one], order[one + 1] = order[one + 1], order[one]
+    return y[order]
+
+
+@pytest.mark.parametrize("way", MISTAKES)
+def test_mistakes_are_seen_though_only_two_samples_are_computed(way, monkeypatch):
+    own = engines.ENGINES["torch"]
+
+    def compile(graph, inputs, dtype):
+        program = own.compile(graph, inputs, dtype)
+        return lambda given: [MISTAKES[way](result) for result in program(given)]
+
+    monkeypatch.setitem(engines.ENGINES, "torch", dataclasses.replace(own, compile=compile))
+    monkeypatch.setattr(cutting, "_SLICE", 8)
+    model = fxfuse.fuse(with_parts(APART["windows"]))
+    lowered = fxfuse.lower(model, (torch.cat([BATCH, -BATCH]),))
+    assert "other numbers" in lowered.lowering.reason
 
 
 def prepared(batch):

@@ -599,6 +599,54 @@ def test_lowering_leaves_the_memory_of_a_model_as_it_was(way):
         assert torch.equal(lowered(x), twin(x))
 
 
+class Handing(nn.Module):
+    """It is called as a whole, and gives what it was called with when it is called with nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = None
+
+    def forward(self, y=None):
+        if y is None:
+            y, self.kept = self.kept, None
+        else:
+            self.kept = y
+        return y
+
+
+@pytest.mark.parametrize("batch", [2, 10])
+def test_what_is_handed_over_within_a_call(batch):
+    """It looks like a constant, and nothing remembers it from one call to the next."""
+    model = folded(Written(lambda m, y: m.hands(y).relu() + m.hands(), hands=Handing()))
+    images = torch.cat([X] * 5)[:batch]
+    lowered = fxfuse.lower(model, (images,))
+    assert "other numbers" in lowered.lowering.reason
+    near(lowered, images)
+
+
+class Frame:
+    """An object, the text of which is no code."""
+
+    def __init__(self, size):
+        self.size = size
+
+
+@fx.wrap
+def framed(size):
+    return Frame(size)
+
+
+@fx.wrap
+def cropped(y, frame):
+    return y[..., : frame.size]
+
+
+def test_objects_that_are_passed_on():
+    lowered = fxfuse.lower(folded(Written(lambda m, y: cropped(y, framed(y.shape[-1] - 1)).relu())), (X,))
+    assert "an object is passed on" in lowered.lowering.reason
+    near(lowered, X)
+
+
 class Caching(nn.Module):
     """It is called as a whole, and keeps what is the same in each call."""
 

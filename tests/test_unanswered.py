@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import types
 from collections.abc import Mapping, Sequence
@@ -781,6 +782,68 @@ def test_state_in_objects_in_lists_is_not_touched(keep_modules):
     with torch.no_grad():
         for _ in range(2):
             assert_exact(twin(X), fused(X))
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    count: int = 0
+
+    def __call__(self):
+        self.count += 1
+        return self.count
+
+
+def counter():
+    count = 0
+
+    def call():
+        nonlocal count
+        count += 1
+        return count
+
+    return call
+
+
+def filling():
+    def call():
+        nonlocal count
+        count = 1 if call.called else 2
+        call.called = True
+        return count
+
+    call.called = False
+    if call.called:
+        count = 0
+    return call
+
+
+class Ticking(nn.Module):
+    def __init__(self, tick):
+        super().__init__()
+        self.block, self.tick = Base(), tick
+
+    def forward(self, x):
+        return self.block(x) * self.tick()
+
+
+STATES = {
+    "closure": counter,
+    "slots": Slots,
+    "empty cell": filling,
+    "method": lambda: Slots().__call__,
+    "partial": lambda: functools.partial(counter()),
+}
+
+
+@MODES
+@pytest.mark.parametrize("state", STATES)
+def test_state_in_closures_and_slots_is_not_touched(keep_modules, state):
+    model, twin = (randomise(Ticking(STATES[state]())) for _ in range(2))
+    fused = fxfuse.fuse(model, keep_modules=keep_modules)
+    with torch.no_grad():
+        for _ in range(3):
+            assert_exact(twin(X), fused(X))
+    assert len(fxfuse.report(fused).folded) == 1
 
 
 def test_a_profiler_changes_nothing():

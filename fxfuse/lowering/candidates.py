@@ -18,7 +18,7 @@ from fxfuse.inputs import drawn_like
 from fxfuse.lowering.edits import in_dtype
 from fxfuse.lowering.engines import Engine
 from fxfuse.lowering.specialise import specialise
-from fxfuse.lowering.specialised import Program, Specialised
+from fxfuse.lowering.specialised import Output, Program, Specialised
 from fxfuse.replica import replicate
 from fxfuse.tree import storage
 from fxfuse.verdict import Comparison
@@ -87,22 +87,30 @@ class Candidate:
     def _tensors(self) -> list[Tensor]:
         return self.graph.tensors(pytree.tree_leaves(self.inputs))
 
-    def verify(self) -> Outcome:
+    def verify(self, order: Sequence[int] | None = None) -> Outcome:
         """It, if it gives what the folded module does.
+
+        Args:
+            order: for a program that keeps samples apart: which of the first two samples is at each place of
+                the batch that it is run on, so that the folded module need not compute more than these.
 
         Raises:
             UnsupportedError: it raises something.
         """
-        folded, dtype = replicate(self.compiler.folded), self.compiler.dtype
-        reference: Callable[..., Any] = folded
-        if dtype is not None:
-            rounded = in_dtype(self.graph, dtype)
-            reference = self._positional(lambda tensors: rounded(*tensors))
+        folded: nn.Module = replicate(self.compiler.folded)
+        inputs, arrange = self.inputs, partial(_arranged, order=order)
+        if order is not None:
+            folded = _Arranged(folded, self.graph, order)
+            inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor[:2], inputs)
         with refusing():
             program = _with_own_memory(self.program, self._tensors())
-        candidate = self._positional(program)
+        candidate = self._positional(program, arrange)
+        reference: Callable[..., Any] = folded
+        if self.compiler.dtype is not None:
+            rounded = in_dtype(self.graph, self.compiler.dtype)
+            reference = self._positional(lambda tensors: rounded(*tensors), arrange)
         # Where nothing could be seen, as with zeros, other numbers are drawn.
-        for values in (self.inputs, drawn_like(self.inputs, seed=2)):
+        for values in (inputs, drawn_like(inputs, seed=2)):
             found = same_numbers(folded, candidate, values, reference)
             if not found.ok:
                 errors = f"{found.candidate_error:.2g}, of the folded module {found.reference_error:.2g}"
@@ -112,14 +120,48 @@ class Candidate:
                 return Outcome(partial(self.graph.run, program), comparison=found)
         return Outcome(None, "whether it gives the same numbers could not be seen", found)
 
-    def _positional(self, program: Program) -> Callable[..., Any]:
-        """What forward gives for its inputs, by a program."""
+    def _positional(self, program: Program, arrange: Callable[[Any], Any]) -> Callable[..., Any]:
+        """What forward gives for its inputs, when they are arranged, by a program."""
 
         def forward(*inputs: Any) -> Any:
             with refusing():
-                return self.graph.run(program, pytree.tree_leaves(inputs))
+                return self.graph.run(program, pytree.tree_leaves(arrange(inputs)))
 
         return forward
+
+
+class _Arranged(nn.Module):
+    """A module that is called with two samples, and gives what it does for a batch of these in some order.
+
+    Args:
+        module: the module.
+        graph: what it computes, whose outputs tell which of its own are for samples.
+        order: of the samples.
+    """
+
+    def __init__(self, module: nn.Module, graph: Specialised, order: Sequence[int]) -> None:
+        super().__init__()
+        self.module = module
+        self.are_for_samples = [isinstance(each, Output) for each in graph.outputs]
+        self.order = order
+        self.eval()
+
+    def forward(self, *inputs: Any) -> Any:
+        leaves, structure = pytree.tree_flatten(self.module(*inputs))
+        pairs = zip(leaves, self.are_for_samples, strict=True)
+        leaves = [_arranged(leaf, self.order) if is_for_samples else leaf for leaf, is_for_samples in pairs]
+        return pytree.tree_unflatten(leaves, structure)
+
+
+def _arranged(values: Any, order: Sequence[int] | None) -> Any:
+    """Of tensors for two samples, in one place or several in a row each, those for samples in an order."""
+    if order is None:
+        return values
+
+    def arranged(tensor: Tensor) -> Tensor:
+        return tensor.reshape(2, -1, *tensor.shape[1:])[[*order]].flatten(0, 1)
+
+    return pytree.tree_map_only(Tensor, arranged, values)
 
 
 @contextmanager

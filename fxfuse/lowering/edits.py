@@ -22,6 +22,9 @@ _TAKE_INTEGERS = {
     *("embedding", "index", "index_select", "gather", "getitem"),
     *("to", "float", "bool", "type", "type_as", "_to_copy", "eq", "ne"),
 }
+# What makes floats integers, among others.
+_CONVERSIONS = {"to", "type", "type_as", "_to_copy", "int", "long", "short"}
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def check_no_integers(graph: Specialised) -> None:
@@ -43,7 +46,16 @@ def check_no_integers(graph: Specialised) -> None:
 
 
 def in_dtype(graph: Specialised, dtype: torch.dtype) -> fx.GraphModule:
-    """Its module, computed in `dtype`; what goes in and comes out keeps its dtype."""
+    """Its module, computed in `dtype`; what goes in and comes out keeps its dtype.
+
+    Raises:
+        UnsupportedError: integers are made of floats, which would be others.
+    """
+    for node in graph.module.graph.nodes:
+        made = node.meta["val"] if operator_name(node) in _CONVERSIONS else None
+        is_integer = made is not None and made.dtype in _INTEGERS
+        if is_integer and any(each.meta["val"].is_floating_point() for each in node.all_input_nodes):
+            raise UnsupportedError(f"floats become integers, {at(node)}")
     twin = copy.deepcopy(graph.module).to(dtype)
     surround(twin, (_cast, dtype), [(_cast, like.dtype) for like in graph.results])
     return twin

@@ -28,7 +28,7 @@ _JOINED = {
     f"aten::{name}"
     for name in ("_convolution", "linear", "addmm", "matmul", "mm", "bmm", "add", "mul", "div")
 }
-_BINARY = {f"aten::{name}" for name in ("add", "sub", "mul", "div")}
+_BINARY = {f"aten::{name}" for name in ("add", "mul", "div")}
 
 
 def calls_others(graph: Any) -> bool:
