@@ -157,7 +157,7 @@ def _is_pooled(sizes: Sequence[int], strides: Sequence[int]) -> bool:
 def _is_multiplied(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether kernels of products and softmax read it, and read it right.
 
-    Its last or its last but one axis is the fastest. Of two axes of matrices, the kernels of oneDNN 3.7 step
+    Its last or its last but one axis is the fastest. Of two axes of matrices, the kernels of oneDNN 3.12 step
     along the slower one by the wrong stride if that is the faster one's times both sizes, as it is of
     (batch, tokens, heads, width) with gaps for as many tokens as there are samples. With a single element in
     one of these axes, or in the rows, more goes wrong, but for blocks in order and single samples outermost.
