@@ -142,25 +142,26 @@ class SourceIsReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @contextlib.contextmanager
 def objects_unchanged(model: nn.Module) -> Iterator[None]:
     """What forward keeps in objects that are no modules, or in its class, would be proxies from then on."""
-    before = [(each, _saved(each)) for each in _holders(model)]
+    before = _holders(model)
     changed = False
     try:
         yield
     finally:
         for each, saved in before:
-            if _identities(_saved(each)) != _identities(saved):
-                changed = True
+            now = _saved(each)
+            if _identities(now) != _identities(saved):
+                changed |= not _is_cache(saved, now)
                 _restore(each, saved)
     if changed:
         raise TraceError("forward keeps state in an object or a class, which a graph does not record")
 
 
-def _holders(model: nn.Module) -> list[Any]:
-    """What holds others, and may be given others, of what classes and objects that are no modules lead to."""
+def _holders(model: nn.Module) -> list[tuple[Any, Any]]:
+    """What classes and objects that are no modules lead to, if it may be given others, and what it holds."""
     classes = {kind for module in model.modules() for kind in user_classes(module)}
-    waiting = [each for kind in classes for each in vars(kind).values() if not isinstance(each, FunctionType)]
+    waiting = [each for kind in classes for each in vars(kind).values()]
     waiting += [value for module in model.modules() for _, value in own_attributes(module)]
-    found: list[Any] = []
+    found: list[tuple[Any, Any]] = []
     seen: dict[int, Any] = {}
     while waiting and len(seen) < _MOST_OBJECTS:
         value = waiting.pop()
@@ -168,9 +169,9 @@ def _holders(model: nn.Module) -> list[Any]:
             continue
         seen[id(value)] = value
         if isinstance(value, FunctionType):
-            waiting += [vars(value), *(value.__closure__ or ()), *(value.__defaults__ or ())]
+            waiting += [vars(value), *(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__]
         elif isinstance(value, MethodType):
-            waiting.append(value.__self__)
+            waiting += [value.__self__, value.__func__]
         elif isinstance(value, functools.partial):
             waiting += [value.func, value.args, value.keywords]
         elif isinstance(value, tuple):
@@ -178,9 +179,9 @@ def _holders(model: nn.Module) -> list[Any]:
         else:
             saved = _saved(value)
             if saved is not None:
-                found.append(value)
+                found.append((value, saved))
                 waiting += saved.values() if isinstance(saved, dict) else saved
-            waiting += [vars(value)] if hasattr(value, "__dict__") else []
+            waiting += [vars(value)] if hasattr(value, "__dict__") and not _is_closed(type(value)) else []
     return found
 
 
@@ -195,14 +196,35 @@ def _saved(holder: Any) -> Any:
         return dict(holder) if isinstance(holder, dict) else [*holder]
     if isinstance(holder, CellType):
         return [] if holder == CellType() else [holder.cell_contents]
-    if type(holder).__module__.partition(".")[0] in sys.stdlib_module_names:  # paths keep their texts there
-        return None
-    slots: list[str] = copyreg._slotnames(type(holder))  # type: ignore[attr-defined]
-    return {name: getattr(holder, name) for name in slots if hasattr(holder, name)} or None
+    slots: list[str] = [] if _is_closed(type(holder)) else copyreg._slotnames(type(holder))  # type: ignore[attr-defined]
+    return dict(_slots(holder, slots)) if slots else None
+
+
+def _is_closed(kind: type) -> bool:
+    """Whether it is a part of Python that keeps what it likes, as paths and loggers do."""
+    home = str(kind.__module__).partition(".")[0]
+    return home in sys.stdlib_module_names and home not in {"argparse", "builtins", "collections", "types"}
+
+
+def _slots(holder: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    for name in names:
+        with contextlib.suppress(AttributeError):  # it is empty
+            yield name, object.__getattribute__(holder, name)
+
+
+def _is_cache(saved: Any, now: Any) -> bool:
+    """Whether nothing but constants was put in empty places: tensors that a trace does not see are such."""
+    if isinstance(saved, dict) != isinstance(now, dict) or len(saved) > len(now):
+        return False
+    before, after = (dict(each) if isinstance(each, dict) else dict(enumerate(each)) for each in (saved, now))
+    return all(
+        value is before.get(key) or (before.get(key) is None and issubclass(type(value), Tensor))
+        for key, value in after.items()
+    )
 
 
 def _identities(saved: Any) -> list[tuple[int, int]]:
-    pairs = saved.items() if isinstance(saved, dict) else enumerate(saved or ())
+    pairs = saved.items() if isinstance(saved, dict) else enumerate(saved)
     return [(id(key) if isinstance(saved, dict) else 0, id(value)) for key, value in pairs]
 
 
@@ -215,6 +237,8 @@ def _restore(holder: Any, saved: Any) -> None:
         holder.clear()
         (holder.extend if isinstance(holder, (list, deque)) else holder.update)(saved)
     else:
+        for name in _saved(holder).keys() - saved.keys():
+            object.__delattr__(holder, name)
         for name, value in saved.items():
             object.__setattr__(holder, name, value)
 

@@ -61,6 +61,7 @@ LAYERS = [
     ["lowering.engines"],
     ["lowering.cuda_graphs"],
     ["lowering.candidates"],
+    ["lowering.pairs"],
     ["lowering.slices"],
     ["lowering.compilation"],
     ["lowering.lowered"],

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import fxfuse
+from fxfuse.errors import UnsupportedError
 from fxfuse.lowering import onednn, references, torchscript
 from fxfuse.lowering.references import _has_only_a_reference
 from tests.lowering import Written, X, folded, near
@@ -220,13 +221,14 @@ def laid_out(sizes, order, gap, generator):
     return numbers.permute([order.index(axis) for axis in range(len(sizes))])
 
 
-def wrong_products(samples, heads, rows, width, columns):
+def wrong_products(*batch, rows, width, columns):
     """How many products are wrong of matrices that lie in memory in all ways, and of how many."""
     generator = torch.Generator().manual_seed(0)
     module = fx.symbolic_trace(lambda one, other: (2 * (one @ other),))
-    sizes = (samples, heads, rows, width), (samples, heads, width, columns)
+    sizes = (*batch, rows, width), (*batch, width, columns)
+    axes = range(len(batch) + 2)
     wrong = []
-    for order, gap, place in product(permutations(range(4)), (None, 1, 2, 3), (0, 1)):
+    for order, gap, place in product(permutations(axes), (None, *axes[1:]), (0, 1)):
         pair = [torch.randn(each, generator=generator) for each in sizes]
         pair[place] = laid_out(sizes[place], order, gap, generator)
         (result,) = onednn._compiled(module, pair)(pair)
@@ -239,7 +241,14 @@ def wrong_products(samples, heads, rows, width, columns):
     "sizes", [(4, 4, 4, 4, 4), (2, 3, 2, 5, 2), (3, 3, 1, 5, 3), (1, 3, 4, 1, 5), (3, 1, 2, 1, 3)]
 )
 def test_products_of_matrices_in_all_orders(sizes, monkeypatch):
-    wrong, tried = wrong_products(*sizes)
-    assert (wrong, tried) == (0, 192)
+    *batch, rows, width, columns = sizes
+    products = partial(wrong_products, *batch, rows=rows, width=width, columns=columns)
+    assert products() == (0, 192)
     monkeypatch.setattr(references, "_is_multiplied", lambda *_: True)
-    assert wrong_products(*sizes)[0], "oneDNN reads them all"
+    assert products()[0], "oneDNN reads them all"
+
+
+@pytest.mark.parametrize("batch", [(3,), (1,), (2, 2, 2)])
+def test_products_of_other_ranks_are_left_to_torch(batch):
+    with pytest.raises(UnsupportedError, match="no kernel for any part"):
+        wrong_products(*batch, rows=2, width=3, columns=2)

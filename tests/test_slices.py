@@ -205,7 +205,7 @@ def test_slices_that_are_slower_are_not_taken(monkeypatch):
 # What a kernel might do to the samples of a slice.
 MISTAKES = {
     **{f"shifted by {count}": lambda y, count=count: y.roll(count, 0) for count in range(1, 8)},
-    **{f"{one} and {one + 1} exchanged": lambda y, one=one: exchanged(y, one) for one in (0, 2, 3, 4, 6)},
+    **{f"{one} and {one + 1} exchanged": lambda y, one=one: exchanged(y, one) for one in range(7)},
     **{f"{one} for all": lambda y, one=one: y[[one] * len(y)] for one in range(8)},
     "backwards": lambda y: y.flip(0)[[*range(1, len(y)), 0]],
     "one is off": lambda y: torch.cat([y[:-1], y[-1:] * (1 + 1e-3)]),
@@ -218,8 +218,9 @@ def exchanged(y, one):
     return y[order]
 
 
+@pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("way", MISTAKES)
-def test_mistakes_are_seen_though_only_two_samples_are_computed(way, monkeypatch):
+def test_mistakes_are_seen_though_only_two_samples_are_computed(way, equal, monkeypatch):
     own = engines.ENGINES["torch"]
 
     def compile(graph, inputs, dtype):
@@ -229,8 +230,29 @@ def test_mistakes_are_seen_though_only_two_samples_are_computed(way, monkeypatch
     monkeypatch.setitem(engines.ENGINES, "torch", dataclasses.replace(own, compile=compile))
     monkeypatch.setattr(cutting, "_SLICE", 8)
     model = fxfuse.fuse(with_parts(APART["windows"]))
-    lowered = fxfuse.lower(model, (torch.cat([BATCH, -BATCH]),))
-    assert "other numbers" in lowered.lowering.reason
+    batch = BATCH[:1].repeat(16, 1, 1, 1) if equal else torch.cat([BATCH, -BATCH])
+    assert "other numbers" in fxfuse.lower(model, (batch,)).lowering.reason
+
+
+def test_what_depends_on_the_number_of_samples(monkeypatch):
+    monkeypatch.setattr(cutting, "medians", lambda *_, **__: {"small": 1.0, "large": 1.0})
+    model = fxfuse.fuse(with_parts(lambda m, y: (y.relu(), y.shape[0], torch.arange(y.shape[0]))))
+    for batch in (8, 11, 16):
+        x = torch.randn(batch, 3, 12, 12)
+        lowered = fxfuse.lower(model, (x,))
+        assert not lowered.lowering.reason
+        result, number, places = lowered(x + 1)
+        torch.testing.assert_close(result, model(x + 1)[0])
+        assert number == batch and torch.equal(places, torch.arange(batch))
+
+
+def test_batches_with_channels_last(slices):
+    lowered = fxfuse.lower(
+        fxfuse.fuse(with_parts(APART["residual"])), (BATCH.contiguous(memory_format=torch.channels_last),)
+    )
+    assert not lowered.lowering.reason and slices == [[2] * 4]
+    near(lowered, BATCH)
+    near(lowered, BATCH.contiguous(memory_format=torch.channels_last))
 
 
 def prepared(batch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import logging
 import types
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -826,8 +827,33 @@ class Ticking(nn.Module):
         return self.block(x) * self.tick()
 
 
+class Unset:
+    """Slots that are set by the first call."""
+
+    __slots__ = ("__dict__", "count")
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"there is no {name}")
+
+    def __call__(self):
+        self.count = 2 if "called" in vars(self) else 1
+        vars(self)["called"] = True
+        return self.count
+
+
+def by_keyword():
+    def call(*, state={"count": 0}):  # noqa: B006
+        state["count"] += 1
+        return state["count"]
+
+    call.__kwdefaults__ = {"state": {"count": 0}}
+    return call
+
+
 STATES = {
     "closure": counter,
+    "slots that are empty": Unset,
+    "default": by_keyword,
     "slots": Slots,
     "empty cell": filling,
     "method": lambda: Slots().__call__,
@@ -844,6 +870,63 @@ def test_state_in_closures_and_slots_is_not_touched(keep_modules, state):
         for _ in range(3):
             assert_exact(twin(X), fused(X))
     assert len(fxfuse.report(fused).folded) == 1
+
+
+class Methodical(Base):
+    def forward(self, x, seen=[]):  # noqa: B006
+        y = super().forward(x)
+        seen.append(y.detach())
+        return y + seen[0]
+
+
+@MODES
+def test_state_in_defaults_of_methods_is_not_touched(keep_modules):
+    model = randomise(Methodical())
+    fxfuse.fuse(model, keep_modules=keep_modules)
+    assert Methodical.forward.__defaults__ == ([],)
+
+
+def ramps():
+    kept = {}
+
+    def call():
+        if "ramp" not in kept:
+            kept["ramp"] = torch.arange(6.0, dtype=torch.float64)
+        return kept["ramp"]
+
+    return call
+
+
+def lazy():
+    ramp = None
+
+    def call():
+        nonlocal ramp
+        logging.getLogger("tests").debug("called")
+        if ramp is None:
+            ramp = torch.arange(6.0, dtype=torch.float64)
+        return ramp
+
+    return call
+
+
+@dataclasses.dataclass(slots=True)
+class Ramp:
+    ramp: torch.Tensor | None = None
+
+    def __call__(self):
+        if self.ramp is None:
+            self.ramp = torch.arange(6.0, dtype=torch.float64)
+        return self.ramp
+
+
+@pytest.mark.parametrize("make", [ramps, lazy, Ramp, lambda: functools.partial(ramps())])
+def test_caches_of_constants_are_no_state(make):
+    model, twin = randomise(Ticking(make())), randomise(Ticking(make()))
+    fused = fxfuse.fuse(model)
+    assert isinstance(fused, torch.fx.GraphModule) and len(fxfuse.report(fused).folded) == 1
+    assert_exact(twin(X), fused(X))
+    assert_exact(twin(X), model(X))
 
 
 def test_a_profiler_changes_nothing():

@@ -18,7 +18,7 @@ from fxfuse.inputs import drawn_like
 from fxfuse.lowering.edits import in_dtype
 from fxfuse.lowering.engines import Engine
 from fxfuse.lowering.specialise import specialise
-from fxfuse.lowering.specialised import Output, Program, Specialised
+from fxfuse.lowering.specialised import Program, Specialised
 from fxfuse.replica import replicate
 from fxfuse.tree import storage
 from fxfuse.verdict import Comparison
@@ -80,88 +80,56 @@ class Candidate:
     graph: Specialised
     program: Program
 
-    def run_example(self) -> Sequence[Tensor]:
-        """Its results for the inputs that it was compiled for."""
-        return self.program(self._tensors())
-
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """What the program takes of these inputs."""
         return self.graph.tensors(pytree.tree_leaves(self.inputs))
 
-    def verify(self, order: Sequence[int] | None = None) -> Outcome:
-        """It, if it gives what the folded module does.
+    def reference(self) -> Program | None:
+        """Another program for `graph`, in the dtype of the program if that is not the folded module's."""
+        if self.compiler.dtype is None:
+            return None
+        rounded = in_dtype(self.graph, self.compiler.dtype)
+        return lambda tensors: rounded(*tensors)
 
-        Args:
-            order: for a program that keeps samples apart: which of the first two samples is at each place of
-                the batch that it is run on, so that the folded module need not compute more than these.
+    def verify(self) -> Outcome:
+        """It, if it gives what the folded module does.
 
         Raises:
             UnsupportedError: it raises something.
         """
-        folded: nn.Module = replicate(self.compiler.folded)
-        inputs, arrange = self.inputs, partial(_arranged, order=order)
-        if order is not None:
-            folded = _Arranged(folded, self.graph, order)
-            inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor[:2], inputs)
         with refusing():
-            program = _with_own_memory(self.program, self._tensors())
-        candidate = self._positional(program, arrange)
-        reference: Callable[..., Any] = folded
-        if self.compiler.dtype is not None:
-            rounded = in_dtype(self.graph, self.compiler.dtype)
-            reference = self._positional(lambda tensors: rounded(*tensors), arrange)
-        # Where nothing could be seen, as with zeros, other numbers are drawn.
-        for values in (inputs, drawn_like(inputs, seed=2)):
-            found = same_numbers(folded, candidate, values, reference)
-            if not found.ok:
-                errors = f"{found.candidate_error:.2g}, of the folded module {found.reference_error:.2g}"
-                wrong = f"it gives other numbers: error against float64 {errors}"
-                return Outcome(None, wrong if found.worst else found.notes[0], found)
-            if found.conclusive:
-                return Outcome(partial(self.graph.run, program), comparison=found)
-        return Outcome(None, "whether it gives the same numbers could not be seen", found)
+            program = _with_own_memory(self.program, self.tensors())
+        folded, reference = replicate(self.compiler.folded), self.reference()
+        expected = folded if reference is None else self._forward(reference)
+        reason, found = compared(folded, self._forward(program), self.inputs, expected)
+        return Outcome(None if reason else partial(self.graph.run, program), reason, found)
 
-    def _positional(self, program: Program, arrange: Callable[[Any], Any]) -> Callable[..., Any]:
-        """What forward gives for its inputs, when they are arranged, by a program."""
-
-        def forward(*inputs: Any) -> Any:
-            with refusing():
-                return self.graph.run(program, pytree.tree_leaves(arrange(inputs)))
-
-        return forward
+    def _forward(self, program: Program) -> Callable[..., Any]:
+        """What forward gives for its inputs, by a program."""
+        return lambda *inputs: self.graph.run(program, pytree.tree_leaves(inputs))
 
 
-class _Arranged(nn.Module):
-    """A module that is called with two samples, and gives what it does for a batch of these in some order.
+def compared(
+    folded: nn.Module, candidate: Callable[..., Any], inputs: tuple[Any, ...], reference: Callable[..., Any]
+) -> tuple[str, Comparison]:
+    """Why a candidate may not be used, empty if it may, and how it compares with a module.
 
-    Args:
-        module: the module.
-        graph: what it computes, whose outputs tell which of its own are for samples.
-        order: of the samples.
+    See ``fxfuse.comparison.same_numbers``.
+
+    Raises:
+        UnsupportedError: the candidate raises something.
     """
-
-    def __init__(self, module: nn.Module, graph: Specialised, order: Sequence[int]) -> None:
-        super().__init__()
-        self.module = module
-        self.are_for_samples = [isinstance(each, Output) for each in graph.outputs]
-        self.order = order
-        self.eval()
-
-    def forward(self, *inputs: Any) -> Any:
-        leaves, structure = pytree.tree_flatten(self.module(*inputs))
-        pairs = zip(leaves, self.are_for_samples, strict=True)
-        leaves = [_arranged(leaf, self.order) if is_for_samples else leaf for leaf, is_for_samples in pairs]
-        return pytree.tree_unflatten(leaves, structure)
-
-
-def _arranged(values: Any, order: Sequence[int] | None) -> Any:
-    """Of tensors for two samples, in one place or several in a row each, those for samples in an order."""
-    if order is None:
-        return values
-
-    def arranged(tensor: Tensor) -> Tensor:
-        return tensor.reshape(2, -1, *tensor.shape[1:])[[*order]].flatten(0, 1)
-
-    return pytree.tree_map_only(Tensor, arranged, values)
+    # Where nothing could be seen, as with zeros, other numbers are drawn.
+    for values in (inputs, drawn_like(inputs, seed=2)):
+        with refusing():
+            found = same_numbers(folded, candidate, values, reference)
+        if not found.ok:
+            errors = f"{found.candidate_error:.2g}, of the folded module {found.reference_error:.2g}"
+            wrong = f"it gives other numbers: error against float64 {errors}"
+            return wrong if found.worst else found.notes[0], found
+        if found.conclusive:
+            return "", found
+    return "whether it gives the same numbers could not be seen", found
 
 
 @contextmanager

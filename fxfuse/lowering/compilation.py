@@ -14,7 +14,6 @@ from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.candidates import Compiler, Outcome
 from fxfuse.lowering.engines import Engine
 from fxfuse.lowering.kept import Traced
-from fxfuse.lowering.lock import COMPILES
 from fxfuse.lowering.slices import in_slices
 from fxfuse.precision import no_autocast
 from fxfuse.runs import REJECTIONS
@@ -34,7 +33,7 @@ def compile_verified(
     what the folded module raises if it does not take the inputs.
     """
     # Tensors of inference mode could not become constants.
-    with COMPILES, torch.inference_mode(False), torch.no_grad(), no_autocast():
+    with torch.inference_mode(False), torch.no_grad(), no_autocast():
         try:
             own = pytree.tree_map(_own_copy, tuple(inputs))
             compiler = Compiler(traced.folded, traced.graph_for(own), engine, dtype)

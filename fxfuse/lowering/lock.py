@@ -1,4 +1,4 @@
-"""One tracer or compiler at a time: both set what concerns the whole process."""
+"""What `lower` traces and compiles, one at a time: both set what concerns the whole process."""
 
 import threading
 

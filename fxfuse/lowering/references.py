@@ -159,13 +159,14 @@ def _is_multiplied(sizes: Sequence[int], strides: Sequence[int]) -> bool:
 
     Its last or its last but one axis is the fastest. Of two axes of matrices, the kernels of oneDNN 3.12 step
     along the slower one by the wrong stride if that is the faster one's times both sizes, as it is of
-    (batch, tokens, heads, width) with gaps for as many tokens as there are samples. With a single element in
-    one of these axes, or in the rows, more goes wrong, but for blocks in order and single samples outermost.
+    (batch, tokens, heads, width) for as many tokens as there are samples, but for some blocks. With a single
+    element in one of these axes, or in the rows, more goes wrong, but for blocks in order and single samples
+    outermost.
     """
     order = _order(sizes, strides)
     if order and order[-1] < len(sizes) - 2:
         return False
-    if len(sizes) != 4 or _is_in_order(sizes, strides):
+    if len(sizes) != 4 or _is_in_order(sizes, strides):  # oneDNN Graph takes no batches of another rank
         return True
     samples, heads, rows, _ = sizes
     if heads == 1 or rows == 1:

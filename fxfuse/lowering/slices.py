@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.batches import is_for_fewer, keeps_samples_apart
 from fxfuse.lowering.candidates import Candidate, Compiler, Outcome, refusing
+from fxfuse.lowering.pairs import compared_on_pairs
 from fxfuse.lowering.specialise import specialise, without_numbers
 from fxfuse.lowering.specialised import Program, Specialised
 from fxfuse.lowering.timing import medians
@@ -76,27 +77,27 @@ class _Slices:
     def verified(self) -> Outcome:
         """Programs for the fastest slices, and for what is left behind them, one after the other."""
         size, candidate = self._fastest()
-        outcome = candidate.verify(_order(size))
-        if size == self.batch or outcome.run is None:
-            return outcome
         count, left = divmod(self.batch, size)
         if left == 1:  # of which nothing is proved: an axis of one element is no axis of samples
             count, left = count - 1, left + size
-        programs = [(size, candidate.program)] * count
+        candidates = [(size, candidate)]
         if left:
-            rest = self._compiled(slice(-left, None))
-            outcome_of_rest = rest.verify(_order(left))
-            if outcome_of_rest.run is None:
-                return outcome_of_rest
-            programs.append((left, rest.program))
-        return replace(outcome, run=partial(self.whole.run, _one_by_one(programs)))
+            candidates.append((left, self._compiled(slice(-left, None))))
+        for number, each in candidates[::-1]:
+            reason, comparison = compared_on_pairs(each, number)
+            if reason:
+                return Outcome(None, reason, comparison)
+        programs = [(number, each.program) for number, each in candidates]
+        run = _one_by_one([programs[0]] * count + programs[1:])
+        return Outcome(partial(self.whole.run, run), comparison=comparison)
 
     def _fastest(self) -> tuple[int, Candidate]:
         """The size of slices that are doubled as long as it pays, and their program."""
         size, best = _SLICE, self._compiled(slice(_SLICE))
         while 2 * size <= self.batch and 2 * size != self.batch - 1:  # one alone may not be left
             larger = self._compiled(slice(2 * size))
-            calls = {"small": best.run_example, "large": larger.run_example}
+            pair = {"small": best, "large": larger}
+            calls = {name: partial(each.program, each.tensors()) for name, each in pair.items()}
             times = medians(calls, rounds=7, seconds=0.2, pause=0.0)
             gain = 1 - times["large"] / (2 * times["small"])
             if gain > 0:
@@ -114,11 +115,6 @@ class _Slices:
         if not is_for_fewer(self.whole.module, candidate.graph.module, self.batch, size):
             raise UnsupportedError("some samples are computed otherwise than all")
         return candidate
-
-
-def _order(size: int) -> list[int]:
-    """Two samples in the order of Thue and Morse, in which no shift puts like in the place of like."""
-    return [place.bit_count() % 2 for place in range(size)]
 
 
 def _one_by_one(programs: Sequence[tuple[int, Program]]) -> Program:

@@ -98,7 +98,7 @@ def _is_sigmoid_of(x: Any, gate: Any) -> bool:
 
 
 def _operands(node: Any) -> dict[int, Any]:
-    """The two of a sum, difference, product or quotient, by their places."""
+    """The two of a sum, product or quotient, by their places."""
     return dict(enumerate([*node.inputs()][:2]))
 
 
