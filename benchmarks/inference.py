@@ -7,8 +7,9 @@ Then all are called in an order that is drawn anew in every round, each after a 
 since the threads of the one before may still spin (`fxfuse.lowering.timing`). Memory is what the process
 needs at its peak, beyond what it had before that way was made: until it is ready, and in one more call.
 
-The run is resumable: a model and batch is kept in ``docs/results/inference.json`` as soon as it is done, with
-the commit that it was measured at, and not measured again unless ``--again`` says so.
+The run is resumable: a model and batch is kept as soon as it is done, with the commit that it was measured
+at, and not measured again unless ``--again`` says so. There is a file for each set of instructions that
+processors have, such as ``docs/results/inference-avx2.json``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import fxfuse
 from benchmarks.floor import floor
 from benchmarks.inference_page import AUTO, Record, page, picture
 from benchmarks.memory import peak, trimmed
-from benchmarks.record import RESULTS, surroundings, write
+from benchmarks.record import INSTRUCTIONS, RESULTS, surroundings, write
 from fxfuse import zoo
 from fxfuse.lowering.auto import fastest_of, times_of
 from fxfuse.lowering.engines import ENGINES
@@ -46,6 +47,7 @@ from fxfuse.lowering.specialised import Specialised
 from fxfuse.lowering.timing import samples
 
 COMMAND = "python -m benchmarks.inference"
+NAME = f"inference-{INSTRUCTIONS.lower()}"
 TORCHVISION = (
     *("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "regnet_y_400mf"),
     *("densenet121", "inception_v3", "shufflenet_v2_x1_0", "vgg16_bn", "convnext_tiny", "deeplabv3_resnet50"),
@@ -207,8 +209,8 @@ def main() -> None:
     options = parser.parse_args()
     names = options.model or (QUICK if options.quick else MODELS)
     batches = options.batch or ((1,) if options.quick else BATCHES)
-    file = RESULTS / "inference.json"
-    record: Record = {"models": {}}
+    file = RESULTS / f"{NAME}.json"
+    record: Record = {"models": {}, "command": COMMAND, "instructions": INSTRUCTIONS}
     if file.exists() and not options.quick:
         record = json.loads(file.read_text())
     cells = [(f"{name}, batch {batch}", name, batch) for batch in batches for name in names]
@@ -226,15 +228,14 @@ def main() -> None:
                     continue
             made = surroundings(COMMAND)
             record["models"][key] = found | {"name": name, "batch": batch, "made": made}
-            record |= {"command": COMMAND}
             if not options.quick:
-                write("inference", record, page(record))
+                write(NAME, record, page(record))
     if options.quick:
         print(page(record))
         return
     for batch in sorted({each["batch"] for each in record["models"].values()}):
-        picture(record, batch, RESULTS / f"inference-{batch}.svg")
-    write("inference", record, page(record))
+        picture(record, batch, RESULTS / f"{NAME}-{batch}.svg")
+    write(NAME, record, page(record))
 
 
 if __name__ == "__main__":

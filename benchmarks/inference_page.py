@@ -43,7 +43,8 @@ def page(record: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     machine = made["machine"]
     batches = sorted({cell["batch"] for cell in cells.values()})
-    text = f"""# How fast inference is
+    instructions = record["instructions"]
+    text = f"""# How fast inference is, with {instructions}
 
 Made by `{record["command"]}`, each batch at the commit that its section names: {machine["processor"]},
 {machine["cores"]} cores, {machine["threads"]} threads, {versions}.
@@ -65,7 +66,7 @@ convolutions and linear layers, each by itself on the fastest of torch's kernels
 
 At {commits}.
 
-![Speed relative to eager](inference-{batch}.svg)
+![Speed relative to eager](inference-{instructions.lower()}-{batch}.svg)
 
 {table(_times(rows))}
 {table(_ratios(rows))}

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
+# What torch's kernels use of the processor, such as AVX2 or AVX512.
+INSTRUCTIONS = torch.backends.cpu.get_cpu_capability()
 _CODE = ("fxfuse", "benchmarks", "constraints.txt")  # a result that was written before does not matter
 
 
@@ -25,7 +27,11 @@ def surroundings(command: str) -> dict[str, Any]:
         "commit": _git("describe", "--always") + ("-dirty" if _git("status", "--porcelain", *_CODE) else ""),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages if name in installed},
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {
+            "processor": f"{_processor()}, {INSTRUCTIONS}",
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
     }
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fxfuse
+from fxfuse.lowering import onednn
+from fxfuse.lowering.halves import is_operator
 from tests.support import randomise
 
+HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="oneDNN has no bfloat16 for this processor")
+needs_avx512 = pytest.mark.skipif(not HAS_AVX512, reason="only these kernels of oneDNN have the mistake")
+DTYPES = [None, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
 ENGINES = ("torch", "openvino", "onnxruntime")
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
@@ -52,6 +60,23 @@ class WithSecond(Written):
 
     def forward(self, x, z):
         return self.function(self, self.conv(x), z)
+
+
+def operators(graph):
+    return [node.kind() for node in graph.nodes() if is_operator(node)]
+
+
+def failing(monkeypatch, *kinds, least=1):
+    """Has oneDNN Graph fail on so many of these operators, or of all."""
+    own = onednn._compile_whole
+
+    def function(graph, inputs):
+        found = [kind for kind in operators(graph) if kind in kinds or not kinds]
+        if torch._C._jit_llga_enabled() and len(found) >= least:
+            raise RuntimeError("the interpreter:\nno kernel today")
+        return own(graph, inputs)
+
+    monkeypatch.setattr(onednn, "_compile_whole", function)
 
 
 def folded(model, seed=0):

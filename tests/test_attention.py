@@ -7,7 +7,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.lowering import attention
-from tests.lowering import WithSecond, Written, folded, near
+from tests.lowering import WithSecond, Written, folded, near, needs_bfloat16
 from tests.support import randomise
 from tests.test_onednn import kernels
 
@@ -119,10 +119,14 @@ def test_what_is_written_through_a_view_of_the_result():
             assert torch.allclose(lowered(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_many_keys_and_other_dtypes(monkeypatch):
+@needs_bfloat16
+def test_another_dtype():
     lowered = fxfuse.lower(attend(WRITTEN["no mask"]), (X,), dtype=torch.bfloat16)
     assert not lowered.lowering.reason and count() == 1
     near(lowered, X, limit=0.05)
+
+
+def test_many_keys(monkeypatch):
     monkeypatch.setattr(attention, "_LARGEST", 2 * 2 * 24 * 24 - 1)
     lowered = fxfuse.lower(attend(WRITTEN["no mask"]), (X,))
     assert not lowered.lowering.reason and count() == 1

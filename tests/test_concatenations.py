@@ -8,7 +8,7 @@ import fxfuse
 from fxfuse.lowering import onednn
 from fxfuse.lowering.concatenations import grow
 from fxfuse.lowering.specialise import specialise
-from tests.lowering import X, folded, near
+from tests.lowering import DTYPES, X, failing, folded, near
 from tests.support import randomise
 from tests.test_onednn import kernels
 
@@ -86,7 +86,7 @@ def test_parts_are_written_once(way, batch):
     assert torch.equal(lowered(x), lowered(x))
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_no_kernel_concatenates(dtype):
     lowered = fxfuse.lower(folded(Block(by_lists)), (X,), dtype=dtype)
     assert not lowered.lowering.reason
@@ -179,6 +179,7 @@ def test_where_a_part_of_the_trace_fails(monkeypatch):
     model = Block(way)
     point, spread = nn.Conv2d(20, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
     model.deep = nn.Sequential(point, nn.ReLU(inplace=True), spread, nn.ReLU(inplace=True))
+    failing(monkeypatch, "aten::_convolution", least=2)
     own, tries = onednn._edited, []
     monkeypatch.setattr(
         onednn, "_edited", lambda *given, grows: tries.append(grows) or own(*given, grows=grows)

@@ -14,7 +14,7 @@ import fxfuse
 from fxfuse.lowering import legal, onednn
 from fxfuse.lowering.edits import put_channels_last
 from fxfuse.lowering.specialise import specialise
-from tests.lowering import Net, WithSecond, Written, X, folded, near
+from tests.lowering import DTYPES, HAS_AVX512, Net, WithSecond, Written, X, folded, near
 from tests.support import randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the engines; their numbers are what is looked at
@@ -205,6 +205,8 @@ def test_what_the_edits_of_a_trace_mend(way, monkeypatch):
     lowered = fxfuse.lower(model, (X,))
     assert not lowered.lowering.reason
     near(lowered, X)
+    if way == "sum with a pooling" and not HAS_AVX512:
+        return  # only those kernels have the mistake
     monkeypatch.setattr(onednn, "edit", lambda graph: [])
     monkeypatch.setattr(onednn, "halves", lambda graph: None)
     assert fxfuse.lower(model, (X,)).lowering.reason, "there is nothing to mend"
@@ -359,7 +361,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("way", HARMLESS)
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_images_have_their_channels_last_where_no_view_is_written_to(way, dtype, monkeypatch):
     given, put = [], onednn.put_channels_last
     monkeypatch.setattr(onednn, "put_channels_last", lambda *args: (given.append(args), put(*args)))

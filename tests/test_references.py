@@ -12,7 +12,7 @@ import fxfuse
 from fxfuse.errors import UnsupportedError
 from fxfuse.lowering import onednn, references, torchscript
 from fxfuse.lowering.references import _has_only_a_reference
-from tests.lowering import Written, X, folded, near
+from tests.lowering import HAS_AVX512, Written, X, folded, near, needs_bfloat16
 from tests.test_onednn import assert_same_for_large_numbers, called, kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's tracer
@@ -176,6 +176,7 @@ def test_a_gate_of_what_is_written_to_later():
     assert_same_for_large_numbers(called(written), atol=1e-4)
 
 
+@needs_bfloat16
 def test_bfloat16(capfd):
     model = network(row_gated)
     lowered = fxfuse.lower(model, (X,), dtype=torch.bfloat16)
@@ -244,6 +245,8 @@ def test_products_of_matrices_in_all_orders(sizes, monkeypatch):
     *batch, rows, width, columns = sizes
     products = partial(wrong_products, *batch, rows=rows, width=width, columns=columns)
     assert products() == (0, 192)
+    if sizes == (3, 3, 1, 5, 3) and not HAS_AVX512:
+        return  # only those kernels read them wrongly
     monkeypatch.setattr(references, "_is_multiplied", lambda *_: True)
     assert products()[0], "oneDNN reads them all"
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fxfuse
-from fxfuse.lowering import engines
+from fxfuse.lowering import engines, pairs
 from fxfuse.lowering import slices as cutting
 from fxfuse.lowering.candidates import Compiler
 from fxfuse.lowering.specialise import specialise, without_numbers
@@ -218,9 +218,33 @@ def exchanged(y, one):
     return y[order]
 
 
+@pytest.fixture
+def without_pairs(monkeypatch):
+    """Has two samples always say no."""
+    monkeypatch.setattr(pairs, "_compared_on_pairs", lambda *_: ("two say no", None))
+
+
+@pytest.mark.usefixtures("without_pairs")
+def test_where_two_samples_say_no_all_of_a_slice_are_asked(slices):
+    lowered = fxfuse.lower(fxfuse.fuse(with_parts(APART["windows"])), (torch.randn(9, 3, 12, 12),))
+    assert not lowered.lowering.reason and slices == [[2, 2, 2, 3]]
+    near(lowered, torch.randn(9, 3, 12, 12))
+
+
 @pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("way", MISTAKES)
 def test_mistakes_are_seen_though_only_two_samples_are_computed(way, equal, monkeypatch):
+    assert_seen(way, equal, monkeypatch)
+
+
+@pytest.mark.usefixtures("without_pairs")
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("way", MISTAKES)
+def test_mistakes_are_seen_where_all_of_a_slice_are_asked(way, equal, monkeypatch):
+    assert_seen(way, equal, monkeypatch)
+
+
+def assert_seen(way, equal, monkeypatch):
     own = engines.ENGINES["torch"]
 
     def compile(graph, inputs, dtype):

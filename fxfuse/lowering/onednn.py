@@ -37,8 +37,8 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     """A function of a list of tensors, for inputs like these.
 
     Raises:
-        UnsupportedError: this torch has no oneDNN Graph, TorchScript fails on it, a value is empty, or
-            oneDNN Graph has a kernel for none of it.
+        UnsupportedError: this torch has no oneDNN Graph, the processor has no instructions for `dtype`,
+            TorchScript fails on the graph, a value is empty, or oneDNN Graph has a kernel for none of it.
     """
     mkldnn: Any = torch.backends.mkldnn
     if not hasattr(torch._C, "_jit_set_llga_enabled") or not mkldnn.is_available():
@@ -46,6 +46,8 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     if any(tensor.device.type != "cpu" for tensor in (*inputs, *graph.module.state_dict().values())):
         raise UnsupportedError("its kernels are for CPUs")
     module, grows = _edited(graph, dtype, grows=True)
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise UnsupportedError("this processor has no instructions for bfloat16")
     try:
         return _compiled(module, inputs)
     except UnsupportedError:
@@ -69,27 +71,33 @@ def _edited(graph: Specialised, dtype: torch.dtype | None, *, grows: bool) -> tu
 
 def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """A function of a list of tensors, with kernels of oneDNN Graph."""
+    trace = _traced(module, inputs)
+    if calls_others(trace):
+        raise UnsupportedError("it calls a function of TorchScript, in which nothing could be kept apart")
+    if has_empty_values(trace):
+        raise UnsupportedError("a value in it is empty, with which oneDNN Graph would end the process")
+    constants = edit(trace)
+    compiler = _TraceCompiler()
+    try:
+        with torch.no_grad(), _onednn_graph(True):
+            program = compiler.compile(trace, [*inputs, *constants])
+    except RuntimeError as error:
+        raise UnsupportedError(f"TorchScript fails: {_last_line(error)}") from error
+    if not compiler.kernels:
+        raise UnsupportedError(compiler.failure or "oneDNN Graph has no kernel for any part of it")
+    return lambda tensors: program(*tensors, *constants)
+
+
+def _traced(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+    """The trace of a module, which is no function of torch yet: ``torch.jit.trace`` never forgets those."""
 
     def function(*tensors: Tensor) -> Any:
         return module(*tensors)
 
     with torch.no_grad(), warnings.catch_warnings(), Legalised():
         warnings.simplefilter("ignore")  # of sizes that are numbers in a trace
-        traced: Any = torch.jit.trace(function, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
-    if calls_others(traced.graph):
-        raise UnsupportedError("it calls a function of TorchScript, in which nothing could be kept apart")
-    if has_empty_values(traced.graph):
-        raise UnsupportedError("a value in it is empty, with which oneDNN Graph would end the process")
-    constants = edit(traced.graph)
-    compiler = _TraceCompiler()
-    try:
-        with torch.no_grad(), _onednn_graph(True):
-            program = compiler.compile(traced.graph, [*inputs, *constants])
-    except RuntimeError as error:
-        raise UnsupportedError(f"TorchScript fails: {_last_line(error)}") from error
-    if not compiler.kernels:
-        raise UnsupportedError(compiler.failure or "oneDNN Graph has no kernel for any part of it")
-    return lambda tensors: program(*tensors, *constants)
+        trace, _ = torch._C._create_graph_by_tracing(function, tuple(inputs), lambda _: "", True, False)
+    return trace
 
 
 @dataclass

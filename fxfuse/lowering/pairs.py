@@ -2,7 +2,8 @@
 
 The program runs once for each binary digit of the places of its samples, with the first sample where that is
 0 and the second where it is 1. So of any two places some run has another sample in the one than in the other,
-and the folded module, which treats each sample by itself, need not compute more than two.
+and the folded module, which treats each sample by itself, need not compute more than two. If two samples say
+no, the folded module computes the whole slice: it may round more there than for two.
 """
 
 from __future__ import annotations
@@ -25,12 +26,24 @@ Order = Sequence[int]
 """Which of two samples is at each place of a slice."""
 
 
-def compared_on_pairs(candidate: Candidate, size: int) -> tuple[str, Comparison]:
+def compared_in_slices(candidate: Candidate, size: int) -> tuple[str, Comparison]:
     """Why a program for slices of `size` samples may not be used, empty if it may, and how it compares.
 
     Raises:
         UnsupportedError: it raises something.
     """
+    reason, found = _compared_on_pairs(candidate, size)
+    if reason:
+        # Samples that are given may be equal; of drawn ones no two are.
+        for inputs in (drawn_like(candidate.inputs, seed=3), candidate.inputs):
+            reason, found = candidate.compared(candidate.program, inputs)
+            if reason:
+                break
+    return reason, found
+
+
+def _compared_on_pairs(candidate: Candidate, size: int) -> tuple[str, Comparison]:
+    """The same on two samples."""
     digits = max(1, (size - 1).bit_length())
     orders = [[place >> digit & 1 for place in range(size)] for digit in range(digits)]
     pair = pytree.tree_map_only(Tensor, lambda tensor: tensor[:2], candidate.inputs)
