@@ -42,7 +42,7 @@ CASES = (
 EDITS: tuple[tuple[str, tuple[Any, str], str, int], ...] = (
     ("attention as one call", (onednn, "write_out"), "timm:maxvit_tiny_tf_224", 2),
     ("shuffles step by step", (edits, "_join_shuffle"), "torchvision:shufflenet_v2_x1_0", 8),
-    ("kernels of reference", (torchscript, "avoid_references"), "timm:efficientformerv2_s0", 2),
+    ("kernels of reference", (torchscript, "lay_out_operands"), "timm:efficientformerv2_s0", 2),
     ("concatenations of all parts", (onednn, "grow"), "torchvision:densenet121", 1),
     ("concatenations of all parts", (onednn, "grow"), "torchvision:densenet121", 8),
 )

@@ -14,10 +14,11 @@ from fxfuse.lowering import onednn
 from fxfuse.lowering.halves import is_operator
 from tests.support import randomise
 
-HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# torch's kernels and oneDNN's choose alike, unless environment variables say otherwise.
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="oneDNN has no bfloat16 for this processor")
-needs_avx512 = pytest.mark.skipif(not HAS_AVX512, reason="only these kernels of oneDNN have the mistake")
+needs_avx512 = pytest.mark.skipif(not HAS_AVX512, reason="only oneDNN's kernels for AVX-512 have the mistake")
 DTYPES = [None, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
 ENGINES = ("torch", "openvino", "onnxruntime")
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))

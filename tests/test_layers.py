@@ -48,7 +48,7 @@ LAYERS = [
     ["lowering.edits"],
     [
         "lowering.halves",
-        "lowering.references",
+        "lowering.operands",
         "lowering.legal",
         "lowering.attention",
         "lowering.concatenations",

@@ -218,33 +218,8 @@ def exchanged(y, one):
     return y[order]
 
 
-@pytest.fixture
-def without_pairs(monkeypatch):
-    """Has two samples always say no."""
-    monkeypatch.setattr(pairs, "_compared_on_pairs", lambda *_: ("two say no", None))
-
-
-@pytest.mark.usefixtures("without_pairs")
-def test_where_two_samples_say_no_all_of_a_slice_are_asked(slices):
-    lowered = fxfuse.lower(fxfuse.fuse(with_parts(APART["windows"])), (torch.randn(9, 3, 12, 12),))
-    assert not lowered.lowering.reason and slices == [[2, 2, 2, 3]]
-    near(lowered, torch.randn(9, 3, 12, 12))
-
-
-@pytest.mark.parametrize("equal", [False, True])
-@pytest.mark.parametrize("way", MISTAKES)
-def test_mistakes_are_seen_though_only_two_samples_are_computed(way, equal, monkeypatch):
-    assert_seen(way, equal, monkeypatch)
-
-
-@pytest.mark.usefixtures("without_pairs")
-@pytest.mark.parametrize("equal", [False, True])
-@pytest.mark.parametrize("way", MISTAKES)
-def test_mistakes_are_seen_where_all_of_a_slice_are_asked(way, equal, monkeypatch):
-    assert_seen(way, equal, monkeypatch)
-
-
-def assert_seen(way, equal, monkeypatch):
+def with_mistake(way, monkeypatch):
+    """Has programs make it, for slices of eight."""
     own = engines.ENGINES["torch"]
 
     def compile(graph, inputs, dtype):
@@ -253,9 +228,55 @@ def assert_seen(way, equal, monkeypatch):
 
     monkeypatch.setitem(engines.ENGINES, "torch", dataclasses.replace(own, compile=compile))
     monkeypatch.setattr(cutting, "_SLICE", 8)
+
+
+def sixteen(equal):
+    return BATCH[:1].repeat(16, 1, 1, 1) if equal else torch.cat([BATCH, -BATCH])
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("way", MISTAKES)
+def test_mistakes_are_seen_though_only_two_samples_are_computed(way, equal, monkeypatch):
+    with_mistake(way, monkeypatch)
     model = fxfuse.fuse(with_parts(APART["windows"]))
-    batch = BATCH[:1].repeat(16, 1, 1, 1) if equal else torch.cat([BATCH, -BATCH])
-    assert "other numbers" in fxfuse.lower(model, (batch,)).lowering.reason
+    assert "other numbers" in fxfuse.lower(model, (sixteen(equal),)).lowering.reason
+
+
+class OfMany(nn.Module):
+    """Rounds more for more than two samples, as its programs do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        y = self.model(x)
+        return (y + 1000) - 1000 if len(x) > 2 else y
+
+
+def of_many(batch):
+    model = with_parts(APART["windows"])
+    graph = fxfuse.fuse(with_parts(lambda m, y: (APART["windows"](m, y) + 1000) - 1000))
+    graph.load_state_dict(fxfuse.fuse(model).state_dict())
+    with torch.no_grad():
+        whole = specialise(graph, without_numbers((batch,)))
+    compiler = Compiler(OfMany(fxfuse.fuse(model)).eval(), graph, engines.ENGINES["torch"], None)
+    return cutting._Slices(compiler, (batch,), len(batch), whole).verified()
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_what_rounds_more_for_more_samples(equal, monkeypatch):
+    own, asked = pairs._OfSlices, []
+    monkeypatch.setattr(pairs, "_OfSlices", lambda *given: asked.append(given) or own(*given))
+    monkeypatch.setattr(cutting, "_SLICE", 8)
+    assert of_many(sixteen(equal)).run is not None and asked
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("way", ["shifted by 1", "3 and 4 exchanged", "0 for all", "one is off"])
+def test_mistakes_are_seen_in_what_rounds_more_for_more_samples(way, equal, monkeypatch):
+    with_mistake(way, monkeypatch)
+    assert "other numbers" in of_many(sixteen(equal)).reason
 
 
 def test_what_depends_on_the_number_of_samples(monkeypatch):

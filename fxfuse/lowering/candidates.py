@@ -99,18 +99,10 @@ class Candidate:
         """
         with refusing():
             program = _with_own_memory(self.program, self.tensors())
-        reason, found = self.compared(program, self.inputs)
-        return Outcome(None if reason else partial(self.graph.run, program), reason, found)
-
-    def compared(self, program: Program, inputs: tuple[Any, ...]) -> tuple[str, Comparison]:
-        """Why a program may not be used for what `graph` computes, and how it compares; see `compared`.
-
-        Raises:
-            UnsupportedError: it raises something.
-        """
         folded, reference = replicate(self.compiler.folded), self.reference()
         expected = folded if reference is None else self._forward(reference)
-        return compared(folded, self._forward(program), inputs, expected)
+        reason, found = compared(folded, self._forward(program), self.inputs, expected)
+        return Outcome(None if reason else partial(self.graph.run, program), reason, found)
 
     def _forward(self, program: Program) -> Callable[..., Any]:
         """What forward gives for its inputs, by a program."""

@@ -37,17 +37,17 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     """A function of a list of tensors, for inputs like these.
 
     Raises:
-        UnsupportedError: this torch has no oneDNN Graph, the processor has no instructions for `dtype`,
-            TorchScript fails on the graph, a value is empty, or oneDNN Graph has a kernel for none of it.
+        UnsupportedError: this torch has no oneDNN Graph, that none of `dtype` for this processor, TorchScript
+            fails on the graph, a value is empty, or oneDNN Graph has a kernel for none of it.
     """
     mkldnn: Any = torch.backends.mkldnn
     if not hasattr(torch._C, "_jit_set_llga_enabled") or not mkldnn.is_available():
         raise UnsupportedError("this build of torch is without oneDNN Graph")
     if any(tensor.device.type != "cpu" for tensor in (*inputs, *graph.module.state_dict().values())):
         raise UnsupportedError("its kernels are for CPUs")
-    module, grows = _edited(graph, dtype, grows=True)
     if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise UnsupportedError("this processor has no instructions for bfloat16")
+        raise UnsupportedError("oneDNN has no bfloat16 for this processor")
+    module, grows = _edited(graph, dtype, grows=True)
     try:
         return _compiled(module, inputs)
     except UnsupportedError:
@@ -96,7 +96,9 @@ def _traced(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
 
     with torch.no_grad(), warnings.catch_warnings(), Legalised():
         warnings.simplefilter("ignore")  # of sizes that are numbers in a trace
-        trace, _ = torch._C._create_graph_by_tracing(function, tuple(inputs), lambda _: "", True, False)
+        trace, _ = torch._C._create_graph_by_tracing(
+            function, tuple(inputs), lambda _: "", strict=True, force_outplace=False
+        )
     return trace
 
 

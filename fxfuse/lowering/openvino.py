@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.edits import check_no_integers
 from fxfuse.lowering.specialised import Specialised
 
 
 def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Any:
-    """A function of a list of tensors, for inputs like these."""
+    """A function of a list of tensors, for inputs like these.
+
+    Raises:
+        UnsupportedError: a result is of integers, or OpenVINO does not compute in `dtype` on this processor.
+    """
     check_no_integers(graph)
     import openvino  # noqa: PLC0415 - it need not be installed
 
@@ -24,13 +29,16 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
         model = openvino.convert_model(
             graph.module, example_input=tuple(inputs), input=[list(tensor.shape) for tensor in inputs]
         )
+    precision = "bf16" if dtype is torch.bfloat16 else "f32"
     settings = {
-        "INFERENCE_PRECISION_HINT": "bf16" if dtype is torch.bfloat16 else "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    request = openvino.compile_model(model, "CPU", settings).create_infer_request()
-
+    compiled = openvino.compile_model(model, "CPU", settings)
+    if compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() != precision:
+        raise UnsupportedError("OpenVINO has no bfloat16 for this processor")
+    request = compiled.create_infer_request()
     runs = threading.Lock()  # a request runs once at a time
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:

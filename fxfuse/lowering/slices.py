@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.batches import is_for_fewer, keeps_samples_apart
 from fxfuse.lowering.candidates import Candidate, Compiler, Outcome, refusing
-from fxfuse.lowering.pairs import compared_in_slices
+from fxfuse.lowering.pairs import compared_on_pairs
 from fxfuse.lowering.specialise import specialise, without_numbers
 from fxfuse.lowering.specialised import Program, Specialised
 from fxfuse.lowering.timing import medians
@@ -84,7 +84,7 @@ class _Slices:
         if left:
             candidates.append((left, self._compiled(slice(-left, None))))
         for number, each in candidates[::-1]:
-            reason, comparison = compared_in_slices(each, number)
+            reason, comparison = compared_on_pairs(each, number)
             if reason:
                 return Outcome(None, reason, comparison)
         programs = [(number, each.program) for number, each in candidates]

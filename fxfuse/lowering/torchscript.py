@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.lowering.references import ACTIVATIONS, avoid_references
+from fxfuse.lowering.operands import ACTIVATIONS, lay_out_operands
 from fxfuse.lowering.traces import insert, may_write
 
 _jit: Any = torch._C
@@ -52,7 +52,7 @@ def edit(graph: Any) -> list[Tensor]:
     _know_sizes(graph)
     _jit._jit_pass_cse(graph)
     _join_swish(graph)
-    avoid_references(graph)
+    lay_out_operands(graph)
     constants: list[Tensor] = []
     for node in [*graph.nodes()]:
         if node.kind() in _BINARY:

@@ -10,8 +10,8 @@ from torch import fx, nn
 
 import fxfuse
 from fxfuse.errors import UnsupportedError
-from fxfuse.lowering import onednn, references, torchscript
-from fxfuse.lowering.references import _has_only_a_reference
+from fxfuse.lowering import onednn, operands, torchscript
+from fxfuse.lowering.operands import _has_only_a_reference
 from tests.lowering import HAS_AVX512, Written, X, folded, near, needs_bfloat16
 from tests.test_onednn import assert_same_for_large_numbers, called, kernels
 
@@ -111,7 +111,7 @@ def test_there_are_none(kind, way, capfd, monkeypatch):
     assert not lowered.lowering.reason
     near(lowered, X)
     assert not of_reference(partial(lowered, X), capfd)
-    for each in ("avoid_references", "_join_swish", "_keep_from_activations"):
+    for each in ("lay_out_operands", "_join_swish", "_keep_from_activations"):
         monkeypatch.setattr(torchscript, each, lambda *_: None)
     plain = fxfuse.lower(model, (X,))
     assert not plain.lowering.reason
@@ -184,7 +184,7 @@ def test_bfloat16(capfd):
     assert onednn.edit is torchscript.edit
 
 
-def operands(rank):
+def pairs_of(rank):
     """Of a product: a whole one and one that is spread over it, in all ways, orders and memory formats."""
     formats = [torch.contiguous_format, torch.channels_last] if rank == 4 else [torch.contiguous_format]
     for short in product((False, True), repeat=rank):
@@ -201,7 +201,7 @@ def operands(rank):
 def test_the_rule_for_operands_that_are_spread(rank, capfd):
     """It says of all of them what oneDNN does."""
     seen = set()
-    for whole, part in operands(rank):
+    for whole, part in pairs_of(rank):
         for given in ((whole, part), (part, whole)):
             with onednn._onednn_graph(True):
                 traced = torch.jit.trace(lambda one, other: torch.relu(one * other), given, check_trace=False)
@@ -246,8 +246,8 @@ def test_products_of_matrices_in_all_orders(sizes, monkeypatch):
     products = partial(wrong_products, *batch, rows=rows, width=width, columns=columns)
     assert products() == (0, 192)
     if sizes == (3, 3, 1, 5, 3) and not HAS_AVX512:
-        return  # only those kernels read them wrongly
-    monkeypatch.setattr(references, "_is_multiplied", lambda *_: True)
+        pytest.skip("the rest: only oneDNN's kernels for AVX-512 read them wrongly")
+    monkeypatch.setattr(operands, "_is_multiplied", lambda *_: True)
     assert products()[0], "oneDNN reads them all"
 
 

@@ -1,4 +1,4 @@
-"""Keeps a trace from what oneDNN has only kernels of reference for, or reads wrongly.
+"""Operands that oneDNN has only kernels of reference for, or reads wrongly, kept from it in a trace.
 
 A kernel of reference takes one element after the other, a hundred times as long as others, and oneDNN Graph
 takes it all the same. Which operands have no other was seen by trying: oneDNN's verbose mode names its
@@ -42,8 +42,8 @@ Shape = tuple[Sequence[int], Sequence[int]]
 """Sizes and strides."""
 
 
-def avoid_references(graph: Any) -> None:
-    """Has operators computed by torch, or read a copy, where oneDNN has no other kernel for them."""
+def lay_out_operands(graph: Any) -> None:
+    """Has operators computed by torch, or read a copy, where oneDNN reads operands slowly or wrongly."""
     images: set[str] = set()  # names of what oneDNN Graph may lay out as it does images, channels last
     for node in [*graph.nodes()]:
         if node.kind() in _NAMES and _has_only_a_reference(node):
