@@ -49,7 +49,7 @@ def lower(
             name installs. "auto": the fastest of those that are installed, timed on the example inputs;
             ``lowered.engine`` is its name, which can be given here the next time.
         dtype: ``torch.bfloat16`` to compute in that, with more rounding: ``lowered.lowering`` tells how much.
-            Inputs and outputs keep their dtypes.
+            Inputs and outputs keep their dtypes. Not lowered where an engine has none for the processor.
         tune_seconds: how long "auto" may go on with engines that it has not tried yet.
         cuda_graphs: records programs as CUDA graphs, one for each kind of inputs and each stream that calls,
             which saves the launch of every kernel and takes memory for each.
