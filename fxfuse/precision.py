@@ -71,6 +71,17 @@ def no_autocast() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """On the kernels that torch has beside oneDNN's, in the whole process."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@contextlib.contextmanager
 def precise() -> Iterator[None]:
     """Without TF32, reduced-precision sums, autocast and nondeterminism; all is restored afterwards."""
     before = [_read(get) for get, _, _ in _SETTINGS]

@@ -221,6 +221,33 @@ def test_a_program_and_what_it_is_compared_with_run_under_the_flags_of_the_user(
         seen.clear()
 
 
+class Lucky(nn.Module):
+    """Rounds on torch's kernels, and by chance not on oneDNN's."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = network()
+
+    def forward(self, x):
+        return self.model(x) if torch._C._get_mkldnn_enabled() else rounded(self.model(x))
+
+
+def rounded(y):
+    return (y + 1000) - 1000
+
+
+def test_what_is_near_by_chance_runs_once_more_before_another_is_called_wrong():
+    lucky = Lucky().eval()
+    found = same_numbers(lucky, lambda x: rounded(lucky(x)), (IMAGE,), lucky)
+    assert found.ok and found.candidate_error <= 4 * found.reference_error
+    assert torch._C._get_mkldnn_enabled()
+    for change in (lambda y: y * (1 + 1e-3), lambda y: rounded(y).flip(0), lambda y: rounded(y / 2)):
+        found = same_numbers(lucky, Changed(lucky, change), (IMAGE,), lucky)
+        assert not found.ok and found.reference_error < 1e-6  # that of the first run
+    other = Changed(lucky, lambda y: y)  # as what computes in another dtype
+    assert not same_numbers(lucky, lambda x: rounded(lucky(x)), (IMAGE,), other).ok
+
+
 def test_comparison_and_report_survive_json():
     model = network()
     report = fxfuse.report(fxfuse.fuse(model, example_inputs=(IMAGE,)))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fxfuse
-from fxfuse.lowering import engines, pairs
+from fxfuse.lowering import engines
 from fxfuse.lowering import slices as cutting
 from fxfuse.lowering.candidates import Compiler
 from fxfuse.lowering.specialise import specialise, without_numbers
@@ -18,6 +18,11 @@ from tests.lowering import WithSecond, Written, folded, near
 from tests.support import randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the engines; their numbers are what is looked at
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)  # of weights: sharp attention may round some of its elements far more than others
 
 
 BATCH = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(2))
@@ -218,8 +223,9 @@ def exchanged(y, one):
     return y[order]
 
 
-def with_mistake(way, monkeypatch):
-    """Has programs make it, for slices of eight."""
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("way", MISTAKES)
+def test_mistakes_are_seen_though_only_two_samples_are_computed(way, equal, monkeypatch):
     own = engines.ENGINES["torch"]
 
     def compile(graph, inputs, dtype):
@@ -228,55 +234,9 @@ def with_mistake(way, monkeypatch):
 
     monkeypatch.setitem(engines.ENGINES, "torch", dataclasses.replace(own, compile=compile))
     monkeypatch.setattr(cutting, "_SLICE", 8)
-
-
-def sixteen(equal):
-    return BATCH[:1].repeat(16, 1, 1, 1) if equal else torch.cat([BATCH, -BATCH])
-
-
-@pytest.mark.parametrize("equal", [False, True])
-@pytest.mark.parametrize("way", MISTAKES)
-def test_mistakes_are_seen_though_only_two_samples_are_computed(way, equal, monkeypatch):
-    with_mistake(way, monkeypatch)
     model = fxfuse.fuse(with_parts(APART["windows"]))
-    assert "other numbers" in fxfuse.lower(model, (sixteen(equal),)).lowering.reason
-
-
-class OfMany(nn.Module):
-    """Rounds more for more than two samples, as its programs do."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        y = self.model(x)
-        return (y + 1000) - 1000 if len(x) > 2 else y
-
-
-def of_many(batch):
-    model = with_parts(APART["windows"])
-    graph = fxfuse.fuse(with_parts(lambda m, y: (APART["windows"](m, y) + 1000) - 1000))
-    graph.load_state_dict(fxfuse.fuse(model).state_dict())
-    with torch.no_grad():
-        whole = specialise(graph, without_numbers((batch,)))
-    compiler = Compiler(OfMany(fxfuse.fuse(model)).eval(), graph, engines.ENGINES["torch"], None)
-    return cutting._Slices(compiler, (batch,), len(batch), whole).verified()
-
-
-@pytest.mark.parametrize("equal", [False, True])
-def test_what_rounds_more_for_more_samples(equal, monkeypatch):
-    own, asked = pairs._OfSlices, []
-    monkeypatch.setattr(pairs, "_OfSlices", lambda *given: asked.append(given) or own(*given))
-    monkeypatch.setattr(cutting, "_SLICE", 8)
-    assert of_many(sixteen(equal)).run is not None and asked
-
-
-@pytest.mark.parametrize("equal", [False, True])
-@pytest.mark.parametrize("way", ["shifted by 1", "3 and 4 exchanged", "0 for all", "one is off"])
-def test_mistakes_are_seen_in_what_rounds_more_for_more_samples(way, equal, monkeypatch):
-    with_mistake(way, monkeypatch)
-    assert "other numbers" in of_many(sixteen(equal)).reason
+    batch = BATCH[:1].repeat(16, 1, 1, 1) if equal else torch.cat([BATCH, -BATCH])
+    assert "other numbers" in fxfuse.lower(model, (batch,)).lowering.reason
 
 
 def test_what_depends_on_the_number_of_samples(monkeypatch):

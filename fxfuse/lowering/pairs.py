@@ -7,7 +7,7 @@ and the folded module, which treats each sample by itself, need not compute more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,9 +24,6 @@ from fxfuse.verdict import Comparison
 Order = Sequence[int]
 """Which of two samples is at each place of a slice."""
 
-Slices = Callable[[Sequence[Any]], Iterator[list[Any]]]
-"""Gives, for inputs of two samples, the leaves of those for slices of these."""
-
 
 def compared_on_pairs(candidate: Candidate, size: int) -> tuple[str, Comparison]:
     """Why a program for slices of `size` samples may not be used, empty if it may, and how it compares.
@@ -36,27 +33,17 @@ def compared_on_pairs(candidate: Candidate, size: int) -> tuple[str, Comparison]
     """
     digits = max(1, (size - 1).bit_length())
     orders = [[place >> digit & 1 for place in range(size)] for digit in range(digits)]
-    leaves = pytree.tree_leaves(candidate.inputs)
-    strides = [leaf.stride() if isinstance(leaf, Tensor) else () for leaf in leaves]
-    slices = partial(_slices, orders=orders, strides=strides)
     pair = pytree.tree_map_only(Tensor, lambda tensor: tensor[:2], candidate.inputs)
-    if all(torch.equal(*leaf) for leaf in pytree.tree_leaves(pair) if isinstance(leaf, Tensor)):
+    samples = [tensor for tensor in pytree.tree_leaves(pair) if isinstance(tensor, Tensor)]
+    if all(torch.equal(*tensor) for tensor in samples):
         pair = drawn_like(pair, seed=3)
-    folded, outputs = replicate(candidate.compiler.folded), candidate.graph.outputs
-    of_program = partial(_run, candidate, candidate.program, slices)
-    of_pair = _OfPair(folded, outputs, orders)
+    folded = _ForSlices(replicate(candidate.compiler.folded), candidate.graph.outputs, orders)
     reference = candidate.reference()
-    if reference is not None:
-        return compared(of_pair, of_program, pair, partial(_run, candidate, reference, slices))
-    reason, found = compared(of_pair, of_program, pair, of_pair)
-    if not reason or size == 2:
-        return reason, found
-    # For so many samples it may run on other kernels than for two, which round more.
-    of_slices = _OfSlices(folded, outputs, slices)
-    return compared(of_slices, of_program, pair, of_slices)
+    expected = folded if reference is None else partial(_run, candidate, reference, orders)
+    return compared(folded, partial(_run, candidate, candidate.program, orders), pair, expected)
 
 
-class _OfPair(nn.Module):
+class _ForSlices(nn.Module):
     """A module that is called with two samples, and gives what it does for slices of these in some orders.
 
     Args:
@@ -73,60 +60,23 @@ class _OfPair(nn.Module):
         self.orders = orders
         self.training = False
 
-    def forward(self, *pair: Any) -> list[Tensor]:
-        leaves = _places(self.module(*pair), self.outputs)
-        return [torch.cat([_in_order(leaf, order) for order in self.orders]) for leaf in leaves]
+    def forward(self, *inputs: Any) -> list[Tensor]:
+        leaves = pytree.tree_leaves(self.module(*inputs))
+        pairs = zip(leaves, self.outputs, strict=True)
+        of_samples = [leaf for leaf, output in pairs if isinstance(output, Output)]
+        return [torch.cat([_in_order(leaf, order) for order in self.orders]) for leaf in of_samples]
 
 
-class _OfSlices(nn.Module):
-    """The same of a module that is called with the slices.
-
-    Args:
-        module: the module.
-        outputs: as before.
-        slices: gives the leaves of the inputs for each slice.
-    """
-
-    def __init__(self, module: nn.Module, outputs: Sequence[Any], slices: Slices) -> None:
-        super().__init__()
-        self.module = module
-        self.outputs = outputs
-        self.slices = slices
-        self.training = False
-
-    def forward(self, *pair: Any) -> list[Tensor]:
-        structure = pytree.tree_structure(pair)
-        given = (pytree.tree_unflatten(leaves, structure) for leaves in self.slices(pair))
-        found = [_places(self.module(*each), self.outputs) for each in given]
-        return [torch.cat(leaves) for leaves in zip(*found, strict=True)]
-
-
-def _run(candidate: Candidate, program: Program, slices: Slices, *pair: Any) -> list[Tensor]:
-    """The same by a program."""
-    results = [program(candidate.graph.tensors(leaves)) for leaves in slices(pair)]
+def _run(candidate: Candidate, program: Program, orders: Sequence[Order], *pair: Any) -> list[Tensor]:
+    """The same by a program for such slices."""
+    samples = candidate.graph.tensors(pytree.tree_leaves(pair))
+    likes = candidate.tensors()
+    results = []
+    for order in orders:
+        given = zip(samples, likes, strict=True)
+        results.append(program([_laid_out(_in_order(tensor, order), like) for tensor, like in given]))
     places = [output.number for output in candidate.graph.outputs if isinstance(output, Output)]
     return [torch.cat([each[place] for each in results]) for place in places]
-
-
-def _places(result: Any, outputs: Sequence[Any]) -> list[Tensor]:
-    """The leaves of a result that are places among `outputs`."""
-    pairs = zip(pytree.tree_leaves(result), outputs, strict=True)
-    return [leaf for leaf, output in pairs if isinstance(output, Output)]
-
-
-def _slices(
-    pair: Sequence[Any], orders: Sequence[Order], strides: Sequence[Sequence[int]]
-) -> Iterator[list[Any]]:
-    """For each order the leaves of inputs for its samples, in copies with these strides.
-
-    Kernels read what they were compiled for.
-    """
-    for order in orders:
-        leaves = zip(pytree.tree_leaves(pair), strides, strict=True)
-        yield [
-            _laid_out(_in_order(leaf, order), stride) if isinstance(leaf, Tensor) else leaf
-            for leaf, stride in leaves
-        ]
 
 
 def _in_order(tensor: Tensor, order: Order) -> Tensor:
@@ -134,5 +84,6 @@ def _in_order(tensor: Tensor, order: Order) -> Tensor:
     return tensor.reshape(2, -1, *tensor.shape[1:])[[*order]].flatten(0, 1)
 
 
-def _laid_out(tensor: Tensor, stride: Sequence[int]) -> Tensor:
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy that lies in memory as another tensor does: kernels read what they were compiled for."""
+    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype).copy_(tensor)
