@@ -72,7 +72,7 @@ def no_autocast() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_onednn() -> Iterator[None]:
-    """On the kernels that torch has beside oneDNN's, in the whole process."""
+    """On the kernels that torch has beside oneDNN's, in the whole process; of one caller at a time."""
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
