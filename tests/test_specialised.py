@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fxfuse
 from fxfuse.lowering import specialise as specialising
 from fxfuse.lowering.specialise import specialise
-from tests.lowering import ENGINES, Net, WithSecond, Written, X, folded, near
+from tests.lowering import ENGINES, Net, WithSecond, Written, X, folded, near, needs_bfloat16
 from tests.support import randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the engines; their numbers are what is looked at
@@ -198,6 +198,7 @@ def test_numbers_that_are_a_limit_of_the_example_are_not_fixed():
     assert "reads numbers" in lowered.lowering.reason
 
 
+@needs_bfloat16
 def test_a_conversion_that_does_nothing_stays_for_another_dtype():
     def function(_, y):
         return (y[:, :2].float().sigmoid() * 8 + 600) * 8
