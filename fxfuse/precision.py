@@ -71,14 +71,14 @@ def no_autocast() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_onednn() -> Iterator[None]:
-    """On the kernels that torch has beside oneDNN's, in the whole process; of one caller at a time."""
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
+def setting(get: Callable[[], Any], put: Callable[[Any], Any], value: object) -> Iterator[None]:
+    """With another value for something that concerns the whole process; for one caller at a time."""
+    before = get()
+    put(value)
     try:
         yield
     finally:
-        torch._C._set_mkldnn_enabled(before)
+        put(before)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from fxfuse.lowering.halves import halves
 from fxfuse.lowering.legal import Legalised
 from fxfuse.lowering.specialised import WRITES, Specialised
 from fxfuse.lowering.torchscript import calls_others, edit, has_empty_values
+from fxfuse.precision import setting
 
 _LOG = logging.getLogger("fxfuse")
 _KERNEL = "prim::oneDNNFusionGroup"
@@ -175,12 +176,6 @@ def _writes_to_views(module: fx.GraphModule) -> bool:
     return False
 
 
-@contextmanager
-def _onednn_graph(enabled: bool) -> Iterator[None]:
+def _onednn_graph(enabled: bool) -> AbstractContextManager[None]:
     """With oneDNN Graph switched on or off for what TorchScript compiles, in the whole process."""
-    before = torch._C._jit_llga_enabled()
-    torch._C._jit_set_llga_enabled(enabled)
-    try:
-        yield
-    finally:
-        torch._C._jit_set_llga_enabled(before)
+    return setting(torch._C._jit_llga_enabled, torch._C._jit_set_llga_enabled, enabled)
