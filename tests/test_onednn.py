@@ -59,13 +59,39 @@ OPERATORS = {
 
 @pytest.mark.parametrize("operator_", OPERATORS)
 @pytest.mark.parametrize("post", POST_OPS)
-def test_operators_and_what_is_done_to_their_results_are_one_kernel(operator_, post):
+def test_operators_and_what_is_done_to_their_results_are_one_kernel(operator_, post, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     make, x = OPERATORS[operator_]
     lowered = fxfuse.lower(folded(nn.Sequential(make(), copy.deepcopy(POST_OPS[post]))), (x,))
     assert not lowered.lowering.reason
     inside, left = kernels()
     assert len(inside) == 1 and len(inside[0]) >= 2 and not left - Counter({"aten::contiguous": 2})
     near(lowered, x)
+
+
+BEHIND_PRODUCTS = {
+    "linear": lambda m, y: m.post(m.rows(tokens(y))),
+    "linear and sum": lambda m, y: m.post(m.rows(tokens(y)) + m.rows(tokens(y.square()))),
+    "matrix product": lambda m, y: m.post(y @ y.transpose(2, 3)),
+    "convolution": lambda m, y: m.post(m.other(y)),
+}
+
+
+@pytest.mark.parametrize("processor", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("way", BEHIND_PRODUCTS)
+@pytest.mark.parametrize("post", ["gelu", "silu", "tanh", "relu", "sigmoid"])
+def test_what_needs_registers_is_kept_apart_from_products_with_avx2(processor, way, post, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    layers = {"post": POST_OPS[post], "rows": nn.Linear(8, 6), "other": nn.Conv2d(8, 4, 1)}
+    model = Written(BEHIND_PRODUCTS[way], **copy.deepcopy(layers))
+    lowered = fxfuse.lower(folded(randomise(model)), (X,))
+    assert not lowered.lowering.reason
+    name = "sigmoid" if post == "silu" else post  # of which and a product it is made there
+    joined = [inside for inside in kernels()[0] if name in inside and inside[0] not in {name, "mul"}]
+    is_apart = processor == "AVX2" and way != "convolution" and post in {"gelu", "silu", "tanh"}
+    is_left = post == "silu" and way in {"linear and sum", "matrix product"}  # to torch
+    assert len(joined) == (not is_apart and not is_left)
+    near(lowered, X)
 
 
 @pytest.mark.parametrize("post", ["gelu by tanh", "hardsigmoid"])
