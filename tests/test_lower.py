@@ -15,6 +15,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -183,6 +184,40 @@ def test_what_is_more_than_its_trace_answers_itself(does, dtype):
         assert type(result) is type(expected)
         torch.testing.assert_close(result, expected, rtol=0, atol=0)
     assert len(model._last.get("all", [])) == (3 if does is recorded else 0)
+
+
+class Pair(NamedTuple):
+    image: torch.Tensor
+    size: torch.Size
+
+
+RESULTS = {
+    "shape": lambda m, y: (y, {"size": y.shape, "part": y.size()[1:]}),
+    "named tuple": lambda m, y: Pair(y, y.shape),
+    "largest": lambda m, y: y.max(1),
+    "sorted, among others": lambda m, y: [y, torch.sort(y, 1)],
+    "parts": lambda m, y: y.split(2, 1),
+}
+
+
+def kinds(value):
+    """The types of containers and leaves, and the sizes."""
+    parts = [value[key] for key in value] if isinstance(value, dict) else value
+    if isinstance(value, torch.Tensor) or not isinstance(parts, (tuple, list)):
+        return type(value), getattr(value, "shape", value)
+    return type(value), [kinds(part) for part in parts]
+
+
+@pytest.mark.parametrize("way", RESULTS)
+@pytest.mark.parametrize("batch", [2, 9])
+def test_results_are_in_the_containers_that_they_were_in(way, batch):
+    model, x = folded(Written(RESULTS[way])), torch.cat([X, -X, X, X * 2, X.flip(0)])[:batch]
+    lowered = fxfuse.lower(model, (x,))
+    assert not lowered.lowering.reason
+    result, expected = lowered(x), model(x)
+    assert kinds(result) == kinds(expected)
+    for one, other in zip(*map(torch.utils._pytree.tree_leaves, (result, expected)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_what_is_kept_from_the_first_call_on_is_no_state():

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.inputs import drawn_like
 from fxfuse.lowering.candidates import Candidate, compared
-from fxfuse.lowering.specialised import Output, Program
+from fxfuse.lowering.specialised import Output, Program, flattened
 from fxfuse.replica import replicate
 from fxfuse.verdict import Comparison
 
@@ -61,7 +61,7 @@ class _ForSlices(nn.Module):
         self.training = False
 
     def forward(self, *inputs: Any) -> list[Tensor]:
-        leaves = pytree.tree_leaves(self.module(*inputs))
+        leaves, _ = flattened(self.module(*inputs))
         pairs = zip(leaves, self.outputs, strict=True)
         of_samples = [leaf for leaf, output in pairs if isinstance(output, Output)]
         return [torch.cat([_in_order(leaf, order) for order in self.orders]) for leaf in of_samples]

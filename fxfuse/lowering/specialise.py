@@ -23,7 +23,7 @@ from fxfuse.calls import layer_input, operator_name, switches_mode, written_inpu
 from fxfuse.errors import UnsupportedError
 from fxfuse.guards import no_random_numbers
 from fxfuse.lowering.purity import PureFunctions, PureOperators, no_padding_left_out
-from fxfuse.lowering.specialised import WRITES, Output, Specialised, at
+from fxfuse.lowering.specialised import WRITES, Output, Specialised, at, flattened
 from fxfuse.lowering.state import held, is_same
 from fxfuse.replica import replicate
 from fxfuse.table import DROPOUTS, LAYERS
@@ -153,7 +153,7 @@ class _Specialiser(fx.Interpreter):
         if any(constant.tensor._version != version for constant, version in self._constants):
             raise UnsupportedError("forward writes to a constant")
         # The graphs of torch.export give a list of leaves.
-        leaves, structure = pytree.tree_flatten(self.graph.process_outputs(self._outputs))
+        leaves, structure = flattened(self.graph.process_outputs(self._outputs))
         tensors = [*dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node))]
         self._residual.output(tuple(tensors))
         places = {tensor: Output(number) for number, tensor in enumerate(tensors)}
@@ -215,11 +215,12 @@ class _Specialiser(fx.Interpreter):
         """A node for each tensor of what `made` gives."""
         if isinstance(value, Tensor):
             return made
-        if isinstance(value, (tuple, list)):
-            parts = (self._parts(self._part(made, number, part), part) for number, part in enumerate(value))
-            return tuple(parts) if isinstance(value, tuple) else list(parts)
-        if value is None or isinstance(value, (bool, int, float, str)):
+        if value is None or isinstance(value, (bool, int, float, str, torch.Size)):
             return value  # of sizes: numbers of tensors were not read
+        if isinstance(value, (tuple, list)):  # of any kind, such as those that torch.max gives
+            given, kind = pytree.tree_flatten(value, is_leaf=lambda each: each is not value)
+            parts = [self._parts(self._part(made, number, part), part) for number, part in enumerate(given)]
+            return pytree.tree_unflatten(parts, kind)
         raise UnsupportedError(
             f"{made.target} gives a {type(value).__name__}, of which the parts are not known"
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -57,6 +58,14 @@ class Specialised:
     def run(self, program: Program, leaves: Sequence[Any]) -> Any:
         """What forward gives for inputs with these leaves, by a program for `module`."""
         return self.result(program(self.tensors(leaves)))
+
+
+def flattened(outputs: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """The leaves of what forward gives, and their structure.
+
+    A ``torch.Size`` is a leaf: as a part of the structure it would come back as a tuple.
+    """
+    return pytree.tree_flatten(outputs, is_leaf=lambda value: isinstance(value, torch.Size))
 
 
 def _leaf(output: Any, tensors: Sequence[Tensor]) -> Any:
