@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -73,25 +74,40 @@ BEHIND_PRODUCTS = {
     "linear": lambda m, y: m.post(m.rows(tokens(y))),
     "linear and sum": lambda m, y: m.post(m.rows(tokens(y)) + m.rows(tokens(y.square()))),
     "matrix product": lambda m, y: m.post(y @ y.transpose(2, 3)),
+}
+BEHIND_OTHERS = {
     "convolution": lambda m, y: m.post(m.other(y)),
+    "a sum that is kept apart": lambda m, y: m.post(m.rows(tokens(y)) + m.rows(tokens(y)).mean(1, True)),
 }
 
 
-@pytest.mark.parametrize("processor", ["AVX2", "AVX512"])
+def joined_to(way, post):
+    """What the activation of this name is one kernel with; SiLU is a sigmoid and a product there."""
+    layers = {"post": POST_OPS[post], "rows": nn.Linear(8, 6), "other": nn.Conv2d(8, 4, 1)}
+    lowered = fxfuse.lower(folded(randomise(Written(way, **copy.deepcopy(layers)))), (X,))
+    assert not lowered.lowering.reason
+    near(lowered, X)
+    name = "sigmoid" if post == "silu" else post
+    others = [{*inside} - {name, "mul"} for inside in kernels()[0] if name in inside]
+    return set().union(*others)
+
+
 @pytest.mark.parametrize("way", BEHIND_PRODUCTS)
 @pytest.mark.parametrize("post", ["gelu", "silu", "tanh", "relu", "sigmoid"])
-def test_what_needs_registers_is_kept_apart_from_products_with_avx2(processor, way, post, monkeypatch):
+def test_with_avx2_what_needs_registers_is_apart_from_products(way, post, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    is_apart = post in {"gelu", "silu", "tanh"}
+    assert is_apart != bool(joined_to(BEHIND_PRODUCTS[way], post) & {"linear", "matmul"})
+
+
+@pytest.mark.parametrize(
+    ("processor", "way"),
+    [*product(["AVX512"], [*BEHIND_PRODUCTS, *BEHIND_OTHERS]), *product(["AVX2"], BEHIND_OTHERS)],
+)
+@pytest.mark.parametrize("post", ["gelu", "tanh"])
+def test_all_else_is_one_kernel_with_what_is_before_it(processor, way, post, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
-    layers = {"post": POST_OPS[post], "rows": nn.Linear(8, 6), "other": nn.Conv2d(8, 4, 1)}
-    model = Written(BEHIND_PRODUCTS[way], **copy.deepcopy(layers))
-    lowered = fxfuse.lower(folded(randomise(model)), (X,))
-    assert not lowered.lowering.reason
-    name = "sigmoid" if post == "silu" else post  # of which and a product it is made there
-    joined = [inside for inside in kernels()[0] if name in inside and inside[0] not in {name, "mul"}]
-    is_apart = processor == "AVX2" and way != "convolution" and post in {"gelu", "silu", "tanh"}
-    is_left = post == "silu" and way in {"linear and sum", "matrix product"}  # to torch
-    assert len(joined) == (not is_apart and not is_left)
-    near(lowered, X)
+    assert joined_to((BEHIND_PRODUCTS | BEHIND_OTHERS)[way], post)
 
 
 @pytest.mark.parametrize("post", ["gelu by tanh", "hardsigmoid"])

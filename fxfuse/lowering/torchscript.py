@@ -29,9 +29,9 @@ _JOINED = {
     for name in ("_convolution", "linear", "addmm", "matmul", "mm", "bmm", "add", "mul", "div")
 }
 _BINARY = {f"aten::{name}" for name in ("add", "mul", "div")}
-# Of kernels for AVX2 of the former, those that compute the latter as well hold fewer products in registers.
 _PRODUCTS = {f"aten::{name}" for name in ("linear", "addmm", "matmul", "mm", "bmm")}
-_NEEDING_REGISTERS = {f"aten::{name}" for name in ("gelu", "silu", "tanh", "log")}
+# With AVX2 these take registers in which the kernel of a product keeps its sums.
+_NEEDING_REGISTERS = {f"aten::{name}" for name in ("gelu", "silu", "tanh")}
 
 
 def calls_others(graph: Any) -> bool:
@@ -56,14 +56,14 @@ def edit(graph: Any) -> list[Tensor]:
     _jit._jit_pass_cse(graph)
     _join_swish(graph)
     lay_out_operands(graph)
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":
-        _leave_registers_to_products(graph)
     constants: list[Tensor] = []
     for node in [*graph.nodes()]:
         if node.kind() in _BINARY:
             constants += _as_inputs(graph, node)
             _give_axes(graph, node)
             _keep_apart(graph, node)
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        _leave_registers_to_products(graph)
     _keep_what_is_read_later(graph)
     for node in [*graph.nodes()]:
         if node.kind() in _BINARY:
@@ -103,7 +103,7 @@ def _is_sigmoid_of(x: Any, gate: Any) -> bool:
 
 
 def _leave_registers_to_products(graph: Any) -> None:
-    """Keeps functions that need many registers apart from products: joined they take 40 % longer or more."""
+    """Keeps functions that need many registers apart from products: joined they take 40 % longer."""
     joined: set[str] = set()  # names of what is computed together with a product
     for node in [*graph.nodes()]:
         read = {value.debugName() for value in node.inputs()}
