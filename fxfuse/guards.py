@@ -163,7 +163,7 @@ def _holders(model: nn.Module) -> list[tuple[Any, Any]]:
     waiting += [value for module in model.modules() for _, value in own_attributes(module)]
     found: list[tuple[Any, Any]] = []
     seen: dict[int, Any] = {}
-    while waiting and len(seen) < _MOST_OBJECTS:
+    while waiting:
         value = waiting.pop()
         if id(value) in seen or isinstance(value, _KNOWN):
             continue
@@ -185,7 +185,6 @@ def _holders(model: nn.Module) -> list[tuple[Any, Any]]:
     return found
 
 
-_MOST_OBJECTS = 10_000
 _KINDS = (list, dict, set, deque)
 _KNOWN = (nn.Module, Tensor, type, ModuleType, str, int, float, type(None))
 

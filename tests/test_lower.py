@@ -660,7 +660,9 @@ def test_freed_memory_is_kept_where_that_is_asked_for():
         way: int(subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, check=True).stdout)
         for way in ("default", "keep")
     }
-    assert faults["keep"] < faults["default"] / 20 or faults["default"] < 1000, faults
+    if faults["default"] < 1000:
+        pytest.skip("the allocator keeps what is freed anyway")
+    assert faults["keep"] < faults["default"] / 20, faults
 
 
 GROWTH = """

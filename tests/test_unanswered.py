@@ -762,9 +762,9 @@ class Memory:
 
 
 class Deep(Base):
-    def __init__(self):
+    def __init__(self, objects):
         super().__init__()
-        self.memories = [Memory()]
+        self.memories = [Memory() for _ in range(objects)]
 
     def forward(self, x):
         y = self.bn(self.conv(x))
@@ -775,8 +775,9 @@ class Deep(Base):
 
 
 @MODES
-def test_state_in_objects_in_lists_is_not_touched(keep_modules):
-    model = randomise(Deep())
+@pytest.mark.parametrize("objects", [1, 20_000])
+def test_state_in_objects_in_lists_is_not_touched(objects, keep_modules):
+    model = randomise(Deep(objects))
     fused = fxfuse.fuse(model, keep_modules=keep_modules)
     assert model.memories[0].last is None
     twin = copy.deepcopy(model)
