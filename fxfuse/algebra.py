@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfuse.distances import distance, finite, rms, wide
+from fxfuse.distances import ZERO, distance, finite, rms, wide
 from fxfuse.inputs import in_float64
 from fxfuse.layers import has_statistics
 from fxfuse.precision import LeastPrecision
@@ -37,8 +37,6 @@ _FLOAT32 = torch.finfo(torch.float32).eps
 _FLOAT64 = torch.finfo(torch.float64).eps
 # A weight that was rounded in several steps may be so many units in the last place off.
 _STEPS = 8.0
-# Differences up to this count as none.
-ZERO = 1e-12
 # Parts of an output, of at least so many elements, are looked at by themselves: larger values elsewhere do
 # not hide them. There are many of them, and in one the changes may cancel by chance.
 _PART = 64

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 import fxfuse
 from fxfuse import demo as demonstration
 from fxfuse import zoo
-from fxfuse.culprits import Check, CommandPasses, Within
+from fxfuse.culprits import CommandPasses, Within
 from fxfuse.errors import UsageError
 from fxfuse.explanations import explanation, is_code
 from fxfuse.files import written
@@ -254,7 +254,7 @@ def bisect(asked: Asked, command: str | None, tolerance: float | None, state: Pa
     with progress(1) as step:
         loaded, known = asked.load(step)
     inputs = asked.needed(known, "no fold can be judged")
-    judge: Check | None = None
+    judge: CommandPasses | Within | None = None
     if command is not None:
         judge = CommandPasses(command, inputs)
     elif tolerance is not None:

@@ -7,7 +7,6 @@ dtype, about as near to a float64 run of the reference as the reference is?
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,22 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fxfuse.algebra import ZERO, Truth, UnmeasurableError, least_explained, others_than_rounded
+from fxfuse.algebra import Truth, UnmeasurableError, least_explained, others_than_rounded
 from fxfuse.arguments import check_eval, check_inputs, check_module, rejection
 from fxfuse.errors import UsageError
-from fxfuse.inputs import DISTRIBUTIONS, sample
+from fxfuse.inputs import DISTRIBUTIONS, described, sample
 from fxfuse.layers import has_statistics
-from fxfuse.precision import precise, setting
-from fxfuse.rounding import Measured, Tolerances, measure, top1, units
+from fxfuse.precision import precise
+from fxfuse.rounding import Tolerances, rounding
 from fxfuse.runs import REJECTIONS, Outputs, run
+from fxfuse.structure import mismatch
 from fxfuse.tree import as_module
-from fxfuse.verdict import Comparison
-
-# A reference that is further than this from its own float64 run is no measure of rounding.
-_FAR = 0.25
-
-_INCONCLUSIVE = "inconclusive:"
-_SECOND_RUN = "the reference's rounding is that of a second run, without oneDNN"
+from fxfuse.verdict import INCONCLUSIVE, Comparison
 
 Refold = Callable[[], nn.Module]
 
@@ -84,62 +78,6 @@ def verify(
     return compared(as_module(reference), as_module(candidate), inputs, (rtol, atol), seed)
 
 
-def same_numbers(
-    folded: nn.Module, candidate: Callable[..., Any], inputs: Sequence[Any], reference: Callable[..., Any]
-) -> Comparison:
-    """Whether two functions are about equally near to `folded` in float64; see `verify` on rounding.
-
-    By chance, one run of `folded` may be unusually near. If the candidate is further away, `folded` runs once
-    more, on the kernels that torch has without oneDNN. If that run would be right itself, the candidate may
-    be about as far away.
-
-    Args:
-        folded: the module that both compute.
-        candidate: the function that is to be checked.
-        inputs: positional inputs.
-        reference: the function that counts as right but for rounding.
-    """
-    actual = run(candidate, inputs, seed=0, is_own=True)  # both with TF32 if it is on, as they run later
-    expected = run(reference, inputs, seed=0, is_own=True)
-    with precise():
-        mismatch = _structural_mismatch(expected, actual)
-        if mismatch:
-            return _unmeasured(mismatch, ok=False)
-        exact: Outputs = {}
-        notes = []
-        try:
-            exact = Truth(folded, inputs, 0, expected).outputs
-        except UnmeasurableError as error:
-            notes = [f"{error}, so rounding could not be measured"]
-        found = _rounding(expected, actual, exact, notes)
-    again = _without_onednn(folded, inputs) if not found.ok and exact and reference is folded else {}
-    if again and not _structural_mismatch(expected, again):
-        with precise():
-            second = _rounding(again, actual, exact, [_SECOND_RUN])
-            if second.ok and _rounding(expected, again, exact, []).ok:
-                found = second
-    return replace(found, inputs=(f"given: {_shapes(inputs)}",))
-
-
-def _without_onednn(folded: nn.Module, inputs: Sequence[Any]) -> Outputs:
-    """What it gives on the kernels that torch has beside oneDNN's; nothing if it needs these."""
-    enabled = torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled
-    with contextlib.suppress(*REJECTIONS), setting(*enabled, False):
-        return run(folded, inputs, seed=0, is_own=True)
-    return {}
-
-
-def _rounding(expected: Outputs, actual: Outputs, exact: Outputs, notes: list[str]) -> Comparison:
-    """How far two runs are from one in float64, as far as that is known."""
-    measured = [
-        measure(place, value, actual[place], exact.get(place), None, (None, None))
-        for place, value in expected.items()
-        if isinstance(value, Tensor) and value.numel()
-    ]
-    found = _summary(measured, [*_doubts_about(expected)], notes)
-    return replace(found, ulps=units(expected, actual), top1=top1(expected, actual))
-
-
 def compared(
     reference: nn.Module,
     candidate: nn.Module,
@@ -154,106 +92,81 @@ def compared(
         check_eval(model, name)
     check_inputs(inputs, "inputs")
     if any(tensor.is_meta for model in (reference, candidate) for tensor in model.parameters()):
-        return _unmeasured("the model is on the meta device: nothing to compare", ok=True)
+        return Comparison.unmeasured("the model is on the meta device: nothing to compare", ok=True)
+    pair = _Pair(reference, candidate, tolerances, seed)
     with precise():
-        return _together([*_comparisons(reference, candidate, inputs, tolerances, seed, refold)])
+        return _together([*pair.comparisons(inputs, refold)])
 
 
-def _comparisons(
-    reference: nn.Module,
-    candidate: nn.Module,
-    inputs: Sequence[Any],
-    tolerances: Tolerances,
-    seed: int,
-    refold: Refold | None,
-) -> Iterator[Comparison]:
-    """One for each set of inputs; the source is folded once more for the first."""
-    for number, (label, values) in enumerate(_cases(reference, inputs, seed)):
+@dataclass(frozen=True)
+class _Pair:
+    """Two models that are to be compared, and how."""
+
+    reference: nn.Module
+    candidate: nn.Module
+    tolerances: Tolerances
+    seed: int
+
+    def comparisons(self, inputs: Sequence[Any], refold: Refold | None) -> Iterator[Comparison]:
+        """One for each set of inputs; the source is folded once more for the first."""
+        for number, (label, values) in enumerate(_cases(self.reference, inputs, self.seed)):
+            try:
+                expected = run(self.reference, values, self.seed)
+            except REJECTIONS as error:
+                if number == 0:
+                    raise UsageError(
+                        f"the reference rejects the inputs {rejection(values, error, self.reference)}"
+                    ) from error
+                continue  # it need not take all that can be drawn
+            found = self._comparison(values, expected, refold if number == 0 else None)
+            yield replace(found, inputs=(label,))
+
+    def _comparison(self, inputs: Sequence[Any], expected: Outputs, refold: Refold | None) -> Comparison:
+        """That for inputs with which the reference gives these outputs."""
         try:
-            expected = run(reference, values, seed)
+            actual = run(self.candidate, inputs, self.seed)
         except REJECTIONS as error:
-            if number == 0:
-                raise UsageError(
-                    f"the reference rejects the inputs {rejection(values, error, reference)}"
-                ) from error
-            continue  # it need not take all that can be drawn
-        case = _Case(values, expected, label, seed)
-        yield case.comparison(reference, candidate, tolerances, refold if number == 0 else None)
+            why = rejection(inputs, error, self.candidate)
+            return Comparison.unmeasured(f"the candidate rejects the inputs {why}", ok=False)
+        unlike = mismatch(expected, actual)
+        if unlike:
+            return Comparison.unmeasured(unlike, ok=False)
+        truth, algebra, again, notes = None, {}, {}, [*_doubts(self.reference)]
+        others: list[str] = []
+        try:
+            truth = Truth(self.reference, inputs, self.seed, expected)
+            if self.tolerances == (None, None):
+                algebra = truth.agreements(self.candidate, _least_precise(expected))
+            if refold is not None:
+                folded = refold()
+                again = truth.agreements(folded, torch.float64)
+                others = others_than_rounded(self.candidate, folded)
+        except UnmeasurableError as error:
+            missing = "the fold in float64" if algebra else "algebra" if truth else "rounding"
+            notes.append(f"{error}, so {missing} could not be measured")
+        if others:
+            notes.append(f"not the weights of the fold in float64, rounded: {', '.join(others)}")
+        exact = truth.outputs if truth else {}
+        found = rounding(expected, actual, exact, algebra=algebra, given=self.tolerances, notes=notes)
+        given = {"rtol": self.tolerances[0], "atol": self.tolerances[1]}
+        return replace(
+            found,
+            ok=found.ok and not others and all(each.ok for each in (*algebra.values(), *again.values())),
+            algebra=least_explained(algebra.values()),
+            refolded=least_explained(again.values()),
+            tolerances=", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None),
+        )
 
 
 def _cases(reference: nn.Module, inputs: Sequence[Any], seed: int) -> Iterator[tuple[str, list[Any]]]:
     """What the models are run on, and what that is called."""
     if not any(isinstance(value, torch.Size) for value in inputs):
-        yield f"given: {_shapes(inputs)}", list(inputs)
+        yield f"given: {described(inputs)}", list(inputs)
         return
     one_more = [torch.Size((v[0] + 1, *v[1:])) if isinstance(v, torch.Size) and v else v for v in inputs]
     for shapes, distribution in (*((inputs, each) for each in DISTRIBUTIONS), (one_more, DISTRIBUTIONS[0])):
         values = sample(reference, shapes, seed, distribution)
-        yield f"{distribution}: {_shapes(values)}, seed {seed}", values
-
-
-def _shapes(values: Sequence[Any]) -> str:
-    return ", ".join(str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in values)
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A set of inputs, and what the reference gives for it."""
-
-    inputs: Sequence[Any]
-    expected: Outputs
-    label: str
-    seed: int
-
-    def comparison(
-        self,
-        reference: nn.Module,
-        candidate: nn.Module,
-        tolerances: Tolerances,
-        refold: Refold | None,
-    ) -> Comparison:
-        try:
-            actual = run(candidate, self.inputs, self.seed)
-        except REJECTIONS as error:
-            why = rejection(self.inputs, error, candidate)
-            return _unmeasured(f"the candidate rejects the inputs {why}", ok=False)
-        mismatch = _structural_mismatch(self.expected, actual)
-        if mismatch:
-            return _unmeasured(mismatch, ok=False)
-        truth, algebra, again, unlike, notes = None, {}, {}, [], []
-        try:
-            truth = Truth(reference, self.inputs, self.seed, self.expected)
-            if tolerances == (None, None):
-                algebra = truth.agreements(candidate, _least_precise(self.expected))
-            if refold is not None:
-                folded = refold()
-                again = truth.agreements(folded, torch.float64)
-                unlike = others_than_rounded(candidate, folded)
-        except UnmeasurableError as error:
-            missing = "the fold in float64" if algebra else "algebra" if truth else "rounding"
-            notes = [f"{error}, so {missing} could not be measured"]
-        exact = truth.outputs if truth else {}
-        measured = [
-            measure(place, value, actual[place], exact.get(place), algebra.get(place), tolerances)
-            for place, value in self.expected.items()
-            if isinstance(value, Tensor) and value.numel()
-        ]
-        given = {"rtol": tolerances[0], "atol": tolerances[1]}
-        told = ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
-        found = _summary(measured, [*_doubts(reference, self.expected)], notes)
-        if unlike:
-            note = f"not the weights of the fold in float64, rounded: {', '.join(unlike)}"
-            found = replace(found, ok=False, notes=(*found.notes, note))
-        return replace(
-            found,
-            ok=found.ok and all(each.ok for each in (*algebra.values(), *again.values())),
-            algebra=least_explained(algebra.values()),
-            refolded=least_explained(again.values()),
-            ulps=units(self.expected, actual),
-            top1=top1(self.expected, actual),
-            inputs=(self.label,),
-            tolerances=told,
-        )
+        yield f"{distribution}: {described(values)}, seed {seed}", values
 
 
 def _least_precise(outputs: Outputs) -> torch.dtype:
@@ -281,7 +194,7 @@ def _together(found: Sequence[Comparison]) -> Comparison:
         reference_error=max((each.reference_error for each in found), key=_known),
         candidate_error=max((each.candidate_error for each in found), key=_known),
         worst=max(worst, key=lambda each: each.share, default=None),
-        notes=tuple(note for note in notes if not (conclusive and note.startswith(_INCONCLUSIVE))),
+        notes=tuple(note for note in notes if not (conclusive and note.startswith(INCONCLUSIVE))),
         algebra=least_explained(each.algebra for each in found if each.algebra is not None),
         refolded=least_explained(each.refolded for each in found if each.refolded is not None),
         ulps=tuple(map(sum, ulps)),
@@ -295,52 +208,11 @@ def _known(error: float) -> float:
     return -1.0 if math.isnan(error) else error
 
 
-def _unmeasured(note: str, *, ok: bool) -> Comparison:
-    return Comparison(ok=ok, conclusive=not ok, notes=(note,))
-
-
-def _structural_mismatch(expected: Outputs, actual: Outputs) -> str:
-    if list(expected) != list(actual):
-        return f"the outputs have other places: {list(expected)} and {list(actual)}"
-    for place, value in expected.items():
-        other = actual[place]
-        if type(value) is not type(other):
-            return f"output{place} is of another type: {type(value).__name__} and {type(other).__name__}"
-        if isinstance(value, Tensor):
-            if (value.shape, value.dtype, value.device) != (other.shape, other.dtype, other.device):
-                found = [f"{tuple(t.shape)} {t.dtype} {t.device}" for t in (value, other)]
-                return f"output{place} has another shape, dtype or device: {found[0]} and {found[1]}"
-        elif not _same(value, other):
-            return f"output{place} differs: {value!r} and {other!r}"
-    return ""
-
-
-def _same(value: object, other: object) -> bool:
-    are_nan = (
-        isinstance(value, float) and isinstance(other, float) and math.isnan(value) and math.isnan(other)
-    )
-    return value is other or are_nan or bool(value == other)
-
-
-def _doubts(reference: nn.Module, expected: Outputs) -> Iterator[str]:
-    """Why a mistake might not have been seen."""
+def _doubts(reference: nn.Module) -> Iterator[str]:
+    """Why a mistake might not be seen with such a model."""
     norms = [module for module in reference.modules() if has_statistics(module)]
     if norms and all(_is_initial(norm) for norm in norms):
-        yield f"{_INCONCLUSIVE} all norms have their initial statistics, with which a norm does nothing"
-    yield from _doubts_about(expected)
-
-
-def _doubts_about(expected: Outputs) -> Iterator[str]:
-    """The same for what outputs are."""
-    tensors = [value for value in expected.values() if isinstance(value, Tensor)]
-    if not any(tensor.numel() for tensor in tensors):
-        yield f"{_INCONCLUSIVE} the model returns no tensors, or empty ones"
-    for place, value in expected.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            if not bool(value.isfinite().all()):
-                yield f"{_INCONCLUSIVE} output{place} holds infinities or NaN"
-            elif value.numel() and float(value.detach().abs().amax()) < 100 * ZERO:
-                yield f"{_INCONCLUSIVE} output{place} is zero everywhere"
+        yield f"{INCONCLUSIVE} all norms have their initial statistics, with which a norm does nothing"
 
 
 def _is_initial(norm: Any) -> bool:
@@ -351,27 +223,3 @@ def _is_initial(norm: Any) -> bool:
         (getattr(norm, "bias", None), 0),
     )
     return all(tensor is None or bool((tensor == initial).all()) for tensor, initial in parts)
-
-
-def _summary(measured: Sequence[Measured], doubts: list[str], notes: list[str]) -> Comparison:
-    conclusive, notes = not doubts, [*doubts, *notes]
-    if not measured:
-        return Comparison(ok=True, conclusive=conclusive, max_abs=0.0, max_rel=0.0, notes=tuple(notes))
-    sums = (sum(parts) for parts in zip(*(each.squares for each in measured), strict=True))
-    reference, candidate, total = map(math.sqrt, sums)
-    reference_error, candidate_error = (
-        (reference / total, candidate / total) if total else (math.nan, math.nan)
-    )
-    if reference_error > _FAR:
-        conclusive = False
-        notes = [*notes, f"{_INCONCLUSIVE} in float64 the reference computes something else"]
-    return Comparison(
-        ok=all(each.ok for each in measured),
-        conclusive=conclusive,
-        max_abs=max(each.max_abs for each in measured),
-        max_rel=max(each.max_rel for each in measured),
-        reference_error=reference_error,
-        candidate_error=candidate_error,
-        worst=max((each.worst for each in measured), key=lambda each: each.share),
-        notes=tuple(notes),
-    )

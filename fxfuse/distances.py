@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+ZERO = 1e-12
+"""Differences up to this count as none."""
+
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32}
 
 

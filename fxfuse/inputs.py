@@ -46,6 +46,11 @@ def _image_like(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return F.interpolate(coarse, spatial, mode=("linear", "bilinear", "trilinear")[len(spatial) - 1])
 
 
+def described(values: Sequence[Any]) -> str:
+    """Their shapes, or types."""
+    return ", ".join(str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in values)
+
+
 def in_float64(inputs: Sequence[Any]) -> list[Any]:
     """The inputs in float64, as far as they are floats."""
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICES = ("cpu", "cuda")
-"""Those of which autocast is looked at."""
+"""Types of devices whose autocast is switched off."""
 
 
 class LeastPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fxfuse._version import __version__
-from fxfuse.culprits import Check, CommandPasses, Within
+from fxfuse.culprits import CommandPasses, Within
 
 _SCRIPT = """\
 '''Folds a model only where fxfuse bisect {version} found that it fails a check, and runs that check.
@@ -46,7 +46,11 @@ if not check(fused):
 
 
 def reproduction(
-    loading: str, shapes: Sequence[tuple[int, ...]], seed: int, names: Sequence[str], check: Check | None
+    loading: str,
+    shapes: Sequence[tuple[int, ...]],
+    seed: int,
+    names: Sequence[str],
+    check: CommandPasses | Within | None,
 ) -> str:
     """The text of the script.
 

@@ -7,6 +7,7 @@ the candidate; what goes beyond that and beyond the tolerances of ``torch.testin
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -14,19 +15,64 @@ import torch
 from torch import Tensor
 from torch.testing._comparison import default_tolerances
 
-from fxfuse.algebra import ZERO
-from fxfuse.distances import distance, finite, units_apart, wide
+from fxfuse.distances import ZERO, distance, finite, units_apart, wide
 from fxfuse.runs import Outputs
-from fxfuse.verdict import Agreement, Worst
+from fxfuse.verdict import INCONCLUSIVE, Agreement, Comparison, Worst
 
 # A folded model rounds in other places than its source, so its error is like the source's but not equal.
 _FACTOR = 4.0
+# A reference that is further than this from its own float64 run is no measure of rounding.
+_FAR = 0.25
 
 Tolerances = tuple[float | None, float | None]
 
 
+def rounding(
+    expected: Outputs,
+    actual: Outputs,
+    exact: Outputs,
+    *,
+    algebra: Mapping[str, Agreement],
+    given: Tolerances = (None, None),
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """How two runs differ, of which the outputs are in the same places.
+
+    Args:
+        expected: what the reference gives.
+        actual: what the candidate gives.
+        exact: what the reference gives in float64, as far as that is known.
+        algebra: how the two agree in float64, as far as that is known: what it allows is allowed here.
+        given: tolerances, relative and absolute, that replace all others.
+        notes: what is to be said about it already; one that begins with `INCONCLUSIVE` makes it so.
+    """
+    measured = [
+        _measure(place, value, actual[place], exact.get(place), algebra.get(place), given)
+        for place, value in expected.items()
+        if isinstance(value, Tensor) and value.numel()
+    ]
+    sums = [sum(parts) for parts in zip(*(each.squares for each in measured), strict=True)]
+    reference, candidate, total = map(math.sqrt, sums or (0.0, 0.0, 0.0))
+    errors = (reference / total, candidate / total) if total else (math.nan, math.nan)
+    notes = [*notes, *_doubts(expected)]
+    if errors[0] > _FAR:
+        notes.append(f"{INCONCLUSIVE} in float64 the reference computes something else")
+    return Comparison(
+        ok=all(each.ok for each in measured),
+        conclusive=not any(note.startswith(INCONCLUSIVE) for note in notes),
+        max_abs=max((each.max_abs for each in measured), default=0.0),
+        max_rel=max((each.max_rel for each in measured), default=0.0),
+        reference_error=errors[0],
+        candidate_error=errors[1],
+        worst=max((each.worst for each in measured), key=lambda each: each.share, default=None),
+        notes=tuple(notes),
+        ulps=_units(expected, actual),
+        top1=_top1(expected, actual),
+    )
+
+
 @dataclass(frozen=True)
-class Measured:
+class _Measured:
     """One output: its worst element, whether it is right, and sums of squares for the errors."""
 
     worst: Worst
@@ -36,14 +82,14 @@ class Measured:
     squares: tuple[float, float, float]
 
 
-def measure(
+def _measure(
     place: str,
     value: Tensor,
     other: Tensor,
     truth: Tensor | None,
     algebra: Agreement | None,
     given: Tolerances,
-) -> Measured:
+) -> _Measured:
     """How `other` differs from `value`, the reference's.
 
     Args:
@@ -84,7 +130,7 @@ def measure(
             and candidate <= _FACTOR * reference + eps * total + of_weights * math.sqrt(left.numel()) + ZERO
         )
     max_abs = float(difference.amax())
-    return Measured(worst, ok, max_abs, max_abs / largest if largest else 0.0, squares)
+    return _Measured(worst, ok, max_abs, max_abs / largest if largest else 0.0, squares)
 
 
 def _allowed(dtype: torch.dtype, magnitude: Tensor, rounding: float, given: Tolerances) -> Tensor:
@@ -103,7 +149,7 @@ def _square(tensor: Tensor) -> float:
     return float((tensor * tensor).sum())
 
 
-def units(expected: Outputs, actual: Outputs) -> tuple[int, ...]:
+def _units(expected: Outputs, actual: Outputs) -> tuple[int, ...]:
     """The histogram of units in the last place, of all outputs."""
     histograms = [
         units_apart(value, actual[place])
@@ -113,7 +159,7 @@ def units(expected: Outputs, actual: Outputs) -> tuple[int, ...]:
     return tuple(map(sum, zip_longest(*histograms, fillvalue=0)))
 
 
-def top1(expected: Outputs, actual: Outputs) -> float | None:
+def _top1(expected: Outputs, actual: Outputs) -> float | None:
     """In how many rows, of the only output, if it looks like a classifier's, both put one class first."""
     if list(expected) != [""]:
         return None
@@ -122,3 +168,16 @@ def top1(expected: Outputs, actual: Outputs) -> float | None:
     if not is_classifier or not scores.is_floating_point():
         return None
     return float((scores.argmax(1) == others.argmax(1)).double().mean())
+
+
+def _doubts(expected: Outputs) -> Iterator[str]:
+    """Why a mistake might not be seen in such outputs."""
+    tensors = [value for value in expected.values() if isinstance(value, Tensor)]
+    if not any(tensor.numel() for tensor in tensors):
+        yield f"{INCONCLUSIVE} the model returns no tensors, or empty ones"
+    for place, value in expected.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            if not bool(value.isfinite().all()):
+                yield f"{INCONCLUSIVE} output{place} holds infinities or NaN"
+            elif value.numel() and float(value.detach().abs().amax()) < 100 * ZERO:
+                yield f"{INCONCLUSIVE} output{place} is zero everywhere"

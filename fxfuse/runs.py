@@ -1,4 +1,4 @@
-"""Runs of models whose outputs are to be compared: equal inputs, the best precision, no side effects."""
+"""Runs of models whose outputs are to be compared: equal inputs, no side effects."""
 
 from __future__ import annotations
 

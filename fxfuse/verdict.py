@@ -9,6 +9,9 @@ from typing import Any
 
 from fxfuse.errors import VerificationError
 
+INCONCLUSIVE = "inconclusive:"
+"""How a note begins that says why a mistake could not have been seen."""
+
 
 @dataclass(frozen=True)
 class Worst:
@@ -102,6 +105,11 @@ class Comparison:
     top1: float | None = None
     inputs: tuple[str, ...] = ()
     tolerances: str = ""
+
+    @classmethod
+    def unmeasured(cls, note: str, *, ok: bool) -> Comparison:
+        """One without numbers, for a reason."""
+        return cls(ok=ok, conclusive=not ok, notes=(note,))
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON values; numbers that could not be measured are None."""

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxfuse.comparison import same_numbers
 from fxfuse.errors import UnsupportedError
 from fxfuse.inputs import drawn_like
 from fxfuse.lowering.edits import in_dtype
 from fxfuse.lowering.engines import Engine
+from fxfuse.lowering.numbers import same_numbers
 from fxfuse.lowering.specialise import specialise
 from fxfuse.lowering.specialised import Program, Specialised
 from fxfuse.replica import replicate
@@ -99,9 +99,10 @@ class Candidate:
         """
         with refusing():
             program = _with_own_memory(self.program, self.tensors())
-        folded, reference = replicate(self.compiler.folded), self.reference()
-        expected = folded if reference is None else self._forward(reference)
-        reason, found = compared(folded, self._forward(program), self.inputs, expected)
+        given = self.reference()
+        reference = None if given is None else self._forward(given)
+        folded = replicate(self.compiler.folded)
+        reason, found = reason_against(self._forward(program), folded, self.inputs, reference)
         return Outcome(None if reason else partial(self.graph.run, program), reason, found)
 
     def _forward(self, program: Program) -> Callable[..., Any]:
@@ -109,12 +110,15 @@ class Candidate:
         return lambda *inputs: self.graph.run(program, pytree.tree_leaves(inputs))
 
 
-def compared(
-    folded: nn.Module, candidate: Callable[..., Any], inputs: tuple[Any, ...], reference: Callable[..., Any]
+def reason_against(
+    candidate: Callable[..., Any],
+    folded: nn.Module,
+    inputs: tuple[Any, ...],
+    reference: Callable[..., Any] | None,
 ) -> tuple[str, Comparison]:
     """Why a candidate may not be used, empty if it may, and how it compares with a module.
 
-    See ``fxfuse.comparison.same_numbers``.
+    See ``fxfuse.lowering.numbers.same_numbers``.
 
     Raises:
         UnsupportedError: the candidate raises something.

@@ -28,7 +28,7 @@ def compile_verified(
 ) -> Outcome:
     """A program of an engine for inputs like these, compared with the folded module on them, or on slices.
 
-    Of both the outputs are held against a run of the folded module in float64. The program may be about as
+    The outputs of both are held against a run of the folded module in float64. The program may be about as
     far from it as the folded module is, in `dtype` if one is given: see ``fxfuse.verify`` on rounding. Raises
     what the folded module raises if it does not take the inputs.
     """

@@ -22,7 +22,7 @@ _TAKE_INTEGERS = {
     *("embedding", "index", "index_select", "gather", "getitem"),
     *("to", "float", "bool", "type", "type_as", "_to_copy", "eq", "ne"),
 }
-# What makes floats integers, among others.
+# These may make integers of floats, among other things.
 _CONVERSIONS = {"to", "type", "type_as", "_to_copy", "int", "long", "short", "byte", "char"}
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 

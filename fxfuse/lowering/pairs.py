@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxfuse.inputs import drawn_like
-from fxfuse.lowering.candidates import Candidate, compared
+from fxfuse.lowering.candidates import Candidate, reason_against
 from fxfuse.lowering.specialised import Output, Program, flattened
 from fxfuse.replica import replicate
 from fxfuse.verdict import Comparison
@@ -39,8 +39,8 @@ def compared_on_pairs(candidate: Candidate, size: int) -> tuple[str, Comparison]
         pair = drawn_like(pair, seed=3)
     folded = _ForSlices(replicate(candidate.compiler.folded), candidate.graph.outputs, orders)
     reference = candidate.reference()
-    expected = folded if reference is None else partial(_run, candidate, reference, orders)
-    return compared(folded, partial(_run, candidate, candidate.program, orders), pair, expected)
+    expected = None if reference is None else partial(_run, candidate, reference, orders)
+    return reason_against(partial(_run, candidate, candidate.program, orders), folded, pair, expected)
 
 
 class _ForSlices(nn.Module):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxfuse.errors import UnsupportedError
+from fxfuse.guards import patched
 from fxfuse.lowering.batches import is_for_fewer, keeps_samples_apart
 from fxfuse.lowering.candidates import Candidate, Compiler, Outcome, refusing
 from fxfuse.lowering.pairs import compared_on_pairs
@@ -24,7 +25,7 @@ from fxfuse.lowering.timing import medians
 _LOG = logging.getLogger("fxfuse")
 # The smallest batch that is cut, and the smallest slices that are tried.
 _BATCH, _SLICE = 8, 2
-# Slices are doubled while that saves as large a share of the time.
+# Slices are doubled while that saves at least this share of the time.
 _GAIN = 0.04
 
 
@@ -54,15 +55,9 @@ def in_slices(compiler: Compiler, inputs: tuple[Any, ...]) -> Outcome | None:
         return None
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> AbstractContextManager[None]:
     """Without what torch logs where fake tensors do not fit: then the real ones are tried."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
+    return patched(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True)
 
 
 @dataclass(frozen=True)

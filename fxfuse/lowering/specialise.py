@@ -66,7 +66,7 @@ def specialise(module: fx.GraphModule, inputs: Sequence[Any]) -> Specialised:
 
 
 def without_numbers(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Inputs for `specialised` with which nothing is computed but what depends on weights and sizes alone."""
+    """Inputs for `specialise` with which nothing is computed but what depends on weights and sizes alone."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     return cast(tuple[Any, ...], pytree.tree_map_only(Tensor, mode.from_tensor, inputs))
 
