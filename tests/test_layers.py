@@ -48,6 +48,7 @@ LAYERS = [
     [
         "lowering.halves",
         "lowering.operands",
+        "lowering.reuse",
         "lowering.legal",
         "lowering.attention",
         "lowering.concatenations",

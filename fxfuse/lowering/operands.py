@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fxfuse.lowering.traces import insert
+from fxfuse.lowering.traces import ACTIVATIONS, insert
 
 # Left to torch: the same by names that oneDNN Graph does not know; a sum is the difference with −α.
 _NAMES = {
@@ -21,19 +21,11 @@ _NAMES = {
     "aten::add": "aten::sub",
     "aten::softmax": "aten::special_softmax",
 }
-_PRODUCTS = {"aten::matmul", "aten::bmm"}
+_MATRIX_PRODUCTS = {"aten::matmul", "aten::bmm"}
 _POOLINGS = {"aten::max_pool2d", "aten::avg_pool2d"}
-_READERS = {*_PRODUCTS, *_POOLINGS, "aten::softmax"}
+_READERS = {*_MATRIX_PRODUCTS, *_POOLINGS, "aten::softmax"}
 # What has a layout of its choice, and what keeps that of what it reads.
 _IMAGES = {"aten::_convolution", *_POOLINGS}
-ACTIVATIONS = {
-    f"aten::{name}"
-    for name in (
-        *("relu", "relu6", "hardtanh", "clamp", "leaky_relu", "elu", "sigmoid", "silu", "tanh", "gelu"),
-        *("hardswish", "exp", "log", "sqrt", "square", "abs", "round"),
-    )
-}
-"""Functions of single numbers that oneDNN Graph knows, or takes apart into such."""
 _LAID_OUT_ALIKE = {*ACTIVATIONS, *_NAMES, "aten::cat", "prim::ListConstruct"}
 # The axes of images with channels last, from the slowest in memory to the fastest.
 _CHANNELS_LAST = [0, 2, 3, 1]
@@ -50,7 +42,7 @@ def lay_out_operands(graph: Any) -> None:
             _rename(graph, node)
             continue
         if node.kind() in _READERS:
-            for place in range(2 if node.kind() in _PRODUCTS else 1):
+            for place in range(2 if node.kind() in _MATRIX_PRODUCTS else 1):
                 _read_copy(graph, node, place, images)
         is_alike = node.kind() in _LAID_OUT_ALIKE
         if node.kind() in _IMAGES or (is_alike and any(each.debugName() in images for each in node.inputs())):

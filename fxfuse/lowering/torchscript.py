@@ -1,7 +1,6 @@
 """Edits of a trace, a graph of TorchScript, that spare oneDNN Graph what it fails on or computes wrongly.
 
-What torch 2.13 makes of it is in ``torch/csrc/jit/codegen/onednn``. A view of a whole value is no operator
-that oneDNN Graph knows: it keeps what comes before it and what comes after it in pieces of their own.
+What torch 2.13 makes of it is in ``torch/csrc/jit/codegen/onednn``.
 """
 
 from __future__ import annotations
@@ -12,24 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.lowering.operands import ACTIVATIONS, lay_out_operands
-from fxfuse.lowering.traces import insert, may_write
+from fxfuse.lowering.operands import lay_out_operands
+from fxfuse.lowering.reuse import keep_what_is_read_later
+from fxfuse.lowering.traces import (
+    ACTIVATIONS,
+    BINARY,
+    PRODUCTS,
+    insert,
+    may_write,
+    rank,
+    read_through_view,
+)
 
 _jit: Any = torch._C
-# Their kernels write to new memory, unless something follows that does not.
-_TO_NEW_MEMORY = {
-    *("_convolution", "convolution", "conv1d", "conv2d", "conv3d", "linear", "addmm", "matmul", "mm", "bmm"),
-    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat", "mean", "layer_norm", "batch_norm"),
-}
 # To these it can add nothing, nor multiply them.
 _NOTHING_ADDED = {"aten::layer_norm", "aten::max_pool2d", "aten::avg_pool2d"}
 # What activations are joined to.
-_JOINED = {
-    f"aten::{name}"
-    for name in ("_convolution", "linear", "addmm", "matmul", "mm", "bmm", "add", "mul", "div")
-}
-_BINARY = {f"aten::{name}" for name in ("add", "mul", "div")}
-_PRODUCTS = {f"aten::{name}" for name in ("linear", "addmm", "matmul", "mm", "bmm")}
+_JOINED = {"aten::_convolution", *PRODUCTS, *BINARY}
 # With AVX2 these take registers in which the kernel of a product keeps its sums.
 _NEEDING_REGISTERS = {f"aten::{name}" for name in ("gelu", "silu", "tanh")}
 
@@ -58,15 +56,15 @@ def edit(graph: Any) -> list[Tensor]:
     lay_out_operands(graph)
     constants: list[Tensor] = []
     for node in [*graph.nodes()]:
-        if node.kind() in _BINARY:
+        if node.kind() in BINARY:
             constants += _as_inputs(graph, node)
             _give_axes(graph, node)
             _keep_apart(graph, node)
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         _leave_registers_to_products(graph)
-    _keep_what_is_read_later(graph)
+    keep_what_is_read_later(graph)
     for node in [*graph.nodes()]:
-        if node.kind() in _BINARY:
+        if node.kind() in BINARY:
             _keep_from_activations(graph, node)
     return constants
 
@@ -108,8 +106,8 @@ def _leave_registers_to_products(graph: Any) -> None:
     for node in [*graph.nodes()]:
         read = {value.debugName() for value in node.inputs()}
         if node.kind() in _NEEDING_REGISTERS and read & joined:
-            _read_through_view(graph, node, 0)
-        elif node.kind() in _PRODUCTS or (node.kind() in _BINARY | ACTIVATIONS and read & joined):
+            read_through_view(graph, node, 0)
+        elif node.kind() in PRODUCTS or (node.kind() in BINARY | ACTIVATIONS and read & joined):
             joined.add(node.output().debugName())
 
 
@@ -125,9 +123,9 @@ def _as_inputs(graph: Any, node: Any) -> Iterator[Tensor]:
     elements lie in another order.
     """
     for place, value in _operands(node).items():
-        if value.node().kind() == "prim::Constant" and _rank(value):
+        if value.node().kind() == "prim::Constant" and rank(value):
             constant = value.toIValue()
-            constant = constant[(None,) * (_rank(node.output()) - constant.dim())].contiguous()
+            constant = constant[(None,) * (rank(node.output()) - constant.dim())].contiguous()
             given = graph.addInput()
             given.setType(_jit.TensorType.create_from_tensor(constant))
             node.replaceInput(place, given)
@@ -137,9 +135,9 @@ def _as_inputs(graph: Any, node: Any) -> Iterator[Tensor]:
 def _give_axes(graph: Any, node: Any) -> None:
     """Has a number among the operands, if it is computed, as many axes as the result: else that fails."""
     for place, value in _operands(node).items():
-        if not _rank(value) and _rank(node.output()) and _is_computed(value, node.output()):
+        if not rank(value) and rank(node.output()) and _is_computed(value, node.output()):
             graph.setInsertPoint(node)
-            ones = [1] * _rank(node.output())
+            ones = [1] * rank(node.output())
             sizes = graph.insertConstant(ones)
             spread = insert(graph, node, "aten::reshape", [value, sizes], value.type().with_sizes(ones))
             node.replaceInput(place, spread)
@@ -156,14 +154,14 @@ def _keep_apart(graph: Any, node: Any) -> None:
     sizes = node.output().type().sizes()
     is_apart = sizes is None or len(sizes) < 2 or sizes[-2] == 1
     for value in _operands(node).values():
-        own = value.type().sizes() if _rank(value) else sizes
+        own = value.type().sizes() if rank(value) else sizes
         is_for_channels = own is not None and len(own) == len(sizes or ()) > 3 and set(own[2:]) == {1}
         has_channels_last = (node.output().type().strides() or [0, 0])[1:2] == [1]
         is_apart |= own != sizes and not (is_for_channels and has_channels_last)
     for place, value in _operands(node).items():
         is_given = value.node().kind() in ("prim::Param", "prim::Constant")
-        if _rank(value) and not is_given and (is_apart or value.node().kind() in _NOTHING_ADDED):
-            _read_through_view(graph, node, place)
+        if rank(value) and not is_given and (is_apart or value.node().kind() in _NOTHING_ADDED):
+            read_through_view(graph, node, place)
 
 
 def _keep_from_activations(graph: Any, node: Any) -> None:
@@ -172,58 +170,10 @@ def _keep_from_activations(graph: Any, node: Any) -> None:
         if value.node().kind() in ACTIVATIONS:
             (source, *_) = value.node().inputs()
             if source.node().kind() not in _JOINED | ACTIVATIONS:
-                _read_through_view(graph, node, place)
+                read_through_view(graph, node, place)
 
 
 def _is_computed(value: Any, result: Any) -> bool:
     """Whether a single number is a tensor that is computed, of the dtype of the result."""
     is_tensor = value.type().kind() == "TensorType" and value.node().kind() != "prim::Constant"
     return bool(is_tensor and value.type().scalarType() == result.type().scalarType())
-
-
-def _rank(value: Any) -> int:
-    """How many axes it has, as far as the trace tells."""
-    return (value.type().dim() or 0) if value.type().kind() == "TensorType" else 0
-
-
-def _read_through_view(graph: Any, node: Any, place: int) -> None:
-    """Has a node read a view of an input."""
-    value = [*node.inputs()][place]
-    node.replaceInput(place, insert(graph, node, "aten::alias", [value], value.type()))
-
-
-def _keep_what_is_read_later(graph: Any) -> None:
-    """Has values read through views by who might overwrite them too early.
-
-    What a kernel gives is in a layout of its own if nobody but such kernels reads it. Then one that reads it
-    may write its result to the same memory; whether another one is still to read that, it does not ask. And
-    it gives too few results if it does so and is joined to what it reads, which is a second one then.
-    """
-    numbers: dict[str, int] = {}  # of nodes, by the names of what they give
-    ancestors: list[int] = []  # for each node, a bit for each that it depends on, and for itself
-    nodes = [*graph.nodes()]
-    for number, node in enumerate(nodes):
-        depends = 1 << number
-        for value in node.inputs():
-            depends |= ancestors[numbers[value.debugName()]] if value.debugName() in numbers else 0
-        numbers |= {value.debugName(): number for value in node.outputs()}
-        ancestors.append(depends)
-    for node in nodes:
-        for value in node.outputs():
-            if node.kind() != "prim::Constant" and value.type().kind() == "TensorType":
-                for early, place in [*_too_early(value, numbers, ancestors)]:
-                    _read_through_view(graph, early, place)
-
-
-def _too_early(value: Any, numbers: dict[str, int], ancestors: list[int]) -> Iterator[tuple[Any, int]]:
-    """The nodes that might overwrite `value` before others have read it, and as which input they read it."""
-    readers = []
-    for use in value.uses():
-        name = next((each.debugName() for each in use.user.outputs()), "")
-        readers.append((use.user, numbers.get(name, -1), use.offset))  # -1: it is a result of the graph
-    for node, number, place in readers:
-        if number < 0 or node.kind().partition("::")[2] in _TO_NEW_MEMORY:
-            continue
-        others = {other for _, other, _ in readers if other != number}
-        if any(other < 0 or not ancestors[number] >> other & 1 for other in others):
-            yield node, place
