@@ -28,7 +28,7 @@ import fxfuse
 from benchmarks.pages import table
 from benchmarks.record import surroundings, write
 from fxfuse import zoo
-from fxfuse.lowering import edits, onednn, torchscript
+from fxfuse.lowering import channels_last, onednn, torchscript
 from fxfuse.lowering.engines import ENGINES, Engine
 from fxfuse.lowering.timing import samples
 
@@ -41,7 +41,7 @@ CASES = (
 # Edits of a graph, the function that makes them, and models with something to edit.
 EDITS: tuple[tuple[str, tuple[Any, str], str, int], ...] = (
     ("attention as one call", (onednn, "write_out"), "timm:maxvit_tiny_tf_224", 2),
-    ("shuffles step by step", (edits, "_join_shuffle"), "torchvision:shufflenet_v2_x1_0", 8),
+    ("shuffles step by step", (channels_last, "_join_shuffle"), "torchvision:shufflenet_v2_x1_0", 8),
     ("kernels of reference", (torchscript, "lay_out_operands"), "timm:efficientformerv2_s0", 2),
     ("concatenations of all parts", (onednn, "grow"), "torchvision:densenet121", 1),
     ("concatenations of all parts", (onednn, "grow"), "torchvision:densenet121", 8),

@@ -44,7 +44,7 @@ LAYERS = [
     ["lowering.traces", "lowering.specialised"],
     ["lowering.specialise", "lowering.kept"],
     ["lowering.allocator"],
-    ["lowering.edits"],
+    ["lowering.dtypes", "lowering.channels_last"],
     [
         "lowering.halves",
         "lowering.operands",

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 import fxfuse
 from fxfuse.lowering import legal, onednn
-from fxfuse.lowering.edits import put_channels_last
+from fxfuse.lowering.channels_last import put_channels_last
 from fxfuse.lowering.specialise import specialise
 from tests.lowering import DTYPES, HAS_AVX512, Net, WithSecond, Written, X, folded, near
 from tests.support import randomise

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.errors import UnsupportedError
 from fxfuse.inputs import drawn_like
-from fxfuse.lowering.edits import in_dtype
+from fxfuse.lowering.dtypes import in_dtype
 from fxfuse.lowering.engines import Engine
 from fxfuse.lowering.numbers import same_numbers
 from fxfuse.lowering.specialise import specialise

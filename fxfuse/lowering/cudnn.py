@@ -16,7 +16,8 @@ from torch import Tensor, fx
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxfuse.lowering.edits import in_dtype, put_channels_last
+from fxfuse.lowering.channels_last import put_channels_last
+from fxfuse.lowering.dtypes import in_dtype
 from fxfuse.lowering.specialised import Program, Specialised
 from fxfuse.lowering.timing import medians
 

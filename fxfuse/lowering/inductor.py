@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.lowering.edits import in_dtype
+from fxfuse.lowering.dtypes import in_dtype
 from fxfuse.lowering.specialised import Specialised
 
 

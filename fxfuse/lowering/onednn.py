@@ -22,8 +22,9 @@ from fxfuse.aliases import plain_layer, roots
 from fxfuse.calls import operator_name, written_inputs
 from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.attention import write_out
+from fxfuse.lowering.channels_last import put_channels_last
 from fxfuse.lowering.concatenations import grow
-from fxfuse.lowering.edits import in_dtype, put_channels_last
+from fxfuse.lowering.dtypes import in_dtype
 from fxfuse.lowering.halves import halves
 from fxfuse.lowering.legal import Legalised
 from fxfuse.lowering.specialised import WRITES, Specialised

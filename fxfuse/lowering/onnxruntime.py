@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.lowering.edits import check_no_integers
+from fxfuse.lowering.dtypes import check_no_integers
 from fxfuse.lowering.specialised import Specialised
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.errors import UnsupportedError
-from fxfuse.lowering.edits import check_no_integers
+from fxfuse.lowering.dtypes import check_no_integers
 from fxfuse.lowering.specialised import Specialised
 
 

@@ -75,6 +75,26 @@ def _leaf(output: Any, tensors: Sequence[Tensor]) -> Any:
     return output.clone() if isinstance(output, Tensor) else copy.deepcopy(output)
 
 
+Step = tuple[Any, ...]
+"""A function of a tensor, and its further arguments."""
+
+
+def surround(module: fx.GraphModule, before: Step, after: Sequence[Step]) -> None:
+    """Does something to each input of a graph, and to each of its results, in place."""
+    graph = module.graph
+    for node in graph.find_nodes(op="placeholder"):
+        with graph.inserting_before(node.next):
+            made = graph.call_function(before[0], (node, *before[1:]))
+        made.meta = {**node.meta}
+        node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
+    (output,) = graph.find_nodes(op="output")
+    results: Any = output.args[0]
+    with graph.inserting_before(output):
+        made_of = zip(results, after, strict=True)
+        output.args = (tuple(graph.call_function(step[0], (each, *step[1:])) for each, step in made_of),)
+    module.recompile()
+
+
 def at(node: fx.Node) -> str:
     """Where a node comes from, for a message."""
     return f"at {place_of(node) or node.name}"
