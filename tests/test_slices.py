@@ -20,11 +20,6 @@ from tests.support import randomise
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the engines; their numbers are what is looked at
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)  # of weights: sharp attention may round some of its elements far more than others
-
-
 BATCH = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(2))
 APART = {
     "pooling": lambda m, y: F.max_pool2d(y.relu(), 2),
