@@ -46,7 +46,9 @@ def no_attributes_set(modules: Container[int]) -> Iterator[None]:
 
     def refuse(module: nn.Module, name: str, value: Any) -> None:
         by_fx = sys._getframe(1).f_globals.get("__name__", "").startswith("torch.fx")
-        same = by_fx or _is_constant(value) or getattr(module, name, refuse) is value
+        held = module._buffers.get(name, module._parameters.get(name))
+        is_cache = held is None and _is_constant(value)  # a buffer that is there may be what it comes from
+        same = by_fx or is_cache or getattr(module, name, refuse) is value
         if id(module) in modules and not same:
             kind = type(module).__name__
             raise TraceError(f"forward sets {name} of a {kind}, which a graph does not record")

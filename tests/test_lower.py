@@ -252,6 +252,39 @@ def test_modules_of_compilers_answer_themselves(make):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_programs_do_not_follow_what_is_written_to_the_weights(engine):
+    model = randomise(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)))
+    lowered = fxfuse.lower(fxfuse.fuse(model.float()), (X,), engine)
+    expected = lowered(X).clone()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    assert not lowered.lowering.reason and torch.equal(lowered(X), expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_results_may_be_inputs(engine, dtype):
+    def function(_, y, z):
+        return {"features": y.relu(), "given": z, "again": z}
+
+    z = torch.zeros(2, 65536, dtype=dtype)  # so large that the memory of a result is zero by itself
+    lowered = fxfuse.lower(folded(WithSecond(function)), (X, z), engine)
+    assert not lowered.lowering.reason
+    ones = torch.ones_like(z)
+    assert torch.equal(lowered(X, ones)["given"], ones)
+    lowered(X, ones)["given"].zero_()
+    assert bool(ones.all())
+
+
+def test_what_is_traced_runs_as_it_was_folded():
+    lowered = fxfuse.lower(folded(Net()), (X,))
+    x = torch.randn(3, 3, 14, 14)
+    traced = torch.jit.trace(lowered, x)
+    torch.testing.assert_close(traced(X), lowered.folded(X))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_structured_outputs_and_several_inputs(engine):
     def function(_, y, z):
         y = y + F.interpolate(z, scale_factor=2.0)

@@ -127,6 +127,33 @@ def test_wrong_kernels_are_found_and_not_used(monkeypatch):
     assert torch.equal(lowered(X), model(X))
 
 
+# Arguments that oneDNN Graph takes no notice of.
+UNNOTICED = {
+    "decimals": lambda m, y: torch.round(m.other(y), decimals=1) + y,
+    "decimals in front of the point": lambda m, y: torch.round(40 * m.other(y), decimals=-1) + y,
+    "scales": lambda m, y: torch.ops.aten.elu(m.other(y), 1.7, 1.05, 0.4) + y,
+    "rounding of a quotient": lambda m, y: torch.div(m.other(y), y.abs() + 0.1, rounding_mode="floor") + y,
+}
+
+
+@pytest.mark.parametrize("way", UNNOTICED)
+@pytest.mark.parametrize("example", [X, torch.zeros_like(X)])
+def test_arguments_that_onednn_graph_takes_no_notice_of(way, example):
+    lowered = fxfuse.lower(folded(Written(UNNOTICED[way], other=nn.Conv2d(8, 8, 1))), (example,))
+    assert not lowered.lowering.reason
+    with torch.no_grad():
+        is_close = (lowered(X) - lowered.folded(X)).abs() < 1e-4
+    assert is_close.double().mean() > 0.999  # where rounding turns what is rounded, they differ
+
+
+def test_zeros_as_an_example_hide_no_mistake(monkeypatch):
+    monkeypatch.setattr(legal, "_LEGAL", {})
+    model = folded(Written(UNNOTICED["decimals"], other=nn.Conv2d(8, 8, 1)))
+    with torch.no_grad():
+        model.conv.bias.zero_(), model.other.bias.fill_(2.0)
+    assert "other numbers" in fxfuse.lower(model, (torch.zeros_like(X),)).lowering.reason
+
+
 def tokens(y):
     return y.flatten(2).transpose(1, 2)
 

@@ -774,6 +774,31 @@ class Deep(Base):
         return y
 
 
+def adds(m):
+    m.calls = m.calls + 1
+
+
+def adds_in_place(m):
+    m.calls += 1
+
+
+@MODES
+@pytest.mark.parametrize("count", [adds, adds_in_place])
+def test_a_buffer_that_is_computed_from_itself_is_no_cache(count, keep_modules):
+    def forward(self, x):
+        count(self)
+        return self.bn(self.conv(x)) * self.calls
+
+    model = randomise(of_class(forward))
+    model.register_buffer("calls", torch.zeros(1))
+    twin = copy.deepcopy(model)
+    fused = fxfuse.fuse(model, keep_modules=keep_modules)
+    assert float(model.calls) == 0
+    with torch.no_grad():
+        for _ in range(3):
+            assert_exact(twin(X), fused(X))
+
+
 @MODES
 @pytest.mark.parametrize("objects", [1, 20_000])
 def test_state_in_objects_in_lists_is_not_touched(objects, keep_modules):

@@ -123,7 +123,8 @@ def reason_against(
     Raises:
         UnsupportedError: the candidate raises something.
     """
-    # Where nothing could be seen, as with zeros, other numbers are drawn.
+    seen: Comparison | None = None
+    # Where the inputs show little, as zeros do, other numbers are drawn.
     for values in (inputs, drawn_like(inputs, seed=2)):
         with refusing():
             found = same_numbers(folded, candidate, values, reference)
@@ -131,9 +132,16 @@ def reason_against(
             errors = f"{found.candidate_error:.2g}, of the folded module {found.reference_error:.2g}"
             wrong = f"it gives other numbers: error against float64 {errors}"
             return wrong if found.worst else found.notes[0], found
-        if found.conclusive:
-            return "", found
-    return "whether it gives the same numbers could not be seen", found
+        seen = found if found.conclusive and seen is None else seen
+        if seen is not None and not any(map(_is_constant, pytree.tree_leaves(inputs))):
+            break
+    return ("", seen) if seen is not None else ("whether it gives the same numbers could not be seen", found)
+
+
+def _is_constant(leaf: Any) -> bool:
+    """Whether it is a float tensor of which all elements are the same number."""
+    is_float = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return is_float and leaf.numel() > 1 and bool((leaf == leaf.flatten()[0]).all())
 
 
 @contextmanager

@@ -63,6 +63,23 @@ def _batch_norm(  # noqa: PLR0913, PLR0917 - they are the function's
     return x * scale.view(axes) + shift.view(axes)
 
 
+def _round(x: Tensor, *, decimals: int = 0) -> Tensor:
+    """oneDNN Graph takes no notice of decimals."""
+    if decimals == 0:
+        return torch.round(x)
+    factor = 10.0 ** abs(decimals)
+    return torch.round(x * factor) / factor if decimals > 0 else torch.round(x / factor) * factor
+
+
+def _elu(
+    x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0, *, inplace: bool = False
+) -> Tensor:
+    """Nor of the two scales, which only exported graphs give."""
+    if scale == input_scale == 1:
+        return F.elu(x, alpha, inplace)
+    return scale * torch.where(x > 0, x, alpha * torch.expm1(x * input_scale))
+
+
 _POOLINGS = [f"{kind}_pool{dims}d" for kind in ("max", "avg") for dims in (1, 2, 3)]
 
 
@@ -79,5 +96,7 @@ _LEGAL: dict[str, Callable[..., Tensor]] = {
     "gelu": _gelu,
     "layer_norm": _layer_norm,
     "batch_norm": _batch_norm,
+    "round": _round,
+    "elu": _elu,
     **{name: _with_stride(getattr(F, name)) for name in _POOLINGS},
 }

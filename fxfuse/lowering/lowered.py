@@ -27,6 +27,8 @@ from fxfuse.reports import attach, report
 _LOG = logging.getLogger("fxfuse")
 # How many kinds of inputs get a program.
 _KINDS = 16
+# What answers where there is none.
+_FOLDED = Outcome(None)
 
 
 class Lowered(nn.Module):
@@ -36,9 +38,9 @@ class Lowered(nn.Module):
     (structure, shapes, layouts, dtypes, devices, values that are no tensors, the number of threads, and with
     CUDA graphs the stream) the first call compiles a program and compares it with the folded module; that of
     the example inputs is there from the beginning. Where the engine cannot do that, for more than 16 kinds,
-    and under autocast, the folded module answers. Weights are constants of the programs, and so is what else
-    of its modules forward reads: programs are compiled anew after ``to`` and ``load_state_dict`` of this
-    module, and blind to what is written to the folded module otherwise.
+    under autocast, and for ``torch.jit.trace``, the folded module answers. Weights are constants of the
+    programs, and so is what else of its modules forward reads: programs are compiled anew after ``to`` and
+    ``load_state_dict`` of this module, and blind to what is written to the folded module otherwise.
 
     Attributes:
         folded: the folded module.
@@ -70,7 +72,8 @@ class Lowered(nn.Module):
         if torch.is_grad_enabled() and any(map(_wants_gradients, leaves)):
             raise UsageError("a lowered module gives no gradients; call it under torch.no_grad()")
         kind = self._kind(structure, leaves)
-        outcome = self._outcomes.get(kind) or self._make_outcome(kind, inputs)
+        is_traced = torch._C._is_tracing()  # in a trace there can be no second one
+        outcome = _FOLDED if is_traced else self._outcomes.get(kind) or self._make_outcome(kind, inputs)
         if outcome.run is None or any(map(torch.is_autocast_enabled, DEVICES)):
             with torch.no_grad():
                 return self.folded(*args, **kwargs)
@@ -94,7 +97,7 @@ class Lowered(nn.Module):
     def _make_outcome(self, kind: Hashable, inputs: tuple[Any, ...]) -> Outcome:
         outcomes, traced = self._outcomes, self._traced  # these, even if the weights change meanwhile
         if len(outcomes) == _KINDS:
-            return outcomes.get(kind, Outcome(None))
+            return outcomes.get(kind, _FOLDED)
         with COMPILES:
             if kind not in outcomes and len(outcomes) < _KINDS:
                 engine = ENGINES[self.engine]
@@ -105,7 +108,7 @@ class Lowered(nn.Module):
                     _LOG.warning("%s runs as it was folded: %s", name, found.reason)
                 if len(outcomes) == _KINDS:
                     _LOG.warning("%s runs as it was folded for kinds of inputs after these %d", name, _KINDS)
-            return outcomes.get(kind, Outcome(None))
+            return outcomes.get(kind, _FOLDED)
 
     def _kind(self, structure: pytree.TreeSpec | None, leaves: Sequence[Any]) -> Hashable:
         """What a program depends on, of its inputs and of torch."""

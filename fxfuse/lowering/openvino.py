@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Sequence
@@ -24,10 +25,11 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     check_no_integers(graph)
     import openvino  # noqa: PLC0415 - it need not be installed
 
+    own = copy.deepcopy(graph.module)  # of whose weights openvino may read the memory later on
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes that are numbers in a trace
         model = openvino.convert_model(
-            graph.module, example_input=tuple(inputs), input=[list(tensor.shape) for tensor in inputs]
+            own, example_input=tuple(inputs), input=[list(tensor.shape) for tensor in inputs]
         )
     precision = "bf16" if dtype is torch.bfloat16 else "f32"
     settings = {
@@ -39,16 +41,22 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     if compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() != precision:
         raise UnsupportedError("OpenVINO has no bfloat16 for this processor")
     request = compiled.create_infer_request()
+    nodes = [each.input_value(0).get_node() for each in compiled.get_runtime_model().get_results()]
+    passed = {number for number, node in enumerate(nodes) if node.get_type_name() == "Parameter"}
     runs = threading.Lock()  # a request runs once at a time
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         given = [tensor.detach().contiguous() for tensor in tensors]  # which openvino does not keep alive
         results = [torch.empty(like.shape, dtype=like.dtype) for like in graph.results]
         with runs:
-            for put, values in ((request.set_input_tensor, given), (request.set_output_tensor, results)):
-                for number, tensor in enumerate(values):
-                    put(number, openvino.Tensor(tensor.numpy(), shared_memory=True))
+            for number, tensor in enumerate(given):
+                request.set_input_tensor(number, openvino.Tensor(tensor.numpy(), shared_memory=True))
+            for number, tensor in enumerate(results):
+                if number not in passed:
+                    request.set_output_tensor(number, openvino.Tensor(tensor.numpy(), shared_memory=True))
             request.infer()
+            for number in passed:  # inputs, which it writes nowhere else
+                results[number].copy_(torch.from_numpy(request.get_output_tensor(number).data))
         return results
 
     return run

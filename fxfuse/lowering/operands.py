@@ -38,7 +38,8 @@ def lay_out_operands(graph: Any) -> None:
     """Has operators computed by torch, or read a copy, where oneDNN reads operands slowly or wrongly."""
     images: set[str] = set()  # names of what oneDNN Graph may lay out as it does images, channels last
     for node in [*graph.nodes()]:
-        if node.kind() in _NAMES and _has_only_a_reference(node):
+        is_rounded = node.kind() == "aten::div" and len([*node.inputs()]) > 2  # which it takes no notice of
+        if is_rounded or (node.kind() in _NAMES and _has_only_a_reference(node)):
             _rename(graph, node)
             continue
         if node.kind() in _READERS:

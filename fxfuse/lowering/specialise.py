@@ -186,6 +186,8 @@ class _Specialiser(fx.Interpreter):
             return None
         if node.target is operator.getitem and isinstance(args[0], (tuple, list, dict)):
             return args[0][args[1]]
+        if node.target is getattr and isinstance(args[0], tuple):  # such as ``torch.max(...).values``
+            return getattr(*args)
         read = self._read(node)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
             if any(isinstance(each, fx.Node) for each in read) and not (is_query(node) or self._guards(node)):
