@@ -111,20 +111,25 @@ def _choices(
     if unknown:
         raise UsageError(
             f"backend fxfuse has no options {', '.join(sorted(unknown))}; it has then='inductor' "
-            "(or what else compiles the folded graph) and refold='changed' (or 'always')"
+            "(or what else compiles the folded graph, or 'lower', for fxfuse's engine \"torch\") and "
+            "refold='changed' (or 'always')"
         )
     if refold not in _REFOLD:
         raise UsageError(f"refold={refold!r} is neither of {', '.join(map(repr, _REFOLD))}")
     if then == "lower":
         if mode is not None:
             raise UsageError(f"mode={mode!r} is one of Inductor's, which then='lower' leaves out")
-        return lower_graph, refold == "always"
+        if refold == "always":
+            raise UsageError(
+                "refold='always' keeps weights variable, and then='lower' makes constants of them"
+            )
+        return lower_graph, False
     try:
         found = lookup_backend(str(then))
     except InvalidBackend as error:
         raise UsageError(
-            f"then={then!r} is no backend of torch.compile, which has to compile the folded graph; "
-            "torch.compiler.list_backends(None) names them"
+            f"then={then!r} is neither 'lower' nor a backend of torch.compile, which has to compile the "
+            "folded graph; torch.compiler.list_backends(None) names them"
         ) from error
     if found is backend:
         raise UsageError("then='fxfuse' would be this backend again; name the one that compiles the graph")

@@ -81,6 +81,9 @@ def _code(refusal: Refusal) -> str:
 
 def lowering_view(lowering: Lowering) -> RenderableType:
     """How fast the folded model is on an engine, beside others."""
+    text = Text(visible(str(replace(lowering, timings=()))))
+    if not lowering.timings:
+        return text
     table = Table("runs on", "one call", "ready after", title="Lowered", title_justify="left")
     for timing in lowering.timings:
         if timing.reason:
@@ -88,7 +91,7 @@ def lowering_view(lowering: Lowering) -> RenderableType:
         else:
             ready = f"{timing.seconds:.2g} s" if timing.seconds else ""
             table.add_row(timing.engine, f"{timing.milliseconds:.3g} ms", ready)
-    return Group(table, Text(visible(str(replace(lowering, timings=())))))
+    return Group(table, text)
 
 
 def comparison_view(comparison: Comparison) -> RenderableType:

@@ -357,13 +357,18 @@ def test_options_that_cannot_all_be_tried_are_told(model, message):
         (
             {"than": "eager", "also": 1},
             "backend fxfuse has no options also, than; it has then='inductor' (or what else compiles "
-            "the folded graph) and refold='changed' (or 'always')",
+            "the folded graph, or 'lower', for fxfuse's engine \"torch\") and refold='changed' (or 'always')",
         ),
         ({"refold": "never"}, "refold='never' is neither of 'changed', 'always'"),
         (
             {"then": "nobody"},
-            "then='nobody' is no backend of torch.compile, which has to compile the folded graph; "
+            "then='nobody' is neither 'lower' nor a backend of torch.compile, which has to compile the "
+            "folded graph; "
             "torch.compiler.list_backends(None) names them",
+        ),
+        (
+            {"then": "lower", "refold": "always"},
+            "refold='always' keeps weights variable, and then='lower' makes constants of them",
         ),
         (
             {"then": "fxfuse"},

@@ -70,7 +70,7 @@ def check_engine(name: str, dtype: torch.dtype | None) -> None:
     found = ENGINES[name]
     if found.missing:
         raise UsageError(
-            f"the engine {name!r} needs {' and '.join(found.missing)}: pip install 'fxfuse[{name}]'"
+            f"the engine {name!r} needs {', '.join(found.missing)}: pip install 'fxfuse[{name}]'"
         )
     if not found.computes_in(dtype):
         raise UsageError(f"the engine {name!r} does not compute in {dtype}; leave out dtype=...")

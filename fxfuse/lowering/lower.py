@@ -59,9 +59,15 @@ def lower(
             not known or not installed, or cannot compute in `dtype`; CUDA graphs are asked for, and no input
             is on a CUDA device.
     """
+    if isinstance(folded, Lowered):
+        raise UsageError("it is lowered already; pass the folded module")
+    if not isinstance(tune_seconds, (int, float)):
+        raise UsageError(f"tune_seconds is {tune_seconds!r}; pass a number of seconds")
+    if dtype is not None and dtype is not torch.bfloat16:
+        raise UsageError(f"dtype is {dtype!r}; pass torch.bfloat16, or leave it out")
     folded = as_module(folded)
     check_module(folded, "folded module")
-    check_eval(folded, "folded module")
+    check_eval(folded, "model")
     check_inputs(example_inputs, "example_inputs")
     if engine != "auto":
         check_engine(engine, dtype)

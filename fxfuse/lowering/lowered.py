@@ -105,7 +105,9 @@ class Lowered(nn.Module):
                 found = outcomes[kind] = compile_verified(traced, inputs, engine, self.dtype)
                 name = type(self.folded).__name__
                 if found.reason:
-                    _LOG.warning("%s runs as it was folded: %s", name, found.reason)
+                    _LOG.warning(
+                        "on engine %s, %s runs as it was folded: %s", self.engine, name, found.reason
+                    )
                 if len(outcomes) == _KINDS:
                     _LOG.warning("%s runs as it was folded for kinds of inputs after these %d", name, _KINDS)
             return outcomes.get(kind, _FOLDED)
