@@ -129,6 +129,7 @@ def fuse(
         size = output.stat().st_size / 2**20
         taken = "the shapes of the source" if isinstance(fused, ExportedProgram) else "any batch size"
         show(headline(str(output), f"written, {size:.1f} MiB, for {taken}"))
+    _tell_written(html_file, dot_file)
     if lowering is not None:
         show(lowering_view(lowering))
     click.echo(again())
@@ -150,6 +151,12 @@ def _folded(
     if report.verification is not None:
         report.verification.raise_if_failed()
     return fused, report
+
+
+def _tell_written(*files: Path | None) -> None:
+    for file in files:
+        if file is not None:
+            show(headline(str(file), "written"))
 
 
 @main.command(epilog="Examples: fxfuse explain torchvision:densenet121; fxfuse explain FXF102")
@@ -186,6 +193,7 @@ def explain(asked: Asked, json_file: Path | None, html_file: Path | None, dot_fi
     if not write_json(told, json_file):
         show(headline(asked.spec, loaded.weights))
         show(report_view(report))
+        _tell_written(html_file, dot_file)
         click.echo(again())
 
 

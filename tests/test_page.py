@@ -408,7 +408,7 @@ def test_the_command_writes_the_page_and_the_graph(tmp_path, monkeypatch):
     html, dot = tmp_path / "r.html", tmp_path / "g.dot"
     for command in ("explain", "fuse"):
         result = CliRunner().invoke(cli.main, (command, "net:work", "--html", str(html), "--dot", str(dot)))
-        assert result.exit_code == 0, result.output
+        assert result.exit_code == 0 and result.output.count("written") == 2, result.output
         assert "2 of 4" in html.read_text() and "Verified" in html.read_text()
         assert dot.read_text().startswith("digraph")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["g.dot", "r.html"]
