@@ -855,8 +855,8 @@ def test_the_report_of_a_graph_is_logged(caplog):
     ("options", "text"),
     [
         ({"than": "eager"}, "no options than"),
-        ({"then": "nobody"}, "'nobody' is no backend"),
-        ({"then": None}, "None is no backend"),
+        ({"then": "nobody"}, "'nobody' is neither 'lower' nor"),
+        ({"then": None}, "None is neither 'lower' nor"),
         ({"then": "fxfuse"}, "would be this backend again"),
         ({"refold": "never"}, "refold='never' is neither of 'changed', 'always'"),
         ({"mode": "max-autotune"}, "no options mode"),
