@@ -464,9 +464,10 @@ def test_engines_that_are_not_there_are_told(monkeypatch):
         fxfuse.lower(model, (X,), "fast")
     with pytest.raises(fxfuse.UsageError, match=r"does not compute in torch\.bfloat16"):
         fxfuse.lower(model, (X,), "onnxruntime", dtype=torch.bfloat16)
-    for dtype in (torch.float16, "bfloat16"):
-        with pytest.raises(fxfuse.UsageError, match=r"pass torch\.bfloat16, or leave it out"):
-            fxfuse.lower(model, (X,), dtype=dtype)
+    with pytest.raises(fxfuse.UsageError, match=r"does not compute in torch\.float16"):
+        fxfuse.lower(model, (X,), dtype=torch.float16)
+    with pytest.raises(fxfuse.UsageError, match=r"dtype is 'bfloat16'; pass a torch\.dtype"):
+        fxfuse.lower(model, (X,), dtype="bfloat16")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(fxfuse.UsageError, match=r"needs openvino: pip install 'fxfuse\[openvino\]'"):
         fxfuse.lower(model, (X,), "openvino")
@@ -518,6 +519,8 @@ def test_auto_takes_the_fastest_and_says_what_it_saw(monkeypatch):
     hasty = fxfuse.lower(model, (X,), "auto", tune_seconds=0)
     assert hasty.engine == "slow"
     assert fxfuse.lower(model, (X.clone().requires_grad_(),), "auto").engine == "fast"
+    with pytest.raises(fxfuse.UsageError, match=r"no engine that is installed computes in torch\.float16"):
+        fxfuse.lower(model, (X,), "auto", dtype=torch.float16)
     reasons = {each.engine: each.reason for each in hasty.lowering.timings if each.reason}
     assert reasons == dict.fromkeys(("broken", "fast"), "not tried: the time was over")
 

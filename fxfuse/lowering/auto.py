@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxfuse.errors import UsageError
 from fxfuse.lowering.engines import ENGINES
 from fxfuse.lowering.lowered import Lowered, lowered
 from fxfuse.lowering.records import Lowering, Timing
@@ -38,6 +39,8 @@ def fastest(
             untried.append(Timing(name, math.nan, math.nan, "not tried: the time was over"))
             continue
         ready[name] = lowered(folded, inputs, name, dtype, cuda_graphs)
+    if not ready:
+        raise UsageError(f"no engine that is installed computes in {dtype}; leave out dtype=...")
     times = times_of(ready, folded, inputs)
     chosen = fastest_of(ready, times)
     told = timings(ready, times)

@@ -63,8 +63,8 @@ def lower(
         raise UsageError("it is lowered already; pass the folded module")
     if not isinstance(tune_seconds, (int, float)):
         raise UsageError(f"tune_seconds is {tune_seconds!r}; pass a number of seconds")
-    if dtype is not None and dtype is not torch.bfloat16:
-        raise UsageError(f"dtype is {dtype!r}; pass torch.bfloat16, or leave it out")
+    if not isinstance(dtype, (torch.dtype, type(None))):
+        raise UsageError(f"dtype is {dtype!r}; pass a torch.dtype, such as torch.bfloat16")
     folded = as_module(folded)
     check_module(folded, "folded module")
     check_eval(folded, "model")

@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fxfuse.lowering.traces import read_through_view
+from fxfuse.lowering.traces import PRODUCTS, read_through_view
 
 # Their kernels write to new memory, unless something follows that does not.
-_TO_NEW_MEMORY = {
-    *("_convolution", "convolution", "conv1d", "conv2d", "conv3d", "linear", "addmm", "matmul", "mm", "bmm"),
-    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat", "mean", "layer_norm", "batch_norm"),
+_TO_NEW_MEMORY = PRODUCTS | {
+    f"aten::{name}"
+    for name in (
+        *(
+            "_convolution",
+            "convolution",
+            "conv1d",
+            "conv2d",
+            "conv3d",
+            "cat",
+            "mean",
+            "layer_norm",
+            "batch_norm",
+        ),
+        *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"),
+    )
 }
 
 
@@ -44,7 +57,7 @@ def _too_early(value: Any, numbers: dict[str, int], ancestors: list[int]) -> Ite
         name = next((each.debugName() for each in use.user.outputs()), "")
         readers.append((use.user, numbers.get(name, -1), use.offset))  # -1: it is a result of the graph
     for node, number, place in readers:
-        if number < 0 or node.kind().partition("::")[2] in _TO_NEW_MEMORY:
+        if number < 0 or node.kind() in _TO_NEW_MEMORY:
             continue
         others = {other for _, other, _ in readers if other != number}
         if any(other < 0 or not ancestors[number] >> other & 1 for other in others):
