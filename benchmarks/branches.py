@@ -27,6 +27,7 @@ from benchmarks.compiled import timed
 from benchmarks.families import build_without_memory, specs
 from benchmarks.record import surroundings, write
 from fxfuse import zoo
+from fxfuse.errors import with_type
 
 COMMAND = "python -m benchmarks.branches"
 METHODS = ("reparameterize", "fuse", "switch_to_deploy")
@@ -178,7 +179,7 @@ def main() -> None:
         try:
             models[name] = measure(name, options.rounds)
         except Exception as error:
-            failures[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            failures[name] = with_type(error)
             print(name, failures[name], file=sys.stderr)
     pattern = f" --pattern '{options.pattern}'" if options.pattern else ""
     record = {

@@ -14,10 +14,10 @@ import fxfuse
 from benchmarks.families import (
     Record,
     build_without_memory,
-    first_line,
     is_norm,
     place,
 )
+from fxfuse.errors import with_type
 
 TOOLS = ("torch.fx", "fxfuse")
 LIBRARIES = ("timm", "torchvision")
@@ -31,7 +31,7 @@ def measure(spec: str) -> Record:
     try:
         model = build_without_memory(spec)
     except Exception as error:  # a third-party constructor, which may raise anything
-        return {"library": library, "family": family, "failed": f"cannot be built: {first_line(error)}"}
+        return {"library": library, "family": family, "failed": f"cannot be built: {with_type(error)}"}
     record = {
         "library": library,
         "family": family,
@@ -54,7 +54,7 @@ def by_fxfuse(model: nn.Module) -> Record:
         report = fxfuse.explain(model)
     except Exception as error:  # any but fxfuse's own is a bug, and to be found here
         clean = isinstance(error, fxfuse.FxfuseError)
-        return {"removed": 0, "error": first_line(error), "clean": clean}
+        return {"removed": 0, "error": with_type(error), "clean": clean}
     ids = {path: id(module) for path, module in model.named_modules(remove_duplicate=False)}
     left = {ids.get(refusal.norm): refusal.code for refusal in report.refused}
     folded = {ids.get(fold.norm) for fold in report.folded} & norms - left.keys()
@@ -74,7 +74,7 @@ def by_torch_fx(model: nn.Module) -> Record:
     try:
         result = optimization.fuse(model)
     except Exception as error:  # the model's own code is run, and torch.fx raises anything
-        return {"removed": 0, "error": first_line(error)}
+        return {"removed": 0, "error": with_type(error)}
     assert isinstance(result, torch.fx.GraphModule)
     inlined = [node for node in result.graph.nodes if node.target is nn.functional.batch_norm]
     return {"removed": norms - min(norms, len(_norms(result)) + len(inlined))}

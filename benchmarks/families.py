@@ -156,11 +156,6 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or type(module).__name__ == "FrozenBatchNorm2d"
 
 
-def first_line(error: BaseException) -> str:
-    """Type and first line of the message."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
 def sweep(task: Task, names: Sequence[str], file: Path, *, limit: float) -> dict[str, Record]:
     """What `task` returns for each name, of which `file` keeps what is done.
 

@@ -40,6 +40,7 @@ from benchmarks.inference_page import AUTO, Record, page, picture
 from benchmarks.memory import peak, trimmed
 from benchmarks.record import INSTRUCTIONS, RESULTS, surroundings, write
 from fxfuse import zoo
+from fxfuse.errors import with_type
 from fxfuse.lowering.auto import fastest_of, times_of
 from fxfuse.lowering.engines import ENGINES
 from fxfuse.lowering.lowered import Lowered, lowered
@@ -154,9 +155,7 @@ def measure(name: str, batch: int, rounds: int, without: str) -> Record:
         try:
             found["ways"][way], calls[way] = ready(make, exact)
         except Exception as error:  # a peer raises what it likes; the table names it
-            found["ways"][way] = {
-                "failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-            }
+            found["ways"][way] = {"failed": with_type(error)[:200]}
             continue
         if found["ways"][way]["error"] > WRONG[torch.bfloat16 if "bfloat16" in way else None]:
             del calls[way]

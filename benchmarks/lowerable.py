@@ -21,9 +21,10 @@ from statistics import geometric_mean
 import torch
 
 import fxfuse
-from benchmarks.families import INT8, Record, first_line, images, place, prepared, sweep
+from benchmarks.families import INT8, Record, images, place, prepared, sweep
 from benchmarks.pages import table
 from benchmarks.record import RESULTS, surroundings, write
+from fxfuse.errors import with_type
 from fxfuse.lowering.timing import medians
 
 COMMAND = "python -m benchmarks.lowerable"
@@ -46,7 +47,7 @@ def measure(spec: str) -> Record:
             inputs = [tuple(image.float() for image in images(spec, batch, size)) for batch in BATCHES]
             folded(*inputs[0])
     except Exception as error:  # third-party models are built and run, and may raise anything
-        return {"failed": first_line(error)}
+        return {"failed": with_type(error)}
     lowered = {str(batch): fxfuse.lower(folded, given) for batch, given in zip(BATCHES, inputs, strict=True)}
     found: Record = {"size": size} | {batch: each.lowering.to_dict() for batch, each in lowered.items()}
     for (batch, each), given in zip(lowered.items(), inputs, strict=True):

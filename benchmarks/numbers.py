@@ -18,12 +18,12 @@ from benchmarks.families import (
     Record,
     Size,
     counted_norms,
-    first_line,
     images,
     outputs,
     prepared,
     runnable,
 )
+from fxfuse.errors import with_type
 
 ALLOWED = 1e-9
 VERDICTS = ("exact", "inconclusive", "wrong", "not run")
@@ -54,7 +54,7 @@ def check(spec: str) -> Record:
             fused = fxfuse.fuse(model)
             found = _compared(spec, size, source, runnable(spec, fused))
     except Exception as error:  # third-party models are built and run, and may raise anything
-        return {"verdict": "not run", "why": first_line(error)}
+        return {"verdict": "not run", "why": with_type(error)}
     report = fxfuse.report(fused)
     folds = {"norms": report.norms, "folded": len(report.folded), "size": size}
     return {**folds, **found, "seconds": round(time.perf_counter() - start, 1)}
@@ -72,7 +72,7 @@ def _compared(spec: str, size: Size, model: nn.Module, fused: nn.Module) -> Reco
     try:
         actual = outputs(fused, inputs)
     except Exception as error:  # the source took these inputs
-        return {**called, "verdict": "wrong", "why": f"the result raises {first_line(error)}"}
+        return {**called, "verdict": "wrong", "why": f"the result raises {with_type(error)}"}
     nudged = outputs(model, pytree.tree_map(lambda image: image * (1 + 1e-15), inputs[:1]))
     other_images = outputs(model, [images(spec, 1, size)])
     for norm in norms:

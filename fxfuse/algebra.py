@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.distances import ZERO, distance, finite, rms, wide
+from fxfuse.errors import first_line
 from fxfuse.inputs import in_float64
 from fxfuse.layers import has_statistics
 from fxfuse.precision import LeastPrecision
@@ -101,7 +102,7 @@ class Truth:
         try:
             return run(model, self._inputs, self._seed, is_own=True)
         except REJECTIONS as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             raise UnmeasurableError(f"{type(model).__name__} does not run in float64: {reason}") from error
 
     def _changed(self, candidate: nn.Module) -> Iterator[nn.Module]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxfuse.errors import UsageError
+from fxfuse.errors import UsageError, first_line
 from fxfuse.places import place_of_error
 from fxfuse.tree import is_training
 
@@ -67,9 +67,8 @@ def check_inputs(inputs: object, name: str) -> None:
 def rejection(inputs: Sequence[Any], error: BaseException, model: nn.Module) -> str:
     """What `model` was given, what it raised, and where; whether they differ in dtype or device."""
     given = ", ".join(map(short, inputs)) or "()"
-    raised = str(error).partition("\n")[0].rstrip(": ") or type(error).__name__
     where = place_of_error(error)
-    return f"{given}: {raised}{where and f', at {where}'}{_difference(model, inputs)}"
+    return f"{given}: {first_line(error)}{where and f', at {where}'}{_difference(model, inputs)}"
 
 
 def _difference(model: nn.Module, inputs: Sequence[Any]) -> str:

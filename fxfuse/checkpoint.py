@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.container import opened, read_entries
-from fxfuse.errors import UsageError
+from fxfuse.errors import UsageError, first_line
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # Under these keys training loops put the weights in what they save.
@@ -106,8 +106,8 @@ def _pickled(path: Path) -> Any:
             "torch.save(model.state_dict(), FILE)"
         ) from error
     except (RuntimeError, OSError, ValueError, LookupError, EOFError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"{path} is damaged, or no file of torch.save ({reason}); copy it again") from error
+        told = f"{path} is damaged, or no file of torch.save ({first_line(error)}); copy it again"
+        raise UsageError(told) from error
 
 
 def _unwrapped(found: Any) -> Any:

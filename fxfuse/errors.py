@@ -1,5 +1,24 @@
 """The errors that fxfuse raises. A norm that cannot be folded is a refusal, never one of these."""
 
+import re
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without colours; its type, if it says nothing.
+
+    The list of signatures that torch adds to a call that fits none is not part of it.
+    """
+    line = _COLOURS.sub("", str(error)).strip().partition("\n")[0]
+    return line.removesuffix("but expected one of:").rstrip(",: ") or type(error).__name__
+
+
+def with_type(error: BaseException) -> str:
+    """The type of an error, and what it says in one line."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
+
 
 class FxfuseError(Exception):
     """Whatever fxfuse raises on purpose."""

@@ -14,7 +14,7 @@ from fxfuse.algebra import UnmeasurableError
 from fxfuse.arguments import check_eval, check_inputs, rejection
 from fxfuse.capture import Capture, capture, check_usable
 from fxfuse.comparison import compared
-from fxfuse.errors import CaptureError, FxfuseError, UsageError
+from fxfuse.errors import CaptureError, FxfuseError, UsageError, first_line
 from fxfuse.exposure import hooks_look
 from fxfuse.inputs import in_float64, sample
 from fxfuse.keep import fold_called, fold_inside
@@ -197,7 +197,7 @@ def _verified(
             if more:
                 again, found = _folded_but(twin, inputs, keep_modules, Leave([*left, *more]))
         except FxfuseError as error:
-            raise UnmeasurableError(str(error).partition("\n")[0]) from error
+            raise UnmeasurableError(first_line(error)) from error
         if {*found.names} != {*account.names}:
             raise UnmeasurableError("in float64 other norms can be folded")
         return as_module(again)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fxfuse.errors import UsageError
+from fxfuse.errors import UsageError, first_line
 from fxfuse.files import written
 
 
@@ -32,9 +32,8 @@ def as_program(fused: nn.Module | ExportedProgram, inputs: Sequence[Any]) -> Exp
     try:
         return torch.export.export(fused, batches, dynamic_shapes=any_batch)
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-        reason = str(error).partition("\n")[0]
         raise UsageError(
-            f"{type(fused).__name__} is folded but torch.export cannot write it: {reason}; "
+            f"{type(fused).__name__} is folded but torch.export cannot write it: {first_line(error)}; "
             "in Python, fxfuse.fuse(model) gives it as a module"
         ) from error
 

@@ -174,7 +174,7 @@ REJECTED = {
         network,
         (np.zeros((2, 3, 8, 8)),),
         "ndarray (2, 3, 8, 8) float64: ",
-        "but expected one of, at 0 (Conv2d); models take tensors: torch.from_numpy(array) makes one",
+        "tuple, tuple, tuple, int), at 0 (Conv2d); models take tensors: torch.from_numpy(array) makes one",
     ),
     "no inputs": (network, (), "(): ", "at Sequential"),
     "integers": (network, (X.long(),), "(2, 3, 8, 8) int64 on cpu: ", "should be the same, at 0 (Conv2d)"),

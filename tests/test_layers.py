@@ -40,7 +40,7 @@ LAYERS = [
     ["following"],
     ["rewrite"],
     ["lowering.__init__", "lowering.purity", "lowering.timing", "lowering.records", "lowering.state"],
-    ["lowering.lock", "lowering.numbers"],
+    ["lowering.lock", "lowering.numbers", "lowering.leaves"],
     ["lowering.traces", "lowering.specialised"],
     ["lowering.specialise", "lowering.kept"],
     ["lowering.allocator"],

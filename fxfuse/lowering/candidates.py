@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxfuse.errors import UnsupportedError
+from fxfuse.errors import UnsupportedError, with_type
 from fxfuse.inputs import drawn_like
 from fxfuse.lowering.dtypes import in_dtype
 from fxfuse.lowering.engines import Engine
@@ -155,8 +155,7 @@ def refusing() -> Iterator[None]:
     except UnsupportedError:
         raise
     except Exception as error:
-        told = str(error).strip().partition("\n")[0]
-        raise UnsupportedError(f"{type(error).__name__}: {told}") from error
+        raise UnsupportedError(with_type(error)) from error
 
 
 def _with_own_memory(program: Program, tensors: Sequence[Tensor]) -> Program:

@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.errors import UsageError
 from fxfuse.lowering.candidates import Outcome
-from fxfuse.lowering.compilation import compile_verified, memory_layout
+from fxfuse.lowering.compilation import compile_verified
 from fxfuse.lowering.cuda_graphs import streams, with_cuda_graphs
 from fxfuse.lowering.engines import ENGINES
 from fxfuse.lowering.kept import Traced
+from fxfuse.lowering.leaves import flatten, kind_of, wants_gradients
 from fxfuse.lowering.lock import COMPILES
 from fxfuse.lowering.records import Lowering
 from fxfuse.precision import DEVICES
@@ -68,8 +69,8 @@ class Lowered(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the folded module gives."""
         inputs = self._positional(args, kwargs) if kwargs else args
-        leaves, structure = _flatten(inputs)
-        if torch.is_grad_enabled() and any(map(_wants_gradients, leaves)):
+        leaves, structure = flatten(inputs)
+        if torch.is_grad_enabled() and any(map(wants_gradients, leaves)):
             raise UsageError("a lowered module gives no gradients; call it under torch.no_grad()")
         kind = self._kind(structure, leaves)
         is_traced = torch._C._is_tracing()  # in a trace there can be no second one
@@ -91,7 +92,7 @@ class Lowered(nn.Module):
 
     def prepare(self, inputs: Sequence[Any]) -> Outcome:
         """What answers for inputs like these."""
-        leaves, structure = _flatten(tuple(inputs))
+        leaves, structure = flatten(tuple(inputs))
         return self._make_outcome(self._kind(structure, leaves), tuple(inputs))
 
     def _make_outcome(self, kind: Hashable, inputs: tuple[Any, ...]) -> Outcome:
@@ -115,7 +116,7 @@ class Lowered(nn.Module):
     def _kind(self, structure: pytree.TreeSpec | None, leaves: Sequence[Any]) -> Hashable:
         """What a program depends on, of its inputs and of torch."""
         own = streams([leaf for leaf in leaves if isinstance(leaf, Tensor)]) if self.cuda_graphs else ()
-        return (structure, torch.get_num_threads(), own, *map(_kind_of_leaf, leaves))
+        return (structure, torch.get_num_threads(), own, *map(kind_of, leaves))
 
     def _positional(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         signature = inspect.signature(self.folded.forward)
@@ -160,24 +161,3 @@ def lowered(
     seconds = time.perf_counter() - started
     made.lowering = Lowering(engine, first.reason, seconds, first.comparison)
     return made
-
-
-def _flatten(inputs: tuple[Any, ...]) -> tuple[Sequence[Any], pytree.TreeSpec | None]:
-    """Their leaves, and how these are put together; None: the inputs are tensors, and their own leaves.
-
-    Small networks take a few milliseconds, and find every line of Python cold.
-    """
-    for each in inputs:
-        if type(each) is not Tensor:
-            return pytree.tree_flatten(inputs)
-    return inputs, None
-
-
-def _wants_gradients(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.requires_grad
-
-
-def _kind_of_leaf(leaf: Any) -> Hashable:
-    if isinstance(leaf, Tensor):
-        return type(leaf), memory_layout(leaf), leaf.dtype, leaf.device
-    return type(leaf), repr(leaf)  # which tells 0.0 from -0.0
