@@ -154,6 +154,11 @@ def attribute_name(value: Any) -> str | None:
     return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
 
 
+def named(node: fx.Node) -> str:
+    """What a report calls a node: the module that it calls, by its qualified name, or its own name."""
+    return str(node.target) if node.op == "call_module" else node.name
+
+
 def switches_mode(node: fx.Node) -> bool:
     """Whether what comes after it computes in another way: with gradients or without, in another dtype."""
     name = getattr(node.target, "__name__", "")

@@ -25,7 +25,7 @@ import torch
 from torch import fx, nn
 
 from fxfuse.branches import merges
-from fxfuse.calls import torch_name
+from fxfuse.calls import named, torch_name
 from fxfuse.channels import KEPT, Channels, every
 from fxfuse.layers import calls_norm
 from fxfuse.layout import layouts
@@ -133,7 +133,7 @@ class _Matcher:
                 rank, sites = self._for_any_rank(node, source, direction)
                 assumed.add((source.input, rank))
             if (node, direction) in self.barred:
-                raise _Stop(self.barred[node, direction], ", ".join(site.node.name for site in sites))
+                raise _Stop(self.barred[node, direction], ", ".join(named(site.node) for site in sites))
         except _Stop as stop:
             self.stopped[node, direction] = stop
             return False
@@ -154,10 +154,10 @@ class _Matcher:
             sites = tuple(self._forward(node, channels))
             writer = self.memory.writer_between(source.input, node, [site.node for site in sites])
             if writer is not None:
-                raise _Stop(Code.STATE_MUTATED, writer.name)
+                raise _Stop(Code.STATE_MUTATED, named(writer))
         self._check_parts(node, source.input)
         if self.shapes.changes_dtype(source.input, node):
-            raise _Stop(Code.OPERATOR_COMPUTED, f"{node.name} has another dtype than {source.input.name}")
+            raise _Stop(Code.OPERATOR_COMPUTED, f"{named(node)} has another dtype than {named(source.input)}")
         self._check_tensors(source, sites)
         if direction == "forward" and isinstance(source, Affine):
             self._check_dtype(source, sites)
@@ -180,7 +180,7 @@ class _Matcher:
             raise next((stop for stop in stops if stop.code is Code.AXIS), stops[0])
         rank, sites = next(iter(found.items()))
         if len(found) > 1 or not all(site.operator.dims for site in sites):
-            raise _Stop(Code.RANK_UNKNOWN, norm.input.name)
+            raise _Stop(Code.RANK_UNKNOWN, named(norm.input))
         return rank, sites
 
     def acting(self, source: Norm | Affine) -> Channels | None:
@@ -224,7 +224,7 @@ class _Matcher:
         """That of the direction in which there is an operator that could have absorbed the map."""
         merging = next((each for each in self._sums_of(node) if (each, "merged") in self.barred), None)
         if merging is not None:
-            return _Stop(self.barred[merging, "merged"], merging.name)
+            return _Stop(self.barred[merging, "merged"], named(merging))
         before, after = self.stopped[node, "backward"], self.stopped[node, "forward"]
         nothing_before = before.code in (Code.OPAQUE_PRODUCER, Code.NOTHING_BEFORE)
         return after if nothing_before and after.code is not Code.OPAQUE_PRODUCER else before
@@ -250,15 +250,15 @@ class _Matcher:
                 return Channels((1 - max(source.ranks),), index)
             shape = self.shapes.of(source.input)
             if shape is None or (source.ranks is not None and len(shape) not in source.ranks):
-                raise _Stop(Code.RANK_UNKNOWN if shape is None else Code.AXIS, source.input.name)
+                raise _Stop(Code.RANK_UNKNOWN if shape is None else Code.AXIS, named(source.input))
             return Channels((1 - len(shape),), index)
         acted = [place - len(source.shape) for place, size in enumerate(source.shape) if size != 1]
         if len(acted) > 1:
-            raise _Stop(Code.AXIS, source.input.name)
+            raise _Stop(Code.AXIS, named(source.input))
         if len(source.shape) > self.shapes.least_rank(source.input):
             shape = self.shapes.of(source.input)
             if shape is None or len(shape) < len(source.shape):
-                raise _Stop(Code.RANK_UNKNOWN if shape is None else Code.AXIS, source.input.name)
+                raise _Stop(Code.RANK_UNKNOWN if shape is None else Code.AXIS, named(source.input))
         shift = source.role == "plus"
         scale = source.role != "plus" or source.negative
         if not acted:
@@ -285,9 +285,9 @@ class _Matcher:
             self._check_only_reader(value, reader, channels)
             parts = op.backward(channels, self.shapes)
             if isinstance(parts, Code):
-                raise _Stop(parts, value.name)
+                raise _Stop(parts, named(value))
             if len(set(op.inputs)) != len(op.inputs):
-                raise _Stop(Code.OTHER_USERS, f"{value.name} reads a value twice")
+                raise _Stop(Code.OTHER_USERS, f"{named(value)} reads a value twice")
             for source, part in zip(op.inputs, parts, strict=True):
                 if any(entry != KEPT for entry in part.index):
                     yield from self._backward(source, value, part)
@@ -300,8 +300,8 @@ class _Matcher:
         taken = self._taken(reader, value, channels)
         theirs = (self._taken(other, value, channels) for other in others)
         if others and (taken is None or any(each is None or not each.isdisjoint(taken) for each in theirs)):
-            names = ", ".join(other.name for other in others)
-            raise _Stop(Code.OTHER_USERS, f"{value.name} -> {names}")
+            names = ", ".join(map(named, others))
+            raise _Stop(Code.OTHER_USERS, f"{named(value)} -> {names}")
 
     def _taken(self, reader: fx.Node, value: fx.Node, channels: Channels) -> set[int] | None:
         """The channels that `reader` takes of `value`; None if it is no slice along their axis."""
@@ -329,7 +329,7 @@ class _Matcher:
         if isinstance(op, (Norm, LeftNorm)):
             return _Stop(Code.NORM_BEFORE_LEFT, op.name)
         if value.op == "placeholder":
-            return _Stop(Code.NOTHING_BEFORE, value.name)
+            return _Stop(Code.NOTHING_BEFORE, named(value))
         return self._opaque(value, op)
 
     # ---- forward ----
@@ -338,7 +338,7 @@ class _Matcher:
         """The operators that absorb `channels` if these act on `value` before anybody reads it."""
         readers = self._readers(value)
         if not readers:
-            raise _Stop(Code.OPAQUE_PRODUCER, f"{value.name} -> nothing")
+            raise _Stop(Code.OPAQUE_PRODUCER, f"{named(value)} -> nothing")
         for reader in readers:
             op = self.reader.read(reader)
             if reader in self.moves:
@@ -349,7 +349,7 @@ class _Matcher:
             elif isinstance(op, Transparent) and value in op.inputs:
                 part = op.forward(value, channels, self.shapes)
                 if isinstance(part, Code):
-                    raise _Stop(part, reader.name)
+                    raise _Stop(part, named(reader))
                 if any(entry != KEPT for entry in part.index):
                     yield from self._forward(reader, part)
             else:
@@ -357,12 +357,12 @@ class _Matcher:
 
     def _opaque(self, node: fx.Node, op: object) -> _Stop:
         code, detail = (op.code, op.detail) if isinstance(op, Opaque) else (Code.OPAQUE_PRODUCER, "")
-        return _Stop(code, detail or node.name)
+        return _Stop(code, detail or named(node))
 
     def _check_forward(self, node: fx.Node, source: Norm | Affine) -> None:
         """The value must be one that the operators after it take as it is, without what `node` made of it."""
         if self.reader.written_inputs(node):
-            raise _Stop(Code.OPAQUE_PRODUCER, f"{node.name} writes to its input")
+            raise _Stop(Code.OPAQUE_PRODUCER, f"{named(node)} writes to its input")
         if isinstance(source, Norm):
             return
         shape = self.shapes.of(source.input)
@@ -371,7 +371,7 @@ class _Matcher:
             # Where the constant is broadcast to the value, and the value is not broadcast to the constant.
             fits = shape is not None and -axis <= min(len(shape), len(seen))
             if shape is None or not fits or source.shape[axis] not in (1, shape[axis], seen[axis]):
-                raise _Stop(Code.AXIS, source.input.name)
+                raise _Stop(Code.AXIS, named(source.input))
 
     # ---- both ----
 
@@ -380,11 +380,11 @@ class _Matcher:
         while isinstance(self.reader.read(value), (Slice, Within, Rearranged)) or value in self.gone:
             value = value.all_input_nodes[0] if value not in self.gone else self.gone[value]
             if isinstance(self.reader.read(value), Split) and self.memory.is_written_after(node):
-                raise _Stop(Code.STATE_MUTATED, value.name)
+                raise _Stop(Code.STATE_MUTATED, named(value))
 
     def _site(self, node: fx.Node, side: Literal["output", "input"], op: Linear, channels: Channels) -> Site:
         size = op.channels if side == "output" else op.in_channels
-        owner = str(op.weight).rpartition(".")[0] or node.name
+        owner = str(op.weight).rpartition(".")[0] or named(node)
         if len(channels.axes) > 1:
             raise _Stop(Code.MIXED, owner)
         if channels.axes not in ((), (-1 - op.dims,)):
@@ -398,7 +398,7 @@ class _Matcher:
         """The numbers of `source` must be where the weights are, and must not change their dtype."""
         weights = [self.reader.tensor(site.operator.weight) for site in sites]
         tensor = self._numbers(source)
-        name = sites[0].node.name
+        name = named(sites[0].node)
         if len({weight.dtype for weight in weights}) != 1 or not all(weight.numel() for weight in weights):
             raise _Stop(Code.OPAQUE_PRODUCER, f"{name} is empty or of several dtypes")
         moves_along = isinstance(source, Affine) and not source.shape
@@ -417,7 +417,7 @@ class _Matcher:
         """The value must have the weights' dtype also without what the constant makes of it."""
         if self.shapes.dtype(source.input) != self.reader.tensor(sites[0].operator.weight).dtype:
             raise _Stop(
-                Code.OPAQUE_PRODUCER, f"{source.input.name}, whose dtype is not known to be the weight's"
+                Code.OPAQUE_PRODUCER, f"{named(source.input)}, whose dtype is not known to be the weight's"
             )
 
     def _numbers(self, source: Norm | Affine) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import fx
 
+from fxfuse.calls import named
 from fxfuse.channels import Channels
 from fxfuse.forms import Form
 from fxfuse.geometry import Window
@@ -153,18 +154,15 @@ Change = Move | Merge
 
 def name_of(node: fx.Node, operator: Linear) -> str:
     """Of a module that is called, or of the owner of the weight."""
-    if node.op == "call_module":
-        return str(node.target)
-    return operator.weight.removesuffix(".weight") if isinstance(operator.weight, str) else node.name
+    is_functional = node.op != "call_module" and isinstance(operator.weight, str)
+    return str(operator.weight).removesuffix(".weight") if is_functional else named(node)
 
 
 def names_in(form: Form) -> list[str]:
     """The operators and poolings of a form; none if it is the value itself, but for norms and constants."""
     steps = [(each.node, each.step) for each in form.steps()]
     return [
-        name_of(node, step)
-        if isinstance(step, Linear)
-        else str(node.target if node.op == "call_module" else node)
+        name_of(node, step) if isinstance(step, Linear) else named(node)
         for node, step in steps
         if isinstance(step, Linear | Window)
     ]

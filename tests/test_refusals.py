@@ -239,7 +239,7 @@ def test_refusal_names_the_norm(code):
         ),
         *((Code.CHANNELS, "5 and 4 of 0"), (Code.MIXED, ": 0.0"), (Code.INSIDE_OPAQUE, ": 0 (Sequential)")),
         *((Code.UNTRACED, "norm (BatchNorm2d)"), (Code.EXPOSED, "apply(self.norm, ")),
-        *((Code.PADDING, ": _1"), (Code.NEGATIVE_SCALE, ": _0_0")),
+        *((Code.PADDING, ": 1"), (Code.NEGATIVE_SCALE, ": 0.0")),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
