@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.fx.proxy import Proxy, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxfuse.held import held, is_same
 from fxfuse.objects import objects_in, own_attributes, user_classes
 from fxfuse.tree import NORM_RANKS, named_tensors, storage
 
@@ -26,15 +27,16 @@ from fxfuse.tree import NORM_RANKS, named_tensors, storage
 @contextlib.contextmanager
 def no_random_numbers() -> Iterator[None]:
     """Random numbers that do not depend on the input would be drawn once and fixed for ever."""
-    python, numpy = random.getstate(), _numpy_state()
-    before = _torch_states()
-    with torch.random.fork_rng(devices=range(len(before) - 1)):
+    before = _random_states()
+    gpus = range(len(before["torch"]) - 1)
+    with torch.random.fork_rng(devices=gpus):
         try:
             yield
         finally:
-            drawn = not all(map(torch.equal, before, _torch_states())) or random.getstate() != python
-            drawn |= _numpy_state() != numpy
-            random.setstate(python)
+            drawn = not is_same(held(before), held(_random_states()))
+            random.setstate(before["python"])
+            if before["numpy"] is not None:
+                sys.modules["numpy"].random.set_state(before["numpy"])
     if drawn:
         raise TraceError("the model draws random numbers that a trace would fix for ever")
 
@@ -58,21 +60,21 @@ def no_attributes_set(modules: Container[int]) -> Iterator[None]:
         yield
 
 
-def contents(module: nn.Module) -> list[tuple[str, list[int]]]:
-    """What lies in the Python containers of a module, for telling whether forward has changed them."""
-    return [
-        (name, [*map(id, _entries(value))])
-        for name, value in own_attributes(module)
-        if name[0] != "_" and isinstance(value, _KINDS)
-    ]
+def contents(module: nn.Module) -> list[Any]:
+    """What a module holds itself, for telling whether forward has changed it; see `fxfuse.held`.
+
+    Constants of the trace are left out: they are caches, which were None or not there before.
+    """
+    own = {**dict(own_attributes(module)), **module._parameters, **module._buffers}
+    own |= {name: id(child) for name, child in module._modules.items()}
+    for name in [*own]:
+        if own[name] is None or name.startswith("_tensor_constant"):  # which torch.fx gives the root itself
+            del own[name]
+    return held(own, without=_is_unseen)
 
 
-def _entries(container: Any) -> Iterable[Any]:
-    return (each for each in flat(list(_values(container))) if not _is_constant(each))
-
-
-def _values(container: Any) -> Iterable[Any]:
-    return container.values() if isinstance(container, dict) else container
+def _is_unseen(value: Any) -> bool:
+    return issubclass(type(value), nn.Module) or _is_constant(value)
 
 
 def _is_constant(value: Any) -> bool:
@@ -131,6 +133,8 @@ class SourceIsReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.memory = {storage(tensor) for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and (kwargs or {}).get("generator") is not None:
+            raise TraceError("the model draws random numbers that a trace would fix for ever")
         given = {storage(each) for each in flat((args, kwargs or {})) if isinstance(each, Tensor)}
         if func._schema.is_mutable and not given.isdisjoint(self.memory):
             raise TraceError(
@@ -277,16 +281,15 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def _torch_states() -> list[Tensor]:
-    """The states of torch's random numbers, of the CPU and of all GPUs if these are in use."""
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return [torch.get_rng_state(), *on_gpus]
-
-
-def _numpy_state() -> tuple[bytes, int] | None:
-    """The state of numpy's random numbers; None if nobody has imported it."""
+def _random_states() -> dict[str, Any]:
+    """The states of the random numbers of Python, of numpy if somebody has imported it, and of torch."""
     numpy = sys.modules.get("numpy")
-    return None if numpy is None else (numpy.random.get_state()[1].tobytes(), numpy.random.get_state()[2])
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return {
+        "python": random.getstate(),
+        "numpy": None if numpy is None else numpy.random.get_state(),
+        "torch": [bytes(state.tolist()) for state in (torch.get_rng_state(), *on_gpus)],
+    }
 
 
 def flat(value: Any) -> Iterator[Any]:

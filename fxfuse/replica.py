@@ -22,6 +22,10 @@ from torch import Tensor, nn
 _M = TypeVar("_M", bound=nn.Module)
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, set, deque})
+# What is written in C and changes in place; numpy need not be installed.
+_IN_C = frozenset(
+    {"builtins.bytearray", "random.Random", "numpy.ndarray", "numpy.random._generator.Generator"}
+)
 
 
 def replicate(model: _M) -> _M:
@@ -89,8 +93,10 @@ class _Replica:
         return self.module(value) if isinstance(value, nn.Module) else self._holder(value)
 
     def _holder(self, value: Any) -> Any:
-        """What holds others, and is never written to."""
+        """What holds others, and is never written to; and what is written in C."""
         kind = type(value)
+        if f"{kind.__module__}.{kind.__name__}" in _IN_C:
+            return self._made.setdefault(id(value), copy.deepcopy(value))
         if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
             return MethodType(value.__func__, self.module(value.__self__))
         if kind is partial:

@@ -45,6 +45,7 @@ from fxfuse.guards import (
     objects_unchanged,
     traceable_checks,
 )
+from fxfuse.held import is_same
 from fxfuse.options import defaults
 from fxfuse.places import is_own_code, place_of, stack_trace
 from fxfuse.proxies import ParameterProxy, TensorProxy, TypedProxy, gives_tensor
@@ -211,9 +212,9 @@ def trace(
                 ):
                     stack.enter_context(guard)
                 graph = tracer.trace(root, dict(defaults(model) if fixed is None else fixed))
-            changed = {name for name, module in root.named_modules() if contents(module) != before[name]}
-            if tracer.asked or "" in changed:
-                raise TraceError(tracer.asked or "forward changes a list, dict or set of the model")
+            changed = _changed(root, before)
+            if tracer.asked or "" in changed or kept & changed:
+                raise TraceError(tracer.asked or "forward changes what a module holds, as in a list")
             if changed:
                 kept |= changed
                 continue
@@ -234,6 +235,12 @@ def trace(
                 kept.add(failed)
             else:
                 leaves.append(failed)
+
+
+def _changed(root: nn.Module, before: Mapping[str, list[Any]]) -> set[str]:
+    """The modules that held something else before; of those that came or went, the ones that held them."""
+    now = dict(root.named_modules())
+    return {name for name in before.keys() & now.keys() if not is_same(before[name], contents(now[name]))}
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for p
 # Each module may import from those on the lines above it only.
 LAYERS = [
     ["_version", "errors", "refusals", "tree", "replica", "calls", "functions", "places", "geometry"],
-    ["channels", "files", "visible", "vetting", "container"],
+    ["channels", "files", "visible", "vetting", "container", "held"],
     ["objects", "explanations", "arguments", "affine", "distances", "verdict", "archive", "checkpoint"],
     ["guards", "options", "methods"],
     ["proxies", "reparametrized", "exposure", "fold", "records", "layers", "constants"],
@@ -39,7 +39,7 @@ LAYERS = [
     ["planner"],
     ["following"],
     ["rewrite"],
-    ["lowering.__init__", "lowering.purity", "lowering.timing", "lowering.records", "lowering.state"],
+    ["lowering.__init__", "lowering.purity", "lowering.timing", "lowering.records"],
     ["lowering.lock", "lowering.numbers", "lowering.leaves"],
     ["lowering.traces", "lowering.specialised"],
     ["lowering.specialise", "lowering.kept"],

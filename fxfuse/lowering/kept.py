@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.capture import capture
 from fxfuse.errors import CaptureError, UnsupportedError, UsageError
+from fxfuse.held import held, is_same
 from fxfuse.inputs import drawn_like
 from fxfuse.lowering.lock import COMPILES
-from fxfuse.lowering.state import held, is_same
 from fxfuse.replica import isolated
 from fxfuse.runs import clean_run
 

@@ -22,9 +22,9 @@ from fxfuse.aliases import is_query, plain_layer
 from fxfuse.calls import layer_input, operator_name, switches_mode, written_inputs
 from fxfuse.errors import UnsupportedError
 from fxfuse.guards import no_random_numbers
+from fxfuse.held import held, is_same
 from fxfuse.lowering.purity import PureFunctions, PureOperators, no_padding_left_out
 from fxfuse.lowering.specialised import WRITES, Output, Specialised, at, flattened
-from fxfuse.lowering.state import held, is_same
 from fxfuse.replica import replicate
 from fxfuse.table import DROPOUTS, LAYERS
 from fxfuse.tree import storage

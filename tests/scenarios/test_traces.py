@@ -3,7 +3,10 @@
 import copy
 import random
 import types
+from collections import deque
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -231,3 +234,83 @@ def test_hook_on_all_modules_goes_on_seeing_what_it_saw_or_is_refused(register):
         assert "hook" in str(error)
     finally:
         handle.remove()
+
+
+def counted(change):
+    """A forward that multiplies by what `change` makes of the state that the module holds."""
+    return lambda m, x: m.norm(m.conv(x)) * change(m)
+
+
+def appended(values):
+    values.append(1)
+    return len(values)
+
+
+def grown(values):
+    values.add(len(values) + 1)
+    return len(values)
+
+
+def counted_up(attributes):
+    attributes["held"] += 1
+    return attributes["held"]
+
+
+def refilled(nested):
+    nested[:] = [[], nested[0] + nested[1]]
+    return 1 + len(nested[0])
+
+
+def registered(module):
+    before = module.level
+    module.register_buffer("level", torch.full_like(before, 3.0))
+    return before
+
+
+STATES = {
+    "a set in a list": (
+        {"held": [{1}]},
+        counted(lambda m: grown(m.held[0])),
+    ),
+    "a deque in a dict": ({"held": {"a": deque()}}, counted(lambda m: appended(m.held["a"]))),
+    "a list in a tuple": ({"held": ([],)}, counted(lambda m: appended(m.held[0]))),
+    "a list in a partial": ({"held": partial(int, [])}, counted(lambda m: appended(m.held.args[0]))),
+    "keys": ({"held": {1: 2.0}}, counted(lambda m: m.held.update({len(m.held) + 1: 2.0}) or len(m.held))),
+    "the order of lists": ({"held": [[1], [2]]}, counted(lambda m: refilled(m.held))),
+    "a hidden list": ({"_held": []}, counted(lambda m: appended(m._held))),
+    "the attributes themselves": (
+        {"held": 1},
+        counted(lambda m: counted_up(vars(m))),
+    ),
+    "an array": ({"held": np.ones(1)}, counted(lambda m: float(np.add(m.held, 1, out=m.held)[0]))),
+    "bytes": ({"held": bytearray(b"a")}, counted(lambda m: m.held.append(1) or len(m.held))),
+    "a generator": ({"held": random.Random(3)}, counted(lambda m: m.held.random())),
+    "a generator of numpy": ({"held": np.random.default_rng(3)}, counted(lambda m: float(m.held.random()))),
+    "a generator of torch": (
+        {"held": torch.Generator().manual_seed(3)},
+        counted(lambda m: torch.rand(4, 1, 1, generator=m.held)),
+    ),
+    "a buffer": ({}, counted(registered)),
+    "its modules": ({}, counted(lambda m: m._modules.pop("spare", None) is None)),
+    "a list of modules": ({}, counted(lambda m: len(m.many.append(nn.Identity())))),
+    "a list of a module in it": ({}, counted(lambda m: appended(m.spare.held))),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_state_that_forward_changes_is_changed_in_each_call(state):
+    held, forward = STATES[state]
+    layers = {"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4)}
+    model = randomise(Forward(forward, **layers, spare=nn.Identity(), many=nn.ModuleList()))
+    model.register_buffer("level", torch.tensor(2.0))
+    model.spare.held = []
+    vars(model).update(copy.deepcopy(held))
+    twin = copy.deepcopy(model)
+    fused = fxfuse.fuse(model)
+    assert fxfuse.report(fused).norms == 1
+    for _ in range(3):
+        expected = twin(X)
+        assert_exact(expected, fused(X))
+    if state != "a generator of torch":  # which is shared
+        twin = copy.deepcopy(model)
+        assert_exact(twin(X), model(X))

@@ -1,20 +1,22 @@
-"""What a module holds in its attributes, however deep, so that what a run has changed is seen.
+"""What an object holds, however deep, so that what a run has changed is seen.
 
-Not seen are classes, the inside of what is written in C (arrays, iterators), and writes to tensors, which
-`fxfuse.lowering.purity` sees.
+Not seen are classes, the inside of iterators, and writes to tensors, for which there are modes of torch.
 """
 
 from __future__ import annotations
 
 import copyreg
+import random
 import sys
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.proxy import Proxy
 
 # Two of these are the same if they are equal.
 _PLAIN = (
@@ -25,17 +27,22 @@ _PLAIN = (
 _OPEN = {"argparse", "collections", "types"}
 
 
-def held(module: nn.Module) -> list[Any]:
-    """All that it holds, in an order of its own: modules, tensors, numbers, keys, sizes of containers."""
+def held(holder: Any, without: Callable[[Any], bool] = lambda _: False) -> list[Any]:
+    """All that it holds, in an order of its own: modules, tensors, numbers, keys, sizes of containers.
+
+    Args:
+        holder: a module, a container, a function, or an object that has attributes.
+        without: what is left out, together with its key.
+    """
     found: list[Any] = []
     seen: dict[int, tuple[int, Any]] = {}
-    waiting: list[Any] = [module]
+    waiting: list[Any] = [holder]
     while waiting:
         value = waiting.pop()
         if id(value) in seen:
             found.append(seen[id(value)][0])
             continue
-        parts = _parts(value)
+        parts = [part for part in _parts(value, without) if not without(part)]
         if parts:
             seen[id(value)] = len(seen), value
         found += [value if isinstance(value, nn.Module) else type(value), len(parts)] if parts else [value]
@@ -51,18 +58,18 @@ def is_same(before: list[Any], after: list[Any]) -> bool:
     )
 
 
-def _parts(value: Any) -> list[Any]:
+def _parts(value: Any, without: Callable[[Any], bool]) -> list[Any]:
     """What is in it; nothing, if it is no container or one that is not known."""
-    if isinstance(value, (Tensor, *_PLAIN)):
+    if issubclass(type(value), (Proxy, Tensor, *_PLAIN)):  # a proxy may say that it is a tensor
         return []
     if isinstance(value, FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
         return [*cells, value.__defaults__, value.__kwdefaults__, vars(value)]
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
-    parts: list[Any] = []
+    parts = _written_in_c(value)
     if isinstance(value, dict):
-        parts += [*dict.keys(value), *dict.values(value)]
+        parts += [each for pair in dict.items(value) if not without(pair[1]) for each in pair]
     elif isinstance(value, (list, tuple, set, frozenset, deque)):
         parts += value
     elif isinstance(value, partial):
@@ -72,6 +79,20 @@ def _parts(value: Any) -> list[Any]:
         parts += [vars(value)] if hasattr(value, "__dict__") else []
         parts += [getattr(value, name) for name in slots if hasattr(value, name)]
     return parts
+
+
+def _written_in_c(value: Any) -> list[Any]:
+    """The numbers of arrays, and where generators of random numbers are."""
+    numpy = sys.modules.get("numpy")  # which need not be installed
+    if isinstance(value, bytearray):
+        return [bytes(value)]
+    if type(value) is random.Random:
+        return [value.getstate()]
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        return [value.tobytes()]
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        return [value.bit_generator.state]
+    return []
 
 
 def _is_open(kind: type) -> bool:
