@@ -152,6 +152,8 @@ class _Matcher:
         else:
             self._check_forward(node, source)
             sites = tuple(self._forward(node, channels))
+            if not sites:
+                raise _Stop(Code.OPAQUE_PRODUCER, f"{named(node)} -> nothing")
             writer = self.memory.writer_between(source.input, node, [site.node for site in sites])
             if writer is not None:
                 raise _Stop(Code.STATE_MUTATED, named(writer))

@@ -7,7 +7,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.lowering import attention
-from tests.lowering import WithSecond, Written, folded, near, needs_bfloat16
+from tests.lowering import ENGINES, WithSecond, Written, folded, near, needs_bfloat16
 from tests.support import randomise
 from tests.test_onednn import kernels
 
@@ -89,6 +89,25 @@ def test_masks_that_are_given_may_mask_whole_rows():
     lowered = fxfuse.lower(model, (X, torch.randn(24, 24)))
     assert not lowered.lowering.reason and count() == 1
     near(lowered, X, torch.randn(24, 24).index_fill(0, torch.tensor([1]), -torch.inf))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_rows_that_a_given_mask_leaves_nothing_for_are_zero(engine, dtype):
+    def function(_, y, mask):
+        mask = mask[:, None, None] if dtype is torch.bool else mask
+        return ATTENTION(heads(y) / 4, heads(y) / 4, heads(y), mask)
+
+    none = torch.ones(2, 24, dtype=torch.bool), torch.randn(24, 24)
+    some = (
+        none[0].index_fill(0, torch.tensor([1]), False),
+        none[1].index_fill(0, torch.tensor([3]), -torch.inf),
+    )
+    place = int(dtype is torch.float32)
+    lowered = fxfuse.lower(folded(WithSecond(function)), (X, none[place]), engine)
+    expected = lowered.folded(X, some[place])
+    assert not lowered.lowering.reason and bool((expected == 0).all(-1).any())
+    torch.testing.assert_close(lowered(X, some[place]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_laid_out_as_it_was_is_kept():

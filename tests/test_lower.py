@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from torch import fx, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxfuse
 from fxfuse import backend, cli
@@ -282,6 +284,49 @@ def test_what_is_traced_runs_as_it_was_folded():
     x = torch.randn(3, 3, 14, 14)
     traced = torch.jit.trace(lowered, x)
     torch.testing.assert_close(traced(X), lowered.folded(X))
+    recorded = make_fx(lowered)(x)
+    assert len(recorded.graph.nodes) > 10
+    torch.testing.assert_close(recorded(x + 1), lowered.folded(x + 1))
+
+
+def test_other_weights_for_a_call_leave_no_trace():
+    lowered = fxfuse.lower(folded(Net()), (X,))
+    halves = {name: 0.5 * value for name, value in lowered.state_dict().items()}
+    for x in (X, X[:1]):  # one that there is a program for, and one that there is none for
+        called = torch.func.functional_call(lowered, halves, (x,))
+        twin = fxfuse.lower(copy.deepcopy(lowered.folded), (x,))
+        twin.load_state_dict(halves)
+        torch.testing.assert_close(called, twin.folded(x))
+        near(lowered, x)
+    assert all(outcome.run for outcome in lowered._outcomes.values()) and len(lowered._outcomes) == 2
+
+
+def test_another_module_in_the_place_of_the_folded_one():
+    lowered = fxfuse.lower(folded(Net()), (X,))
+    lowered.folded = folded(Net(), seed=1)
+    torch.testing.assert_close(lowered(X), lowered.folded(X))
+
+
+def test_tangents_are_refused_as_gradients_are():
+    lowered = fxfuse.lower(folded(Net()), (X,))
+    with forward_ad.dual_level(), pytest.raises(fxfuse.UsageError, match="no gradients"):
+        lowered(forward_ad.make_dual(X, X))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("inputs", [(), (3,)])
+def test_no_input_is_a_tensor(engine, inputs):
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.table = nn.Linear(2, 3), nn.Parameter(torch.randn(4, 2))
+
+        def forward(self, times=1):
+            return self.layer(self.table).relu() * times
+
+    lowered = fxfuse.lower(Constant().eval(), inputs, engine)
+    assert lowered.lowering.reason
+    torch.testing.assert_close(lowered(*inputs), lowered.folded(*inputs))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -604,6 +649,63 @@ def test_compiled_models_are_lowered_and_follow_their_weights(lowered_graphs):
         assert not torch.allclose(before, model(X), rtol=1e-3)
         same_as_source(call, model, X)
         assert len(lowered_graphs) >= number + 2
+
+
+def through_a_view_of_a_result(m, y):
+    part = y[:, 0]
+    if part.sum() > -1e9:  # the graph ends here
+        part.zero_()
+    return y
+
+
+def through_a_view_of_an_input(m, y, z):
+    part = z[:, 0]
+    y = y + z
+    if y.sum() > -1e9:
+        part.zero_()
+    return y.relu() + z
+
+
+def through_one_of_a_list(m, y):
+    parts = [*y.relu().split(4, 1)]
+    if y.sum() > -1e9:
+        parts[0].zero_()
+    return torch.cat(parts, 1) + y
+
+
+@pytest.mark.parametrize("function", [through_a_view_of_a_result, through_one_of_a_list])
+def test_code_behind_a_compiled_graph_may_write_to_views_of_its_results(function):
+    model = randomise(Written(function)).float()
+    same_as_source(compiled(model), model, X)
+
+
+def test_code_behind_a_compiled_graph_may_write_to_views_of_its_inputs(lowered_graphs):
+    model = randomise(WithSecond(through_a_view_of_an_input)).float()
+    z, twin = torch.randn(2, 8, 12, 12), None
+    twin = z.clone()
+    with torch.no_grad():
+        expected = model(X, twin)
+        torch.testing.assert_close(compiled(model)(X, z), expected)
+    assert torch.equal(z, twin) and not z[:, 0].any()
+    assert lowered_graphs  # what comes behind is
+
+
+def test_a_compiled_graph_of_weights_alone():
+    class Bias(nn.Module):
+        """As in Swin v2."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer, self.table = nn.Linear(2, 3), nn.Parameter(torch.randn(4, 2))
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            bias = self.layer(self.table).relu()
+            torch._dynamo.graph_break()
+            return self.conv(x) + bias.sum()
+
+    model = Bias().eval()
+    same_as_source(compiled(model), model, X)
 
 
 def test_a_norm_that_stays_and_trains_elsewhere_is_followed():

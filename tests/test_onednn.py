@@ -146,6 +146,19 @@ def test_arguments_that_onednn_graph_takes_no_notice_of(way, example):
     assert is_close.double().mean() > 0.999  # where rounding turns what is rounded, they differ
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("is_exported", [False, True])
+def test_group_norms_of_images_far_from_zero_keep_their_digits(groups, is_exported):
+    model = randomise(nn.Sequential(nn.GroupNorm(groups, 8), nn.Conv2d(8, 8, 1))).float()
+    x = torch.randn(2, 8, 16, 16)
+    given = torch.export.export(model, (x,)).module() if is_exported else model
+    lowered = fxfuse.lower(given, (x,))
+    far = 1000 + 0.1 * torch.randn_like(x)
+    exact = copy.deepcopy(model).double()(far.double())
+    assert not lowered.lowering.reason
+    assert float((lowered(far) - exact).abs().max()) < 1e-3 * float(exact.abs().max())
+
+
 def test_zeros_as_an_example_hide_no_mistake(monkeypatch):
     monkeypatch.setattr(legal, "_LEGAL", {})
     model = folded(Written(UNNOTICED["decimals"], other=nn.Conv2d(8, 8, 1)))

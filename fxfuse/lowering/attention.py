@@ -1,15 +1,12 @@
-"""Attention in products and a softmax, which kernels for several operators are made of.
-
-torch has one kernel for all of it, which takes longer on a CPU, and for a mask of three axes none: then it
-looks in each call for rows that are masked altogether, which a constant mask tells before.
-"""
+"""Attention in words in which engines compute what torch does."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxfuse.calls import arguments, operator_name
 from fxfuse.tree import attribute
@@ -20,6 +17,10 @@ _LARGEST = 1 << 23
 
 def write_out(module: fx.GraphModule) -> None:
     """Writes attention without a mask, or under a constant one, as softmax(scale · Q Kᵀ + mask) V.
+
+    Kernels for several operators are made of that. torch has one kernel for all of it, which takes longer on
+    a CPU, and for a mask of three axes none: then it looks in each call for rows that are masked altogether,
+    which a constant mask tells before.
 
     Attention Is All You Need, equation 1; the scale is that of ``F.scaled_dot_product_attention``.
 
@@ -35,6 +36,29 @@ def write_out(module: fx.GraphModule) -> None:
             node.replace_all_uses_with(made)
             module.graph.erase_node(node)
     module.recompile()
+
+
+def without_masked_rows(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which rows of attention are 0 where a mask that is computed leaves nothing to attend to.
+
+    They are in torch; runtimes have other numbers there, or none.
+    """
+    own = copy.deepcopy(module)
+    for node in [*own.graph.nodes]:
+        given = arguments(node) if operator_name(node) == "scaled_dot_product_attention" else None
+        mask = given and given["attn_mask"]
+        if isinstance(mask, fx.Node) and mask.op != "get_attr":
+            with own.graph.inserting_after(node):
+                made = own.graph.call_function(_zero_where_masked, (node, mask))
+            made.meta = {**node.meta}
+            node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
+    own.recompile()
+    return own
+
+
+def _zero_where_masked(attended: Tensor, mask: Tensor) -> Tensor:
+    allowed = mask if mask.dtype is torch.bool else mask != -torch.inf
+    return attended.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
 
 
 def _is_plain(module: fx.GraphModule, given: dict[str, Any]) -> bool:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxfuse.dynamo import is_static
 from fxfuse.following import Watch
 from fxfuse.lifting import lift
+from fxfuse.lowering.leaves import kind_of
 from fxfuse.lowering.lowered import Lowered
+from fxfuse.lowering.specialise import without_numbers
+from fxfuse.tree import storage
 
 
 def lower_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compiles a graph as a backend of ``torch.compile`` does.
 
     Weights become constants of the kernels. Whenever one has changed, or is another tensor, the graph is
-    lowered again before the next answer. Where gradients are asked for, the graph runs as it is.
+    lowered again before the next answer. Where gradients are asked for, the graph runs as it is; and where
+    its results share memory, to which code behind the graph may write: those of kernels do not.
     """
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     pairs = enumerate(zip(placeholders, example_inputs, strict=True))
@@ -33,6 +38,7 @@ def lower_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> 
     )
     without = torch.empty(0)  # stands for the weights of a graph that has none
     known: Any = WeakTensorKeyDictionary()
+    shares: dict[Hashable, bool] = {}  # by the kinds of inputs
 
     def lowered(inputs: Sequence[Any]) -> Lowered:
         key = without if first is None else inputs[first]
@@ -54,6 +60,19 @@ def lower_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> 
     def run(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             return graph_module(*inputs)
-        return lowered(inputs)(*(inputs[place] for place in others))
+        given = [inputs[place] for place in others]
+        kind = tuple(map(kind_of, given))
+        if kind not in shares:
+            shares[kind] = _share_memory(graph_module, inputs)
+        return graph_module(*inputs) if shares[kind] else lowered(inputs)(*given)
 
     return run
+
+
+def _share_memory(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether results of a graph share memory with each other, or with its inputs."""
+    given = without_numbers(tuple(inputs))
+    results = [each for each in pytree.tree_leaves(graph_module(*given)) if isinstance(each, Tensor)]
+    used = {storage(each) for each in given if isinstance(each, Tensor)}
+    memory = {storage(each) for each in results}
+    return len(memory) < len(results) or not memory.isdisjoint(used)

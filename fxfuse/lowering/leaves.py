@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from fxfuse.errors import UnsupportedError
@@ -27,8 +28,13 @@ def flatten(inputs: tuple[Any, ...]) -> tuple[Sequence[Any], pytree.TreeSpec | N
 
 
 def wants_gradients(leaf: Any) -> bool:
-    """Whether it is a tensor of which gradients are wanted."""
-    return isinstance(leaf, Tensor) and leaf.requires_grad
+    """Whether it is a tensor of which gradients are wanted, or one with a tangent."""
+    if not isinstance(leaf, Tensor):
+        return False
+    if forward_ad._current_level < 0:
+        return leaf.requires_grad
+    tangent = forward_ad.unpack_dual(leaf).tangent  # type: ignore[no-untyped-call]
+    return leaf.requires_grad or tangent is not None
 
 
 def kind_of(leaf: Any) -> Hashable:

@@ -1,4 +1,7 @@
-"""Functions that oneDNN Graph fails on, or takes for others, in words that it knows."""
+"""Functions that oneDNN Graph fails on, or takes for others, in words that it knows.
+
+And one that loses digits with channels last.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ class Legalised(TorchFunctionMode):
         if name == "batch_norm" and func is not F.batch_norm:
             x, weight, bias, mean, var, *rest = args  # in an order of its own
             args = (x, mean, var, weight, bias, *rest)
+        if name == "group_norm":
+            args = args[:5]  # without whether cuDNN may be used
         return _LEGAL.get(name, func)(*args, **(kwargs or {}))
 
 
@@ -63,6 +68,19 @@ def _batch_norm(  # noqa: PLR0913, PLR0917 - they are the function's
     return x * scale.view(axes) + shift.view(axes)
 
 
+def _group_norm(x: Tensor, groups: int, *args: Any, **kwargs: Any) -> Tensor:
+    """With channels last torch takes E[x²] - E[x]² for the variance: no digit is left far from zero.
+
+    The norm does not depend on what is added to a group: its mean is taken away before.
+    """
+    if x.dim() not in (4, 5):
+        return F.group_norm(x, groups, *args, **kwargs)
+    means = x.mean(tuple(range(2, x.dim())))  # of channels
+    of_groups = means.view(-1, groups, means.shape[1] // groups).mean(2, keepdim=True)
+    mean = of_groups.expand(-1, -1, means.shape[1] // groups).reshape(*means.shape, *(1,) * (x.dim() - 2))
+    return F.group_norm(x - mean, groups, *args, **kwargs)
+
+
 def _round(x: Tensor, *, decimals: int = 0) -> Tensor:
     """oneDNN Graph takes no notice of decimals."""
     if decimals == 0:
@@ -96,6 +114,7 @@ _LEGAL: dict[str, Callable[..., Tensor]] = {
     "gelu": _gelu,
     "layer_norm": _layer_norm,
     "batch_norm": _batch_norm,
+    "group_norm": _group_norm,
     "round": _round,
     "elu": _elu,
     **{name: _with_stride(getattr(F, name)) for name in _POOLINGS},

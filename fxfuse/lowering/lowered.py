@@ -30,6 +30,8 @@ _LOG = logging.getLogger("fxfuse")
 _KINDS = 16
 # What answers where there is none.
 _FOLDED = Outcome(None)
+# Attributes that are not saved.
+_MADE_ANEW = ("_outcomes", "_traced", "_weights")
 
 
 class Lowered(nn.Module):
@@ -39,9 +41,11 @@ class Lowered(nn.Module):
     (structure, shapes, layouts, dtypes, devices, values that are no tensors, the number of threads, and with
     CUDA graphs the stream) the first call compiles a program and compares it with the folded module; that of
     the example inputs is there from the beginning. Where the engine cannot do that, for more than 16 kinds,
-    under autocast, and for ``torch.jit.trace``, the folded module answers. Weights are constants of the
-    programs, and so is what else of its modules forward reads: programs are compiled anew after ``to`` and
-    ``load_state_dict`` of this module, and blind to what is written to the folded module otherwise.
+    under autocast, and where single operators are looked at (``torch.jit.trace``, modes of torch's
+    dispatcher), the folded module answers. It does, too, while other parameters or buffers are in the places
+    of its own, as in ``torch.func.functional_call``. Weights are constants of the programs, and so is what
+    else of its modules forward reads: programs are compiled anew after ``to`` and ``load_state_dict`` of this
+    module, and blind to what is written to the folded module otherwise.
 
     Attributes:
         folded: the folded module.
@@ -73,8 +77,8 @@ class Lowered(nn.Module):
         if torch.is_grad_enabled() and any(map(wants_gradients, leaves)):
             raise UsageError("a lowered module gives no gradients; call it under torch.no_grad()")
         kind = self._kind(structure, leaves)
-        is_traced = torch._C._is_tracing()  # in a trace there can be no second one
-        outcome = _FOLDED if is_traced else self._outcomes.get(kind) or self._make_outcome(kind, inputs)
+        is_folded = _are_operators_seen() or self._weights.are_others(self.folded)
+        outcome = _FOLDED if is_folded else self._outcomes.get(kind) or self._make_outcome(kind, inputs)
         if outcome.run is None or any(map(torch.is_autocast_enabled, DEVICES)):
             with torch.no_grad():
                 return self.folded(*args, **kwargs)
@@ -131,6 +135,7 @@ class Lowered(nn.Module):
 
     def _forget(self, *_: object) -> None:
         self._outcomes: dict[Hashable, Outcome] = {}
+        self._weights = _Weights(self.folded)
         self._traced = Traced.of(self.folded)  # not while it is called
         self._outcomes = {}  # without what was compiled of another trace meanwhile
 
@@ -140,11 +145,34 @@ class Lowered(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_outcomes", "_traced")}
+        return {key: value for key, value in self.__dict__.items() if key not in _MADE_ANEW}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget()
+
+
+class _Weights:
+    """The parameters and buffers of a module, which others may take the places of."""
+
+    def __init__(self, folded: nn.Module) -> None:
+        self._folded = folded
+        self._places = [
+            (places, name, tensor)
+            for module in folded.modules()
+            for places in (module._parameters, module._buffers)
+            for name, tensor in places.items()
+        ]
+
+    def are_others(self, folded: nn.Module) -> bool:
+        """Whether other tensors are there now, or another module."""
+        others = (tensor is not places.get(name) for places, name, tensor in self._places)
+        return folded is not self._folded or any(others)
+
+
+def _are_operators_seen() -> bool:
+    """Whether torch, or one of its modes, does something with each operator that a program would hide."""
+    return bool(torch._C._is_tracing() or torch._C._len_torch_dispatch_stack())
 
 
 def lowered(

@@ -47,6 +47,8 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
         raise UnsupportedError("this build of torch is without oneDNN Graph")
     if any(tensor.device.type != "cpu" for tensor in (*inputs, *graph.module.state_dict().values())):
         raise UnsupportedError("its kernels are for CPUs")
+    if not inputs:
+        raise UnsupportedError("no input is a tensor, without which TorchScript ends the process")
     if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise UnsupportedError("oneDNN has no bfloat16 for this processor")
     module, grows = _edited(graph, dtype, grows=True)

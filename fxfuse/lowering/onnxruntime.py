@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxfuse.lowering.attention import without_masked_rows
 from fxfuse.lowering.dtypes import check_no_integers
 from fxfuse.lowering.specialised import Specialised
 
@@ -22,7 +23,9 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], _: torch.dtype | None)
 
     with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # of the exporter
-        program = torch.onnx.export(graph.module, tuple(inputs), dynamo=True, verbose=False)
+        program = torch.onnx.export(
+            without_masked_rows(graph.module), tuple(inputs), dynamo=True, verbose=False
+        )
     assert program is not None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import warnings
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.errors import UnsupportedError
+from fxfuse.lowering.attention import without_masked_rows
 from fxfuse.lowering.dtypes import check_no_integers
 from fxfuse.lowering.specialised import Specialised
 
@@ -25,7 +25,7 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     check_no_integers(graph)
     import openvino  # noqa: PLC0415 - it need not be installed
 
-    own = copy.deepcopy(graph.module)  # of whose weights openvino may read the memory later on
+    own = without_masked_rows(graph.module)  # a copy: openvino may read the memory of its weights later on
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes that are numbers in a trace
         model = openvino.convert_model(
