@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -207,11 +207,25 @@ def _question(model: Model, check: Check | None, inputs: Sequence[Any] | None, f
             raw = each.detach().cpu().contiguous()
             digest = zlib.crc32(ctypes.string_at(raw.data_ptr(), raw.nbytes), digest)
     if isinstance(check, FunctionType):  # whose repr is another one in every process
-        code, held = check.__code__, [cell.cell_contents for cell in check.__closure__ or ()]
+        held = [cell.cell_contents for cell in check.__closure__ or ()]
+        held += [*(check.__defaults__ or ()), *(check.__kwdefaults__ or {}).values()]
         plain = [each for each in held if isinstance(each, str | int | float | tuple)]
-        body = zlib.crc32(f"{code.co_code!r}{code.co_names}{plain}".encode())
+        body = zlib.crc32(f"{_written(check.__code__)}{plain}".encode())
         return [folds, digest, f"{check.__module__}.{check.__qualname__} {body}"]
     return [folds, digest, repr(check)]
+
+
+def _written(code: CodeType) -> str:
+    """What it does, in the same words in every process and wherever it stands in its file."""
+    constants = [
+        _written(each)
+        if isinstance(each, CodeType)
+        else sorted(map(repr, each))
+        if isinstance(each, frozenset)
+        else repr(each)
+        for each in code.co_consts
+    ]
+    return f"{code.co_code!r}{code.co_names}{constants}"
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ def _assert_rank(node: fx.Node, rank: int) -> None:
         test = graph.call_function(operator.eq, (query, rank))
     message = (
         f"what came after this operator was folded for values with {rank} axes, batch included; "
-        "with another number of axes it worked along another axis than the channels"
+        "with another number of axes it worked along another axis, or gave a result of another shape"
     )
     with graph.inserting_after(test):
         graph.call_function(torch._assert, (test, message))

@@ -199,7 +199,7 @@ def _transposed(call: Call, rank: int) -> Sequence[int] | None:
 
 def _moved(call: Call, rank: int) -> Sequence[int] | None:
     sources, targets = call.integers("source"), call.integers("destination")
-    if sources is None or targets is None:
+    if sources is None or targets is None or len(sources) != len(targets):
         return None
     goals = dict(zip((t % rank for t in targets), (s % rank for s in sources), strict=True))
     rest = iter(place for place in range(rank) if place not in goals.values())
@@ -285,14 +285,15 @@ def part(call: Call, number: Any) -> Slice | None:
     """One part of what `SPLITS` gives: ``x.chunk(n, dim)[number]``."""
     axis, chunks = call.given("dim"), call.given("chunks")
     sizes = call.first("split_size", "split_sizes", "split_size_or_sections")
-    if type(axis) is not int or type(number) is not int or number < 0:
+    listed = sizes if isinstance(sizes, (tuple, list)) else ()
+    if type(axis) is not int or type(number) is not int or number < -len(listed):
         return None
 
     def taken(size: int) -> Sequence[int] | None:
         if isinstance(sizes, (tuple, list)):
             if any(type(width) is not int for width in sizes) or number >= len(sizes):
                 return None
-            start = sum(sizes[:number])
+            start = sum(sizes[: number % len(sizes)])
             return range(size)[start : start + sizes[number]]
         width = -(-size // chunks) if type(chunks) is int else sizes
         return range(size)[number * width : (number + 1) * width] if type(width) is int else None
@@ -395,7 +396,7 @@ LAYERS: Mapping[type[nn.Module], str] = {
     nn.ChannelShuffle: "channel_shuffle",
 }
 
-# Element by element along every axis of the first argument, so the output has its shape and dtype.
+# What they give has the shape and dtype of their first argument.
 LIKE_INPUT = frozenset(
     {
         *("relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid"),

@@ -341,8 +341,13 @@ def _submodule_of(frame: FrameType, tracer: ModuleTracer) -> str | None:
     return tracer._paths.get(id(module)) if is_forward else None
 
 
+def _is_of_python(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] in sys.stdlib_module_names
+
+
 def _explanation(model: nn.Module, error: BaseException, *, by_value: bool) -> str:
-    own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if is_own_code(frame)]
+    frames = traceback.walk_tb(error.__traceback__)
+    own = [(frame, line) for frame, line in frames if is_own_code(frame) and not _is_of_python(frame)]
     message = f"{type(model).__name__} cannot be traced: {error}"
     if own:
         frame, line = own[-1]

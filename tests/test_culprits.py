@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import fxfuse
-from fxfuse import cli, pipeline
+from fxfuse import cli, culprits, pipeline
 from tests.forms import EXPORT_WARNING
 from tests.support import randomise
 
@@ -136,6 +136,21 @@ def test_a_search_goes_on_where_it_was_interrupted(tmp_path):
     assert not state.exists()
 
 
+def judging(tolerance, factor=1.0):
+    """A check as it is written in a file, of which numbers are edited."""
+    names = {"__name__": "checks"}
+    exec(f"def check(fused, factor={factor}):\n return factor * 1e-6 <= max({tolerance}, 0)", names)
+    return names["check"]
+
+
+def test_a_check_of_which_a_number_was_edited_is_another_one():
+    asked = [
+        culprits._question(deep(3), judging(*numbers), (X,), [])
+        for numbers in ((1e-12,), (1e-12,), (1e-2,), (1e-12, 2.0))
+    ]
+    assert asked[0] == asked[1] and asked[2] != asked[0] != asked[3]
+
+
 def test_a_state_of_another_search_is_not_used(tmp_path):
     state, first = tmp_path / "state.json", iter([None])
     wrong = {"1.bn"}
@@ -153,7 +168,7 @@ def test_a_state_of_another_search_is_not_used(tmp_path):
         changed[1].bn.running_mean[0] += 1
     renamed[1].bn.eps = 1e-2
     searches = [(deep(4), check, X), (changed, check, X), (renamed, check, X), (deep(3), check, X + 1)]
-    searches += [(deep(3), other, X), (deep(3), None, X)]
+    searches += [(deep(3), each, X) for each in (other, None)]
     for model, judge, x in searches:
         with pytest.raises(
             fxfuse.UsageError, match=r"state.json is the state of another bisection: .*remove it"

@@ -690,3 +690,22 @@ def test_a_constant_that_is_written_to_after_it_was_read():
     lowered = fxfuse.lower(fxfuse.fuse(model), (X,))
     assert "writes to a constant" in lowered.lowering.reason
     near(lowered, X)
+
+
+def test_checks_of_dtypes_in_exported_graphs_read_no_numbers():
+    model = folded(Written(lambda _, y: y.float().softmax(1)))
+    model = fxfuse.fuse(torch.export.export(model, (X,)).module())
+    lowered = fxfuse.lower(model, (X,))
+    assert "_assert_tensor_metadata" in model.code and not lowered.lowering.reason
+    torch.testing.assert_close(lowered(X), model(X), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_inference_mode():
+    scale = torch.randn(8, 1, 1)
+    with torch.inference_mode():
+        model = folded(Written(lambda m, y: y.relu() + m.scale.exp(), scale=nn.Parameter(scale.clone())))
+        expected = model(X)
+    lowered = fxfuse.lower(model, (X,))
+    assert not lowered.lowering.reason
+    with torch.no_grad():
+        torch.testing.assert_close(lowered(X), expected, rtol=1e-5, atol=1e-5)

@@ -129,7 +129,7 @@ class _Specialiser(fx.Interpreter):
             raise UnsupportedError(f"{error}, {at(n)}") from error
         if self.pure.is_static and self.pure.writes:  # a constant is made in several steps
             self._constants = [
-                (constant, version if constant in self._getters else constant.tensor._version)
+                (constant, version if constant in self._getters else _version(constant.tensor))
                 for constant, version in self._constants
             ]
         passed = _passed_on(self.module, n)
@@ -150,7 +150,7 @@ class _Specialiser(fx.Interpreter):
         Raises:
             UnsupportedError: something was written to what was taken for a constant.
         """
-        if any(constant.tensor._version != version for constant, version in self._constants):
+        if any(_version(constant.tensor) != version for constant, version in self._constants):
             raise UnsupportedError("forward writes to a constant")
         # The graphs of torch.export give a list of leaves.
         leaves, structure = flattened(self.graph.process_outputs(self._outputs))
@@ -245,7 +245,7 @@ class _Specialiser(fx.Interpreter):
 
     def _constant(self, tensor: Tensor) -> _Constant:
         made = _Constant(tensor.detach())
-        self._constants.append((made, tensor._version))
+        self._constants.append((made, _version(tensor)))
         return made
 
     def _read(self, node: fx.Node) -> list[fx.Node | _Constant]:
@@ -273,6 +273,11 @@ class _Specialiser(fx.Interpreter):
 
     def _stand_in_of(self, argument: Any) -> Any:
         return self._stand_ins[argument] if isinstance(argument, fx.Node) else argument
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; to a tensor of inference mode nobody can, outside of that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _is_of_torch(module: nn.Module, node: fx.Node) -> bool:

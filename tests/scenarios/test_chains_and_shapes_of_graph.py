@@ -515,6 +515,23 @@ def test_norm_after_zero_padding_or_another_order_is_left(middle, channels, code
     check(form(between(middle, nn.BatchNorm2d(channels))), noise(*IMAGE), left=[code])
 
 
+@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize(("sizes", "number"), [([1, 3], -1), ([1, 2, 1], -2)])
+def test_norm_after_a_part_that_is_counted_from_the_end_is_folded(sizes, number, form):
+    model = between(lambda y: y.split(sizes, 1)[number], nn.BatchNorm2d(sizes[number]), nn.Conv2d(3, 4, 3))
+    check(form(model), noise(*IMAGE), folded=1)
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_norm_of_which_no_channel_is_read_is_left(form):
+    def forward(m, x):
+        y = m.conv(x).relu()
+        return torch.cat([m.norm(y).chunk(2, 1)[0], y], 1)[:, 2:]
+
+    model = randomise(Forward(forward, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4)))
+    check(form(model), noise(2, 3, 6, 6), left=["FXF102"])
+
+
 def test_every_norm_of_a_small_network_is_accounted_for():
     model = randomise(
         Forward(
