@@ -20,7 +20,7 @@ import linecache
 import operator
 import sys
 import traceback
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import CodeType, FrameType, FunctionType
@@ -195,35 +195,14 @@ def trace(
         tracer = ModuleTracer()
         tracer.source, tracer.kept, tracer.notes_methods = model, kept, fixed is not None
         try:
-            before = {name: contents(module) for name, module in root.named_modules()}
-            with contextlib.ExitStack() as stack:
-                for leaf in leaves:
-                    stack.enter_context(leaf.patched(tracer))
-                for guard in (
-                    no_random_numbers(),
-                    no_attributes_set({id(module) for each in (root, model) for module in each.modules()}),
-                    no_swapped_parameters(),
-                    no_own_gradients(),
-                    SourceIsReadOnly(model, unread=fixed is not None),
-                    objects_unchanged(model),
-                    traceable_checks(),
-                    torch.no_grad(),
-                    _watching(tracer, given) if watched or leaves or kept else contextlib.nullcontext(),
-                ):
-                    stack.enter_context(guard)
-                graph = tracer.trace(root, dict(defaults(model) if fixed is None else fixed))
-            changed = _changed(root, before)
-            if tracer.asked or "" in changed or kept & changed:
-                raise TraceError(tracer.asked or "forward changes what a module holds, as in a list")
-            if changed:
-                kept |= changed
-                continue
-            if not watched and _has_parts(graph):
-                watched = True
-                continue
-            graph.lint()  # no value is left of an earlier trace
-            _no_writes_to_constants(graph, root, model)
-            return root, graph
+            asked = given if watched or leaves or kept else None
+            graph, changed = _attempt(model, root, tracer, leaves, fixed, asked)
+            if not changed and (watched or not _has_parts(graph)):
+                graph.lint()  # no value is left of an earlier trace
+                _no_writes_to_constants(graph, root, model)
+                return root, graph
+            kept |= changed
+            watched = watched or not changed
         except CaptureError:
             raise
         except Exception as error:  # forward meets proxies, and may raise anything
@@ -235,6 +214,44 @@ def trace(
                 kept.add(failed)
             else:
                 leaves.append(failed)
+
+
+def _attempt(
+    model: nn.Module,
+    root: nn.Module,
+    tracer: ModuleTracer,
+    leaves: Iterable[_LeafFunction],
+    fixed: Mapping[str, Any] | None,
+    given: Container[str] | None,
+) -> tuple[fx.Graph, set[str]]:
+    """The graph of a run of `root`, a replica of `model`, and its modules that held other things before.
+
+    Questions for None are noticed, unless `given` is None.
+
+    Raises:
+        TraceError: the graph would not do what forward does. Forward itself may raise anything.
+    """
+    before = {name: contents(module) for name, module in root.named_modules()}
+    with contextlib.ExitStack() as stack:
+        for leaf in leaves:
+            stack.enter_context(leaf.patched(tracer))
+        for guard in (
+            no_random_numbers(),
+            no_attributes_set({id(module) for each in (root, model) for module in each.modules()}),
+            no_swapped_parameters(),
+            no_own_gradients(),
+            SourceIsReadOnly(model, unread=fixed is not None),
+            objects_unchanged(model),
+            traceable_checks(),
+            torch.no_grad(),
+            contextlib.nullcontext() if given is None else _watching(tracer, given),
+        ):
+            stack.enter_context(guard)
+        graph = tracer.trace(root, dict(defaults(model) if fixed is None else fixed))
+    changed = _changed(root, before)
+    if tracer.asked or "" in changed or tracer.kept & changed:
+        raise TraceError(tracer.asked or "forward changes what a module holds, as in a list")
+    return graph, changed
 
 
 def _changed(root: nn.Module, before: Mapping[str, list[Any]]) -> set[str]:
