@@ -157,17 +157,18 @@ class _Weights:
 
     def __init__(self, folded: nn.Module) -> None:
         self._folded = folded
-        self._places = [
-            (places, name, tensor)
-            for module in folded.modules()
-            for places in (module._parameters, module._buffers)
-            for name, tensor in places.items()
-        ]
+        modules = [*folded.modules()]
+        held: list[dict[str, Any]] = [each._parameters for each in modules]
+        held += [each._buffers for each in modules]
+        self._places = [each for each in held if each]
+        self._tensors = [{**each} for each in self._places]
 
     def are_others(self, folded: nn.Module) -> bool:
         """Whether other tensors are there now, or another module."""
-        others = (tensor is not places.get(name) for places, name, tensor in self._places)
-        return folded is not self._folded or any(others)
+        try:  # without a loop in Python: what is the same object is equal
+            return folded is not self._folded or self._places != self._tensors
+        except RuntimeError:  # others were compared, element by element
+            return True
 
 
 def _are_operators_seen() -> bool:
