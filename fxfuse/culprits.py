@@ -29,6 +29,7 @@ from fxfuse._version import __version__
 from fxfuse.comparison import verify
 from fxfuse.errors import UsageError, VerificationError
 from fxfuse.files import written
+from fxfuse.functions import nested
 from fxfuse.pipeline import explain, folded, fuse
 from fxfuse.programs import as_program, save
 from fxfuse.tree import as_module, named_tensors
@@ -209,6 +210,8 @@ def _question(model: Model, check: Check | None, inputs: Sequence[Any] | None, f
     if isinstance(check, FunctionType):  # whose repr is another one in every process
         held = [cell.cell_contents for cell in check.__closure__ or ()]
         held += [*(check.__defaults__ or ()), *(check.__kwdefaults__ or {}).values()]
+        read = sorted({name for code in nested(check.__code__) for name in code.co_names})
+        held += [check.__globals__.get(name) for name in read]
         plain = [each for each in held if isinstance(each, str | int | float | tuple)]
         body = zlib.crc32(f"{_written(check.__code__)}{plain}".encode())
         return [folds, digest, f"{check.__module__}.{check.__qualname__} {body}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
+import inspect
 import operator
 import random
 import sys
@@ -60,21 +61,55 @@ def no_attributes_set(modules: Container[int]) -> Iterator[None]:
         yield
 
 
-def contents(module: nn.Module) -> list[Any]:
-    """What a module holds itself, for telling whether forward has changed it; see `fxfuse.held`.
+class Contents:
+    """What the modules of a tree hold, for telling whether forward has changed it; see `fxfuse.held`.
 
-    Constants of the trace are left out: they are caches, which were None or not there before.
+    A constant in a place that was empty, or held None, is a cache, and no change.
+
+    Args:
+        root: the tree.
+        before: what it held before, if it did.
     """
-    own = {**dict(own_attributes(module)), **module._parameters, **module._buffers}
-    own |= {name: id(child) for name, child in module._modules.items()}
-    for name in [*own]:
-        if own[name] is None or name.startswith("_tensor_constant"):  # which torch.fx gives the root itself
-            del own[name]
-    return held(own, without=_is_unseen)
 
+    def __init__(self, root: nn.Module, before: Contents | None = None) -> None:
+        self._before = before
+        self._places: set[tuple[int, Any]] = set()
+        self._seen: dict[int, Any] = {id(module): module for module in root.modules()}
+        self._held = {name: self._of(module) for name, module in root.named_modules()}
 
-def _is_unseen(value: Any) -> bool:
-    return issubclass(type(value), nn.Module) or _is_constant(value)
+    def changed(self) -> dict[str, str]:
+        """The modules that held something else before, each with an attribute."""
+        earlier = {} if self._before is None else self._before._held
+        found = {}
+        for path in earlier.keys() & self._held.keys():
+            one, other = earlier[path], self._held[path]
+            names = [name for name in one | other if not is_same(one.get(name, []), other.get(name, []))]
+            if names:
+                found[path] = names[0]
+        return found
+
+    def _of(self, module: nn.Module) -> dict[str, list[Any]]:
+        own = {**dict(own_attributes(module)), **module._parameters, **module._buffers}
+        own |= {name: id(child) for name, child in module._modules.items()}
+        return {
+            name: held(value, self._is_cache, self._seen)
+            for name, value in own.items()
+            # torch.fx itself gives the root the tensors that forward makes.
+            if not (name.startswith("_tensor_constant") or self._is_cache(module, name, value))
+        }
+
+    def _is_cache(self, holder: Any, name: Any, value: Any) -> bool:
+        """Whether a place is empty, or was so before and has a constant now."""
+        if value is None:
+            return True
+        place = (id(holder), name)
+        self._places.add(place)
+        if self._before is None or place in self._before._places:
+            return False
+        property_ = inspect.getattr_static(type(holder), name, None) if isinstance(name, str) else None
+        if isinstance(property_, functools.cached_property):
+            return not any(issubclass(type(part), Proxy) and not _is_constant(part) for part in held(value))
+        return issubclass(type(value), Tensor) or _is_constant(value)
 
 
 def _is_constant(value: Any) -> bool:
@@ -129,11 +164,13 @@ class SourceIsReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [tensor for _, tensor in named_tensors(model)]
         self.unread = {storage(tensor) for tensor in tensors if tensor.numel()} if unread else set()
         held = [value for module in model.modules() for _, value in own_attributes(module)]
-        tensors += [each for each in objects_in(held) if isinstance(each, Tensor)]
+        found: list[Any] = [*objects_in(held)]
+        tensors += [each for each in found if isinstance(each, Tensor)]
+        self.generators = {_address(each) for each in found if isinstance(each, torch.Generator)}
         self.memory = {storage(tensor) for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and (kwargs or {}).get("generator") is not None:
+        if _address((kwargs or {}).get("generator")) in self.generators:
             raise TraceError("the model draws random numbers that a trace would fix for ever")
         given = {storage(each) for each in flat((args, kwargs or {})) if isinstance(each, Tensor)}
         if func._schema.is_mutable and not given.isdisjoint(self.memory):
@@ -143,6 +180,11 @@ class SourceIsReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not given.isdisjoint(self.unread):
             raise TraceError("forward reads a parameter or buffer in a way that a graph does not show")
         return func(*args, **(kwargs or {}))
+
+
+def _address(generator: Any) -> int | None:
+    """Where a generator of random numbers is; for one there may be several objects. None for none."""
+    return getattr(generator, "_cdata", None)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What an object holds, however deep, so that what a run has changed is seen.
 
-Not seen are classes, the inside of iterators, and writes to tensors, for which there are modes of torch.
+Not seen are classes, objects of torch and of Python's library but for containers, functions, arrays and
+generators of random numbers, and writes to tensors, for which there are modes of torch.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import copyreg
 import random
 import sys
+import zlib
+from array import array
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -27,24 +30,26 @@ _PLAIN = (
 _OPEN = {"argparse", "collections", "types"}
 
 
-def held(holder: Any, without: Callable[[Any], bool] = lambda _: False) -> list[Any]:
+def held(
+    holder: Any, without: Callable[[Any, Any, Any], bool] | None = None, seen: dict[int, Any] | None = None
+) -> list[Any]:
     """All that it holds, in an order of its own: modules, tensors, numbers, keys, sizes of containers.
 
     Args:
         holder: a module, a container, a function, or an object that has attributes.
-        without: what is left out, together with its key.
+        without: whether a key of a dict, or an attribute, is left out, given the dict, the key and its value.
+        seen: what is known already by other holders, which is not looked into again. Others are added.
     """
+    if type(holder) in _PLAIN:  # as most attributes are
+        return [holder]
     found: list[Any] = []
-    seen: dict[int, tuple[int, Any]] = {}
+    seen = {} if seen is None else seen
     waiting: list[Any] = [holder]
     while waiting:
         value = waiting.pop()
-        if id(value) in seen:
-            found.append(seen[id(value)][0])
-            continue
-        parts = [part for part in _parts(value, without) if not without(part)]
+        parts = [] if id(value) in seen else _parts(value, without)
         if parts:
-            seen[id(value)] = len(seen), value
+            seen[id(value)] = value
         found += [value if isinstance(value, nn.Module) else type(value), len(parts)] if parts else [value]
         waiting += parts
     return found
@@ -58,7 +63,7 @@ def is_same(before: list[Any], after: list[Any]) -> bool:
     )
 
 
-def _parts(value: Any, without: Callable[[Any], bool]) -> list[Any]:
+def _parts(value: Any, without: Callable[[Any, Any, Any], bool] | None) -> list[Any]:
     """What is in it; nothing, if it is no container or one that is not known."""
     if issubclass(type(value), (Proxy, Tensor, *_PLAIN)):  # a proxy may say that it is a tensor
         return []
@@ -69,7 +74,8 @@ def _parts(value: Any, without: Callable[[Any], bool]) -> list[Any]:
         return [value.__func__, value.__self__]
     parts = _written_in_c(value)
     if isinstance(value, dict):
-        parts += [each for pair in dict.items(value) if not without(pair[1]) for each in pair]
+        pairs = (pair for pair in dict.items(value) if without is None or not without(value, *pair))
+        parts += [each for pair in pairs for each in pair]
     elif isinstance(value, (list, tuple, set, frozenset, deque)):
         parts += value
     elif isinstance(value, partial):
@@ -81,18 +87,27 @@ def _parts(value: Any, without: Callable[[Any], bool]) -> list[Any]:
     return parts
 
 
-def _written_in_c(value: Any) -> list[Any]:
-    """The numbers of arrays, and where generators of random numbers are."""
+def changes_in_c(value: Any) -> bool:
+    """Whether it is written in C and changes in place: an array, or a generator of random numbers."""
     numpy = sys.modules.get("numpy")  # which need not be installed
-    if isinstance(value, bytearray):
+    theirs = (numpy.ndarray, numpy.random.Generator, numpy.random.RandomState) if numpy is not None else ()
+    return isinstance(value, (bytearray, array, random.Random, *theirs))
+
+
+def _written_in_c(value: Any) -> list[Any]:
+    """What is in it, of what is written in C."""
+    if not changes_in_c(value):
+        return []
+    if isinstance(value, (bytearray, array)):
         return [bytes(value)]
-    if type(value) is random.Random:
-        return [value.getstate()]
-    if numpy is not None and isinstance(value, numpy.ndarray):
-        return [value.tobytes()]
-    if numpy is not None and isinstance(value, numpy.random.Generator):
+    if isinstance(value, random.Random):
+        return [] if isinstance(value, random.SystemRandom) else [value.getstate()]
+    if hasattr(value, "bit_generator"):
         return [value.bit_generator.state]
-    return []
+    if hasattr(value, "get_state"):
+        return [value.get_state()]
+    numbers = [value.tolist()] if value.dtype.hasobject else [zlib.crc32(value.copy("C").data.cast("B"))]
+    return [*value.shape, str(value.dtype), *numbers]
 
 
 def _is_open(kind: type) -> bool:

@@ -19,13 +19,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fxfuse.held import changes_in_c
+
 _M = TypeVar("_M", bound=nn.Module)
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, set, deque})
-# What is written in C and changes in place; numpy need not be installed.
-_IN_C = frozenset(
-    {"builtins.bytearray", "random.Random", "numpy.ndarray", "numpy.random._generator.Generator"}
-)
 
 
 def replicate(model: _M) -> _M:
@@ -90,13 +88,13 @@ class _Replica:
             return self._made[id(value)]
         if kind in _CONTAINERS:
             return self._container(value)
+        if changes_in_c(value):
+            return self._written_in_c(value)
         return self.module(value) if isinstance(value, nn.Module) else self._holder(value)
 
     def _holder(self, value: Any) -> Any:
-        """What holds others, and is never written to; and what is written in C."""
+        """What holds others, and is never written to."""
         kind = type(value)
-        if f"{kind.__module__}.{kind.__name__}" in _IN_C:
-            return self._made.setdefault(id(value), copy.deepcopy(value))
         if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
             return MethodType(value.__func__, self.module(value.__self__))
         if kind is partial:
@@ -106,6 +104,14 @@ class _Replica:
         if kind is weakref.ref and id(value()) in self._made:  # as the layers of torch.nn.RNN have of weights
             return weakref.ref(self._made[id(value())])
         return value
+
+    def _written_in_c(self, value: Any) -> Any:
+        """An array or a generator of random numbers."""
+        holds_objects = getattr(getattr(value, "dtype", None), "hasobject", False)
+        self._made[id(value)] = twin = value.copy() if holds_objects else copy.deepcopy(value)
+        for place, item in enumerate(value.flat if holds_objects else ()):
+            twin.flat[place] = self.own(item)
+        return twin
 
     def _container(self, value: Any) -> Any:
         self._made[id(value)] = twin = value.copy()

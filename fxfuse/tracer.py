@@ -35,8 +35,8 @@ from fxfuse.calls import written_inputs
 from fxfuse.errors import CaptureError
 from fxfuse.functions import compared_by_identity
 from fxfuse.guards import (
+    Contents,
     SourceIsReadOnly,
-    contents,
     flat,
     no_attributes_set,
     no_own_gradients,
@@ -45,7 +45,6 @@ from fxfuse.guards import (
     objects_unchanged,
     traceable_checks,
 )
-from fxfuse.held import is_same
 from fxfuse.options import defaults
 from fxfuse.places import is_own_code, place_of, stack_trace
 from fxfuse.proxies import ParameterProxy, TensorProxy, TypedProxy, gives_tensor
@@ -231,7 +230,7 @@ def _attempt(
     Raises:
         TraceError: the graph would not do what forward does. Forward itself may raise anything.
     """
-    before = {name: contents(module) for name, module in root.named_modules()}
+    before = Contents(root)
     with contextlib.ExitStack() as stack:
         for leaf in leaves:
             stack.enter_context(leaf.patched(tracer))
@@ -248,16 +247,13 @@ def _attempt(
         ):
             stack.enter_context(guard)
         graph = tracer.trace(root, dict(defaults(model) if fixed is None else fixed))
-    changed = _changed(root, before)
-    if tracer.asked or "" in changed or tracer.kept & changed:
-        raise TraceError(tracer.asked or "forward changes what a module holds, as in a list")
-    return graph, changed
-
-
-def _changed(root: nn.Module, before: Mapping[str, list[Any]]) -> set[str]:
-    """The modules that held something else before; of those that came or went, the ones that held them."""
-    now = dict(root.named_modules())
-    return {name for name in before.keys() & now.keys() if not is_same(before[name], contents(now[name]))}
+    changed = Contents(root, before).changed()
+    for path, name in changed.items():
+        if not path or path in tracer.kept:  # what is kept is no part of the graph, and changed by others
+            raise TraceError(f"forward changes {path and f'{path}.'}{name}, which a graph does not record")
+    if tracer.asked:
+        raise TraceError(tracer.asked)
+    return graph, {*changed}
 
 
 @contextlib.contextmanager

@@ -110,6 +110,20 @@ def test_rows_that_a_given_mask_leaves_nothing_for_are_zero(engine, dtype):
     torch.testing.assert_close(lowered(X, some[place]), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_modules_that_attend_under_given_masks_run_as_they_were_folded(engine):
+    def function(m, y, mask):
+        tokens = y.flatten(2).mT
+        return m.attend(tokens, tokens + 1, tokens, key_padding_mask=mask, need_weights=False)[0]
+
+    model = randomise(WithSecond(function, attend=nn.MultiheadAttention(8, 2, batch_first=True))).float()
+    none = torch.zeros(2, 24, dtype=torch.bool)
+    lowered = fxfuse.lower(fxfuse.fuse(model), (X, none), engine)
+    assert "masks that are computed" in lowered.lowering.reason
+    some = none.index_fill(0, torch.tensor([1]), True)
+    torch.testing.assert_close(lowered(X, some), model(X, some), equal_nan=True)
+
+
 def test_what_is_laid_out_as_it_was_is_kept():
     """The kernel gives the layout of the queries, a product another one, of which there may be no view."""
 

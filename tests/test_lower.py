@@ -690,6 +690,28 @@ def test_code_behind_a_compiled_graph_may_write_to_views_of_its_inputs(lowered_g
     assert lowered_graphs  # what comes behind is
 
 
+def test_graphs_of_any_size_and_with_numbers_of_python_answer(lowered_graphs):
+    class Scaled(Net):
+        factor = 0.5
+
+        def forward(self, x):
+            return super().forward(x) * self.factor
+
+    model = randomise(Scaled()).float()
+    torch.compiler.reset()
+    call = torch.compile(model, backend="fxfuse", options={"then": "lower"}, dynamic=True)
+    for factor, x in ((0.5, X), (0.25, torch.randn(3, 3, 10, 14)), (0.125, X)):
+        model.factor = factor
+        same_as_source(call, model, x)
+    call = compiled(randomise(Net()).float())
+    for size in (8, 10, 12, 14):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                call(torch.ones(1, 3, size, size)), call._orig_mod(torch.ones(1, 3, size, size))
+            )
+    assert lowered_graphs
+
+
 def test_a_compiled_graph_of_weights_alone():
     class Bias(nn.Module):
         """As in Swin v2."""

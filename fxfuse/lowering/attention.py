@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxfuse.calls import arguments, operator_name
+from fxfuse.errors import UnsupportedError
+from fxfuse.lowering.specialised import at
 from fxfuse.tree import attribute
 
 # The largest product of queries and keys, in elements: torch's kernel has it in parts, this has all of it.
@@ -42,8 +45,18 @@ def without_masked_rows(module: fx.GraphModule) -> fx.GraphModule:
     """A copy in which rows of attention are 0 where a mask that is computed leaves nothing to attend to.
 
     They are in torch; runtimes have other numbers there, or none.
+
+    Raises:
+        UnsupportedError: such a mask is given to a module that attends.
     """
     own = copy.deepcopy(module)
+    for node in own.graph.find_nodes(op="call_module"):
+        layer = own.get_submodule(str(node.target))
+        if any(isinstance(each, nn.MultiheadAttention) for each in layer.modules()):
+            bound = inspect.signature(layer.forward).bind(*node.args, **node.kwargs).arguments
+            masks = [value for name, value in bound.items() if "mask" in name and isinstance(value, fx.Node)]
+            if any(mask.op != "get_attr" for mask in masks):
+                raise UnsupportedError(f"it attends under masks that are computed its own way, {at(node)}")
     for node in [*own.graph.nodes]:
         given = arguments(node) if operator_name(node) == "scaled_dot_product_attention" else None
         mask = given and given["attn_mask"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fxfuse.aliases import roots
+from fxfuse.calls import written_inputs
 from fxfuse.dynamo import is_static
 from fxfuse.following import Watch
 from fxfuse.lifting import lift
-from fxfuse.lowering.leaves import kind_of
 from fxfuse.lowering.lowered import Lowered
-from fxfuse.lowering.specialise import without_numbers
 from fxfuse.tree import storage
 
 
@@ -25,8 +25,10 @@ def lower_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> 
 
     Weights become constants of the kernels. Whenever one has changed, or is another tensor, the graph is
     lowered again before the next answer. Where gradients are asked for, the graph runs as it is; and where
-    its results share memory, to which code behind the graph may write: those of kernels do not.
+    its results may share memory, to which code behind the graph may write: those of kernels do not.
     """
+    if _may_share_memory(graph_module):
+        return graph_module
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     pairs = enumerate(zip(placeholders, example_inputs, strict=True))
     places = {node.name: place for place, (node, example) in pairs if is_static(example)}
@@ -38,7 +40,6 @@ def lower_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> 
     )
     without = torch.empty(0)  # stands for the weights of a graph that has none
     known: Any = WeakTensorKeyDictionary()
-    shares: dict[Hashable, bool] = {}  # by the kinds of inputs
 
     def lowered(inputs: Sequence[Any]) -> Lowered:
         key = without if first is None else inputs[first]
@@ -60,19 +61,27 @@ def lower_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> 
     def run(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             return graph_module(*inputs)
-        given = [inputs[place] for place in others]
-        kind = tuple(map(kind_of, given))
-        if kind not in shares:
-            shares[kind] = _share_memory(graph_module, inputs)
-        return graph_module(*inputs) if shares[kind] else lowered(inputs)(*given)
+        return lowered(inputs)(*(inputs[place] for place in others))
 
     return run
 
 
-def _share_memory(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> bool:
-    """Whether results of a graph share memory with each other, or with its inputs."""
-    given = without_numbers(tuple(inputs))
-    results = [each for each in pytree.tree_leaves(graph_module(*given)) if isinstance(each, Tensor)]
-    used = {storage(each) for each in given if isinstance(each, Tensor)}
-    memory = {storage(each) for each in results}
-    return len(memory) < len(results) or not memory.isdisjoint(used)
+def _may_share_memory(graph_module: fx.GraphModule) -> bool:
+    """Whether a result may lie in the memory of another one, or of an input."""
+    graph = graph_module.graph
+    (output,) = graph.find_nodes(op="output")
+    results = [each for each in pytree.tree_leaves(output.args) if isinstance(each, fx.Node)]
+    inputs = [*graph.find_nodes(op="placeholder")]
+    # Dynamo knows; but not of nodes that are in the place of its own.
+    values = {node: node.meta.get("example_value") for node in (*results, *inputs)}
+    memory: Mapping[fx.Node, frozenset[Any]] = {
+        node: frozenset({storage(each)}) for node, each in values.items()
+    }
+    if any(each is None for each in values.values()):
+        memory = roots(graph, graph_module, written_inputs, {})
+    used = frozenset[Any]().union(*(memory[node] for node in inputs))
+    for result in results:
+        if not used.isdisjoint(memory[result]):
+            return True
+        used |= memory[result]
+    return False

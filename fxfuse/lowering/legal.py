@@ -23,8 +23,6 @@ class Legalised(TorchFunctionMode):
         if name == "batch_norm" and func is not F.batch_norm:
             x, weight, bias, mean, var, *rest = args  # in an order of its own
             args = (x, mean, var, weight, bias, *rest)
-        if name == "group_norm":
-            args = args[:5]  # without whether cuDNN may be used
         return _LEGAL.get(name, func)(*args, **(kwargs or {}))
 
 
@@ -68,17 +66,24 @@ def _batch_norm(  # noqa: PLR0913, PLR0917 - they are the function's
     return x * scale.view(axes) + shift.view(axes)
 
 
-def _group_norm(x: Tensor, groups: int, *args: Any, **kwargs: Any) -> Tensor:
+def _group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
     """With channels last torch takes E[x²] - E[x]² for the variance: no digit is left far from zero.
 
     The norm does not depend on what is added to a group: its mean is taken away before.
     """
-    if x.dim() not in (4, 5):
-        return F.group_norm(x, groups, *args, **kwargs)
-    means = x.mean(tuple(range(2, x.dim())))  # of channels
-    of_groups = means.view(-1, groups, means.shape[1] // groups).mean(2, keepdim=True)
-    mean = of_groups.expand(-1, -1, means.shape[1] // groups).reshape(*means.shape, *(1,) * (x.dim() - 2))
-    return F.group_norm(x - mean, groups, *args, **kwargs)
+    if x.dim() in (4, 5):
+        means = x.mean(tuple(range(2, x.dim())))  # of channels
+        size = means.shape[1] // num_groups
+        of_groups = means.view(-1, num_groups, size).mean(2, keepdim=True).expand(-1, -1, size)
+        x = x - of_groups.reshape(*means.shape, *(1,) * (x.dim() - 2))
+    return torch.group_norm(x, num_groups, weight, bias, eps, cudnn_enabled)
 
 
 def _round(x: Tensor, *, decimals: int = 0) -> Tensor:

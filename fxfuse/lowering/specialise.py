@@ -276,7 +276,7 @@ class _Specialiser(fx.Interpreter):
 
 
 def _version(tensor: Tensor) -> int:
-    """How often it was written to; to a tensor of inference mode nobody can, outside of that."""
+    """How often it was written to. Tensors of inference mode do not count that; `PureOperators` sees it."""
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -1,10 +1,14 @@
 """What a trace of a model could fix for ever, lose, or write to, without a word."""
 
 import copy
+import logging
 import random
+import threading
 import types
+import weakref
+from array import array
 from collections import deque
-from functools import partial
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 import pytest
@@ -291,6 +295,9 @@ STATES = {
         counted(lambda m: torch.rand(4, 1, 1, generator=m.held)),
     ),
     "a buffer": ({}, counted(registered)),
+    "an array of objects": ({"held": np.array([[], None], object)}, counted(lambda m: appended(m.held[0]))),
+    "an old generator of numpy": ({"held": np.random.RandomState(3)}, counted(lambda m: m.held.rand())),
+    "an array of numbers": ({"held": array("d", [1])}, counted(lambda m: appended(m.held))),
     "its modules": ({}, counted(lambda m: m._modules.pop("spare", None) is None)),
     "a list of modules": ({}, counted(lambda m: len(m.many.append(nn.Identity())))),
     "a list of a module in it": ({}, counted(lambda m: appended(m.spare.held))),
@@ -314,3 +321,59 @@ def test_state_that_forward_changes_is_changed_in_each_call(state):
     if state != "a generator of torch":  # which is shared
         twin = copy.deepcopy(model)
         assert_exact(twin(X), model(X))
+
+
+class WithProperties(Forward):
+    @cached_property
+    def levels(self):
+        return torch.full((4, 1, 1), 2.0, dtype=torch.float64)
+
+    @cached_property
+    def times(self):
+        return 3
+
+
+def in_a_dict(m):
+    if "a" not in m._cache:
+        m._cache["a"] = torch.full((4, 1, 1), 2.0, dtype=torch.float64)
+    return m._cache["a"]
+
+
+def in_a_buffer(m):
+    if not hasattr(m, "table"):
+        m.register_buffer("table", torch.full((4, 1, 1), 2.0, dtype=torch.float64))
+    return m.table
+
+
+def of_weights(m):
+    if m.doubled is None:
+        m.doubled = m.level * 2
+    return m.doubled
+
+
+def drawn(_):
+    return torch.rand(4, 1, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+CACHES = {
+    "cached properties": lambda m: m.levels * m.times,
+    "a tensor in a dict": in_a_dict,
+    "a buffer": in_a_buffer,
+    "what comes of weights": of_weights,
+    "a generator that forward makes": drawn,
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_constants_that_forward_keeps_are_no_state(cache):
+    layers = {"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4)}
+    model = randomise(WithProperties(lambda m, x: m.norm(m.conv(x)) * CACHES[cache](m), **layers))
+    model.level, model.doubled = nn.Parameter(torch.ones(4, 1, 1, dtype=torch.float64)), None
+    itself = {}
+    itself["again"] = itself
+    others = [threading.Lock(), logging.getLogger("a"), itself, weakref.ref(model.conv), lru_cache(len)]
+    vars(model).update(_cache={}, others=others)
+    fused = fxfuse.fuse(model)
+    assert len(fxfuse.report(fused).folded) == 1 and not model._cache and not hasattr(model, "table")
+    assert_close(fused(X), model(X))
+    assert_close(fused(X + 1), model(X + 1))
