@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from fxfuse.errors import UnsupportedError
 from fxfuse.lowering.attention import without_masked_rows
 from fxfuse.lowering.dtypes import check_no_integers
 from fxfuse.lowering.specialised import Specialised
+from fxfuse.precision import setting
 
 
 def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> Any:
@@ -26,7 +28,9 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     import openvino  # noqa: PLC0415 - it need not be installed
 
     own = without_masked_rows(graph.module)  # a copy: openvino may read the memory of its weights later on
-    with torch.no_grad(), warnings.catch_warnings():
+    level = logging.root.level
+    # Where openvino cannot convert a module, it sets the level of all loggers.
+    with torch.no_grad(), warnings.catch_warnings(), setting(lambda: level, logging.root.setLevel, level):
         warnings.simplefilter("ignore")  # of sizes that are numbers in a trace
         model = openvino.convert_model(
             own, example_input=tuple(inputs), input=[list(tensor.shape) for tensor in inputs]
