@@ -11,6 +11,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Container, Iterable, Iterator
+from itertools import chain
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -75,7 +76,7 @@ class Contents:
         self._before = before
         self._places: set[tuple[int, Any]] = set()
         self._seen: dict[int, Any] = {id(module): module for module in root.modules()}
-        self._held = {name: self._of(module) for name, module in root.named_modules()}
+        self._held = {path: self._of(path, module) for path, module in root.named_modules()}
 
     def changed(self) -> dict[str, str]:
         """The modules that held something else before, each with an attribute."""
@@ -88,28 +89,34 @@ class Contents:
                 found[path] = names[0]
         return found
 
-    def _of(self, module: nn.Module) -> dict[str, list[Any]]:
-        own = {**dict(own_attributes(module)), **module._parameters, **module._buffers}
-        own |= {name: id(child) for name, child in module._modules.items()}
-        return {
-            name: held(value, self._is_cache, self._seen)
-            for name, value in own.items()
-            # torch.fx itself gives the root the tensors that forward makes.
-            if not (name.startswith("_tensor_constant") or self._is_cache(module, name, value))
-        }
+    def _of(self, path: str, module: nn.Module) -> dict[str, list[Any]]:
+        earlier = None if self._before is None else self._before._held.get(path, {})
+        own = chain(own_attributes(module), module._parameters.items(), module._buffers.items())
+        found = {name: [id(child)] for name, child in module._modules.items()}
+        for name, value in own:
+            is_empty = value is None or name.startswith("_tensor_constant")  # which torch.fx gives the root
+            if not is_empty and (
+                earlier is None or name in earlier or not _is_kept_constant(module, name, value)
+            ):
+                found[name] = held(value, self._is_left_out, self._seen)
+        return found
 
-    def _is_cache(self, holder: Any, name: Any, value: Any) -> bool:
-        """Whether a place is empty, or was so before and has a constant now."""
+    def _is_left_out(self, holder: Any, name: Any, value: Any) -> bool:
+        """Whether a place in a dict is empty, or was so before and has a constant now."""
         if value is None:
             return True
         place = (id(holder), name)
         self._places.add(place)
-        if self._before is None or place in self._before._places:
-            return False
-        property_ = inspect.getattr_static(type(holder), name, None) if isinstance(name, str) else None
-        if isinstance(property_, functools.cached_property):
-            return not any(issubclass(type(part), Proxy) and not _is_constant(part) for part in held(value))
-        return issubclass(type(value), Tensor) or _is_constant(value)
+        is_new = self._before is not None and place not in self._before._places
+        return is_new and _is_kept_constant(holder, name, value)
+
+
+def _is_kept_constant(holder: Any, name: Any, value: Any) -> bool:
+    """Whether what is in a place that was empty changes nothing: a constant, or the value of a property."""
+    property_ = inspect.getattr_static(type(holder), name, None) if isinstance(name, str) else None
+    if isinstance(property_, functools.cached_property):
+        return not any(issubclass(type(part), Proxy) and not _is_constant(part) for part in held(value))
+    return issubclass(type(value), Tensor) or _is_constant(value)
 
 
 def _is_constant(value: Any) -> bool:

@@ -40,8 +40,8 @@ def held(
         without: whether a key of a dict, or an attribute, is left out, given the dict, the key and its value.
         seen: what is known already by other holders, which is not looked into again. Others are added.
     """
-    if type(holder) in _PLAIN:  # as most attributes are
-        return [holder]
+    if type(holder) in _PLAIN or (type(holder) is tuple and all(type(each) in _PLAIN for each in holder)):
+        return [holder]  # as most attributes are
     found: list[Any] = []
     seen = {} if seen is None else seen
     waiting: list[Any] = [holder]
