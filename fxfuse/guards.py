@@ -76,7 +76,11 @@ class Contents:
         self._before = before
         self._places: set[tuple[int, Any]] = set()
         self._seen: dict[int, Any] = {id(module): module for module in root.modules()}
-        self._held = {path: self._of(path, module) for path, module in root.named_modules()}
+        self._held = {
+            path: self._of(path, module)
+            for path, module in root.named_modules()
+            if not isinstance(module, torch.jit.ScriptModule)  # which keeps its methods when they are called
+        }
 
     def changed(self) -> dict[str, str]:
         """The modules that held something else before, each with an attribute."""
