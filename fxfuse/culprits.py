@@ -220,15 +220,14 @@ def _question(model: Model, check: Check | None, inputs: Sequence[Any] | None, f
 
 def _written(code: CodeType) -> str:
     """What it does, in the same words in every process and wherever it stands in its file."""
-    constants = [
-        _written(each)
-        if isinstance(each, CodeType)
-        else sorted(map(repr, each))
-        if isinstance(each, frozenset)
-        else repr(each)
-        for each in code.co_consts
-    ]
-    return f"{code.co_code!r}{code.co_names}{constants}"
+    return f"{code.co_code!r}{code.co_names}{[*map(_text, code.co_consts)]}"
+
+
+def _text(constant: Any) -> str:
+    if isinstance(constant, CodeType):
+        return _written(constant)
+    # The order of a set is another one in every process.
+    return repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The errors that fxfuse raises. A norm that cannot be folded is a refusal, never one of these."""
+"""The errors that fxfuse raises, and what others say. A norm that cannot be folded is a refusal, no error."""
 
 import re
 

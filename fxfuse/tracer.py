@@ -32,10 +32,10 @@ from torch.fx.proxy import Proxy, TraceError
 
 from fxfuse.aliases import roots
 from fxfuse.calls import written_inputs
+from fxfuse.contents import Contents
 from fxfuse.errors import CaptureError
 from fxfuse.functions import compared_by_identity
 from fxfuse.guards import (
-    Contents,
     SourceIsReadOnly,
     flat,
     no_attributes_set,
