@@ -72,13 +72,13 @@ def _may_share_memory(graph_module: fx.GraphModule) -> bool:
     (output,) = graph.find_nodes(op="output")
     results = [each for each in pytree.tree_leaves(output.args) if isinstance(each, fx.Node)]
     inputs = [*graph.find_nodes(op="placeholder")]
-    # Dynamo knows; but not of nodes that are in the place of its own.
+    # Dynamo knows, but not of nodes in the place of its own. Folded weights are read by operators only.
     values = {node: node.meta.get("example_value") for node in (*results, *inputs)}
-    memory: Mapping[fx.Node, frozenset[Any]] = {
-        node: frozenset({storage(each)}) for node, each in values.items()
-    }
-    if any(each is None for each in values.values()):
-        memory = roots(graph, graph_module, written_inputs, {})
+    if any(values[node] is None for node in results):
+        memory: Mapping[fx.Node, frozenset[Any]] = roots(graph, graph_module, written_inputs, {})
+    else:
+        memory = {node: frozenset({storage(each)}) for node, each in values.items() if each is not None}
+        inputs = [node for node in inputs if node in memory]
     used = frozenset[Any]().union(*(memory[node] for node in inputs))
     for result in results:
         if not used.isdisjoint(memory[result]):
