@@ -714,6 +714,18 @@ def test_graphs_of_any_size_and_with_numbers_of_python_answer(lowered_graphs):
     assert lowered_graphs
 
 
+def test_folded_graphs_with_results_of_any_operator_are_lowered(lowered_graphs):
+    class Halves(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            return torch.cumsum(y, 1) / 2
+
+    model = randomise(Halves()).float()
+    call = compiled(model)
+    same_as_source(call, model, X)
+    assert len(lowered_graphs) == 1 and len(fxfuse.report(call).folded) == 3
+
+
 def test_a_compiled_graph_of_weights_alone():
     class Bias(nn.Module):
         """As in Swin v2."""
