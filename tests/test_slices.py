@@ -184,9 +184,10 @@ def test_nothing_but_slices_is_computed(slices, monkeypatch):
 
 
 def test_slices_are_doubled_while_it_pays(monkeypatch):
-    times = iter([{"small": 1.0, "large": 1.5}, {"small": 1.0, "large": 1.9}, {"small": 1.0, "large": 1.95}])
+    times = iter([{"small": 1.0, "large": 1.5}, {"small": 1.0, "large": 1.8}, {"small": 1.0, "large": 1.9}])
     monkeypatch.setattr(cutting, "medians", lambda *_, **__: next(times))
-    size, _ = cutting._Slices(*prepared(32))._fastest()
+    # Of 1.9 the next doubling would save 0.1 in 3.8.
+    size, _ = cutting._Slices(*prepared(64))._fastest()
     assert size == 16 and not [*times]
 
 

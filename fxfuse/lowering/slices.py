@@ -25,7 +25,7 @@ from fxfuse.lowering.timing import medians
 _LOG = logging.getLogger("fxfuse")
 # The smallest batch that is cut, and the smallest slices that are tried.
 _BATCH, _SLICE = 8, 2
-# Slices are doubled while that saves at least this share of the time.
+# Slices are doubled while that is expected to save at least this share of the time.
 _GAIN = 0.04
 
 
@@ -87,17 +87,17 @@ class _Slices:
         return Outcome(partial(self.whole.run, run), comparison=comparison)
 
     def _fastest(self) -> tuple[int, Candidate]:
-        """The size of slices that are doubled as long as it pays, and their program."""
+        """The size of slices that are doubled as long as it is expected to pay, and their program."""
         size, best = _SLICE, self._compiled(slice(_SLICE))
         while 2 * size <= self.batch and 2 * size != self.batch - 1:  # one alone may not be left
             larger = self._compiled(slice(2 * size))
             pair = {"small": best, "large": larger}
             calls = {name: partial(each.program, each.tensors()) for name, each in pair.items()}
             times = medians(calls, rounds=7, seconds=0.2, pause=0.0)
-            gain = 1 - times["large"] / (2 * times["small"])
-            if gain > 0:
+            saved = 2 * times["small"] - times["large"]  # what a call takes for no sample
+            if saved > 0:
                 size, best = 2 * size, larger
-            if gain < _GAIN:
+            if saved < _GAIN * 2 * times["large"]:  # as the next doubling would save that again
                 break
         return size, best
 
