@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 import fxfuse
 from fxfuse import demo as demonstration
 from fxfuse import zoo
-from fxfuse.culprits import CommandPasses, Within
+from fxfuse.criteria import CommandPasses, Within
 from fxfuse.errors import UsageError
 from fxfuse.explanations import explanation, is_code
 from fxfuse.files import written

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fxfuse._version import __version__
-from fxfuse.culprits import CommandPasses, Within
+from fxfuse.criteria import CommandPasses, Within
 
 _SCRIPT = """\
 '''Folds a model only where fxfuse bisect {version} found that it fails a check, and runs that check.
@@ -18,7 +18,7 @@ import sys
 import torch
 
 import fxfuse
-from fxfuse import culprits, zoo
+from fxfuse import criteria, zoo
 from fxfuse.pipeline import folded
 from fxfuse.inputs import sample
 from fxfuse.tree import as_module
@@ -39,7 +39,7 @@ try:
 except fxfuse.VerificationError as error:
     sys.exit(str(error))"""
 _CHECKED = """\
-check = culprits.{check}
+check = criteria.{check}
 fused = folded(loaded.model, example_inputs=inputs, leave=others, verifies=False)
 if not check(fused):
     sys.exit("failed")"""

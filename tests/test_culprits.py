@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from torch import nn
 
 import fxfuse
-from fxfuse import cli, culprits, pipeline
+from fxfuse import cli, pipeline
+from fxfuse.resuming import question
 from tests.forms import EXPORT_WARNING
 from tests.support import randomise
 
@@ -145,7 +146,7 @@ def judging(tolerance, factor=1.0):
 
 def test_a_check_of_which_a_number_was_edited_is_another_one():
     asked = [
-        culprits._question(deep(3), judging(*numbers), (X,), [])
+        question(deep(3), judging(*numbers), (X,), [])
         for numbers in ((1e-12,), (1e-12,), (1e-2,), (1e-12, 2.0))
     ]
     assert asked[0] == asked[1] and asked[2] != asked[0] != asked[3]
@@ -250,7 +251,7 @@ def test_any_command_can_be_the_check(tmp_path, monkeypatch):
     result = CliRunner().invoke(cli.main, ["bisect", *options])
     assert result.exit_code == 0 and "\n  2.bn\n" in result.stdout, result.output
     assert not Path("fxfuse-bisect.json").exists()
-    assert f"culprits.CommandPasses({command!r}, inputs)" in Path("fxfuse-bisect.py").read_text()
+    assert f"criteria.CommandPasses({command!r}, inputs)" in Path("fxfuse-bisect.py").read_text()
     missing = ["--check", "no-such-program {}", "--state", "other.json"]
     result = CliRunner().invoke(cli.main, ["bisect", *options[:3], *missing])
     assert result.exit_code == 2 and "'no-such-program {}' did not run (exit code 127)" in result.stderr

@@ -77,6 +77,8 @@ LAYERS = [
     ["unit"],
     ["keep"],
     ["pipeline", "programs"],
+    ["criteria"],
+    ["resuming"],
     ["culprits"],
     ["reproduction"],
     ["__init__"],
