@@ -124,6 +124,25 @@ def test_modules_that_attend_under_given_masks_run_as_they_were_folded(engine):
     torch.testing.assert_close(lowered(X, some), model(X, some), equal_nan=True)
 
 
+@pytest.mark.parametrize("batch", [2, 9])
+@pytest.mark.parametrize("is_to_itself", [True, False])
+def test_what_modules_that_attend_give_is_laid_out_as_it_was(batch, is_to_itself):
+    """For attention to itself torch has a kernel that is not taken while functions are watched."""
+
+    def function(m, y):
+        tokens = y.flatten(2).mT
+        return m.attend(tokens, tokens if is_to_itself else tokens + 1, tokens, need_weights=False)[0]
+
+    x = torch.randn(batch, 3, 4, 4)
+    model = folded(Written(function, attend=nn.MultiheadAttention(8, 2, batch_first=True)))
+    lowered = fxfuse.lower(model, (x,))
+    assert not lowered.lowering.reason
+    near(lowered, x)
+    with torch.no_grad():
+        expected = model(x)
+        assert lowered(x).stride() == expected.stride() and expected.is_contiguous() == is_to_itself
+
+
 def test_what_is_laid_out_as_it_was_is_kept():
     """The kernel gives the layout of the queries, a product another one, of which there may be no view."""
 

@@ -91,13 +91,16 @@ class ByKeyword(Optional):
         return super().forward(x, mask)
 
 
-def test_options_that_are_given_by_keyword_only():
+def test_options_that_are_given_by_keyword_only(caplog):
     lowered = fxfuse.lower(folded(ByKeyword()), (X,))
     assert not lowered.lowering.reason
     near(lowered, X)
-    assert torch.equal(lowered(x=X, mask=None), lowered(X))
-    with pytest.raises(fxfuse.UsageError, match="mask can only be given by keyword"):
-        lowered(X, mask=torch.ones(12, 12))
+    assert torch.equal(lowered(x=X, mask=None), lowered(X)) and not caplog.text
+    for mask in (torch.zeros(12, 12), torch.rand(12, 12)):
+        assert torch.equal(lowered(X, mask=mask), lowered.folded(X, mask=mask))
+    assert caplog.text.count("runs as it was folded: mask can only be given by keyword") == 1
+    with torch.enable_grad(), pytest.raises(fxfuse.UsageError, match="gives no gradients"):
+        lowered(X, mask=torch.ones(12, 12, requires_grad=True))
 
 
 def test_modules_that_were_kept_for_their_class():
@@ -408,6 +411,22 @@ def test_integers_that_are_given(engine, way):
     assert is_lowered == (not lowered.lowering.reason)
     assert is_lowered or "integers" in lowered.lowering.reason
     assert torch.allclose(lowered(X, 8 - numbers), model(X, 8 - numbers), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("number", [2**32 + 5, 2**31, -(2**31), -(2**31) - 1])
+def test_integers_that_take_more_than_32_bits(engine, number):
+    def compare(_, y, t):
+        is_five, is_other = (t == 5)[:, :, None, None], (t != 5)[:, :, None, None]
+        return y.masked_fill(is_five, 1.0) + is_other.float() + t.bool().float()[:, :, None, None], t
+
+    lowered = fxfuse.lower(folded(WithSecond(compare)), (X, torch.arange(16).reshape(2, 8) % 9), engine)
+    assert not lowered.lowering.reason
+    numbers = torch.full((2, 8), number)
+    found, given = lowered(X, numbers)
+    torch.testing.assert_close(found, lowered.folded(X, numbers)[0], rtol=1e-4, atol=1e-5)
+    given.add_(1)
+    assert torch.equal(numbers, torch.full((2, 8), number))
 
 
 def test_it_is_copied_pickled_converted_and_loaded():

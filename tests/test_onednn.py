@@ -159,6 +159,17 @@ def test_group_norms_of_images_far_from_zero_keep_their_digits(groups, is_export
     assert float((lowered(far) - exact).abs().max()) < 1e-3 * float(exact.abs().max())
 
 
+@pytest.mark.parametrize("log", [torch.log, lambda y: y.clone().log_(), torch.ops.aten.log])
+def test_logarithms_of_numbers_around_one_keep_their_digits(log):
+    model = Written(lambda m, y: log(m.other(y).clamp(min=1e-30)), other=nn.Conv2d(8, 8, 1, bias=False))
+    model.conv, model.other.weight.data = nn.Identity(), torch.eye(8).view(8, 8, 1, 1)
+    model = fxfuse.fuse(model.eval())
+    lowered = fxfuse.lower(model, (torch.randn(2, 8, 12, 12),))
+    assert not lowered.lowering.reason
+    x = 1 + torch.linspace(-1e-5, 1e-5, 2304).view(2, 8, 12, 12)
+    torch.testing.assert_close(lowered(x), x.double().log().float(), rtol=1e-5, atol=1e-9)
+
+
 def test_zeros_as_an_example_hide_no_mistake(monkeypatch):
     monkeypatch.setattr(legal, "_LEGAL", {})
     model = folded(Written(UNNOTICED["decimals"], other=nn.Conv2d(8, 8, 1)))

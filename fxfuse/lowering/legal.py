@@ -103,6 +103,11 @@ def _elu(
     return scale * torch.where(x > 0, x, alpha * torch.expm1(x * input_scale))
 
 
+def _log(x: Tensor) -> Tensor:
+    """oneDNN's has no digits left around 1. torch's own is in a function that oneDNN Graph does not know."""
+    return torch.xlogy(1.0, x)
+
+
 _POOLINGS = [f"{kind}_pool{dims}d" for kind in ("max", "avg") for dims in (1, 2, 3)]
 
 
@@ -122,5 +127,7 @@ _LEGAL: dict[str, Callable[..., Tensor]] = {
     "group_norm": _group_norm,
     "round": _round,
     "elu": _elu,
+    "log": _log,
+    "log_": lambda x: x.copy_(_log(x)),
     **{name: _with_stride(getattr(F, name)) for name in _POOLINGS},
 }

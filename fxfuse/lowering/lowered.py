@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -72,13 +72,14 @@ class Lowered(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the folded module gives."""
-        inputs = self._positional(args, kwargs) if kwargs else args
-        leaves, structure = flatten(inputs)
+        inputs, options = self._positional(args, kwargs) if kwargs else (args, {})
+        leaves, structure = flatten((*inputs, options) if options else inputs)
         if torch.is_grad_enabled() and any(map(wants_gradients, leaves)):
             raise UsageError("a lowered module gives no gradients; call it under torch.no_grad()")
-        kind = self._kind(structure, leaves)
+        kind = (*options, self._kind(structure, leaves)) if options else self._kind(structure, leaves)
         is_folded = _are_operators_seen() or self._weights.are_others(self.folded)
-        outcome = _FOLDED if is_folded else self._outcomes.get(kind) or self._make_outcome(kind, inputs)
+        known = _FOLDED if is_folded else self._outcomes.get(kind)
+        outcome = known or self._make_outcome(kind, inputs, options)
         if outcome.run is None or any(map(torch.is_autocast_enabled, DEVICES)):
             with torch.no_grad():
                 return self.folded(*args, **kwargs)
@@ -99,7 +100,9 @@ class Lowered(nn.Module):
         leaves, structure = flatten(tuple(inputs))
         return self._make_outcome(self._kind(structure, leaves), tuple(inputs))
 
-    def _make_outcome(self, kind: Hashable, inputs: tuple[Any, ...]) -> Outcome:
+    def _make_outcome(
+        self, kind: Hashable, inputs: tuple[Any, ...], options: Collection[str] = ()
+    ) -> Outcome:
         outcomes, traced = self._outcomes, self._traced  # these, even if the weights change meanwhile
         if len(outcomes) == _KINDS:
             return outcomes.get(kind, _FOLDED)
@@ -107,7 +110,11 @@ class Lowered(nn.Module):
             if kind not in outcomes and len(outcomes) < _KINDS:
                 engine = ENGINES[self.engine]
                 engine = with_cuda_graphs(engine) if self.cuda_graphs else engine
-                found = outcomes[kind] = compile_verified(traced, inputs, engine, self.dtype)
+                if options:
+                    found = Outcome(None, f"{', '.join(options)} can only be given by keyword")
+                else:
+                    found = compile_verified(traced, inputs, engine, self.dtype)
+                outcomes[kind] = found
                 name = type(self.folded).__name__
                 if found.reason:
                     _LOG.warning(
@@ -122,16 +129,16 @@ class Lowered(nn.Module):
         own = streams([leaf for leaf in leaves if isinstance(leaf, Tensor)]) if self.cuda_graphs else ()
         return (structure, torch.get_num_threads(), own, *map(kind_of, leaves))
 
-    def _positional(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    def _positional(
+        self, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs by their positions, and those that have none."""
         signature = inspect.signature(self.folded.forward)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
-        given = [name for name, value in bound.kwargs.items() if value is not defaults.get(name, self)]
-        if given:
-            names = ", ".join(given)
-            raise UsageError(f"{names} can only be given by keyword, which engines do not know")
-        return bound.args
+        given = bound.kwargs.items()
+        return bound.args, {name: value for name, value in given if value is not defaults.get(name, self)}
 
     def _forget(self, *_: object) -> None:
         self._outcomes: dict[Hashable, Outcome] = {}

@@ -139,6 +139,14 @@ class _Specialiser(fx.Interpreter):
             self._stand_ins[n] = self._stand_in(n, value)
         return value
 
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What it gives. Attention to itself is one kernel of torch's, but under modes, and is contiguous."""
+        value = super().call_module(target, args, kwargs)
+        layer = self.module.get_submodule(target)
+        if isinstance(layer, nn.MultiheadAttention) and layer.batch_first and _is_to_itself(*args, **kwargs):
+            return pytree.tree_map_only(Tensor, Tensor.contiguous, value)
+        return value
+
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
         """The arguments that generated code gives, to which a function may write."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
@@ -289,6 +297,11 @@ def _is_of_torch(module: nn.Module, node: fx.Node) -> bool:
         homes = [getattr(node.target, "__module__", None) or "torch"]
     packages = ("torch", "torchvision.ops", "_operator", "math", "builtins")
     return all(_is_below(home, *packages) for home in homes)
+
+
+def _is_to_itself(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> bool:
+    """Whether attention is to what asks."""
+    return query is key is value
 
 
 def _passed_on(module: nn.Module, node: fx.Node) -> fx.Node | None:
