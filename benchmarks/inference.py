@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -64,24 +64,20 @@ SECONDS = 40.0  # after which no round of a model begins
 Call = Callable[[], Any]
 
 
-class _Tensors(nn.Module):
-    """A module that gives a tuple of the tensors that another one gives."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.graph = fx.Graph()  # of which an engine sees nothing
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(pytree.tree_leaves(self.model(x)))
+def _tensors(results: Any) -> tuple[Tensor, ...]:
+    return tuple(pytree.tree_leaves(results))
 
 
 def in_runtime(engine: str, model: nn.Module, x: Tensor) -> Call:
     """`model` as it is, in the way in which fxfuse calls that engine."""
-    module = cast(fx.GraphModule, _Tensors(model).eval())
+    graph = fx.Graph()  # of which the engine sees nothing but a call
+    given = graph.placeholder("x")
+    given.meta["val"] = x.to("meta")
+    graph.output(graph.call_function(_tensors, (graph.call_module("model", (given,)),)))
+    module = fx.GraphModule({"model": model}, graph).eval()
     results = tuple(result.to("meta") for result in module(x))
-    graph = Specialised(module, (0,), results, (), pytree.tree_structure(0))
-    return partial(ENGINES[engine].compile(graph, [x], None), [x])
+    specialised = Specialised(module, (0,), results, (), pytree.tree_structure(0))
+    return partial(ENGINES[engine].compile(specialised, [x], None), [x])
 
 
 def compiled(model: nn.Module, x: Tensor, *, freezing: bool) -> Call:

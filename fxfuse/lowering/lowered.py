@@ -41,11 +41,12 @@ class Lowered(nn.Module):
     (structure, shapes, layouts, dtypes, devices, values that are no tensors, the number of threads, and with
     CUDA graphs the stream) the first call compiles a program and compares it with the folded module; that of
     the example inputs is there from the beginning. Where the engine cannot do that, for more than 16 kinds,
-    under autocast, and where single operators are looked at (``torch.jit.trace``, modes of torch's
-    dispatcher), the folded module answers. It does, too, while other parameters or buffers are in the places
-    of its own, as in ``torch.func.functional_call``. Weights are constants of the programs, and so is what
-    else of its modules forward reads: programs are compiled anew after ``to`` and ``load_state_dict`` of this
-    module, and blind to what is written to the folded module otherwise.
+    with options that can only be given by keyword, under autocast, and where single operators are looked at
+    (``torch.jit.trace``, modes of torch's dispatcher), the folded module answers. It does, too, while other
+    parameters or buffers are in the places of its own, as in ``torch.func.functional_call``. Weights are
+    constants of the programs, and so is what else of its modules forward reads: programs are compiled anew
+    after ``to`` and ``load_state_dict`` of this module, and blind to what is written to the folded module
+    otherwise.
 
     Attributes:
         folded: the folded module.
@@ -110,11 +111,11 @@ class Lowered(nn.Module):
             if kind not in outcomes and len(outcomes) < _KINDS:
                 engine = ENGINES[self.engine]
                 engine = with_cuda_graphs(engine) if self.cuda_graphs else engine
-                if options:
-                    found = Outcome(None, f"{', '.join(options)} can only be given by keyword")
-                else:
-                    found = compile_verified(traced, inputs, engine, self.dtype)
-                outcomes[kind] = found
+                found = outcomes[kind] = (
+                    Outcome(None, f"{', '.join(options)} can only be given by keyword")
+                    if options
+                    else compile_verified(traced, inputs, engine, self.dtype)
+                )
                 name = type(self.folded).__name__
                 if found.reason:
                     _LOG.warning(
