@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from benchmarks.inference import in_runtime
 from tests.lowering import Net, X
 from tests.support import randomise
 
@@ -15,8 +14,11 @@ class InDict(Net):
         return {"logits": super().forward(x)} if x.sum() == x.sum() else {}
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_a_runtime_gets_the_model_as_it_is(engine):
+    from benchmarks.inference import in_runtime  # torch's own fuse, which it imports, warns
+
     model = randomise(InDict()).float()
     with torch.no_grad():
         (found,) = in_runtime(engine, model, X)()
