@@ -124,23 +124,35 @@ def test_modules_that_attend_under_given_masks_run_as_they_were_folded(engine):
     torch.testing.assert_close(lowered(X, some), model(X, some), equal_nan=True)
 
 
+def encoder():
+    return nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, norm_first=True)
+
+
+ATTENDING = {
+    "to itself": (nn.MultiheadAttention(8, 2, batch_first=True), lambda m, y: m.attend(y, y, y)),
+    "to another": (nn.MultiheadAttention(8, 2, batch_first=True), lambda m, y: m.attend(y, y + 1, y)),
+    "in an encoder": (encoder(), lambda m, y: (m.attend(y),)),
+    "in several": (
+        nn.TransformerEncoder(encoder(), 2, enable_nested_tensor=False),
+        lambda m, y: (m.attend(y),),
+    ),
+}
+
+
 @pytest.mark.parametrize("batch", [2, 9])
-@pytest.mark.parametrize("is_to_itself", [True, False])
-def test_what_modules_that_attend_give_is_laid_out_as_it_was(batch, is_to_itself):
-    """For attention to itself torch has a kernel that is not taken while functions are watched."""
-
-    def function(m, y):
-        tokens = y.flatten(2).mT
-        return m.attend(tokens, tokens if is_to_itself else tokens + 1, tokens, need_weights=False)[0]
-
+@pytest.mark.parametrize("way", ATTENDING)
+def test_what_modules_that_attend_give_is_laid_out_as_it_was(way, batch):
+    """For attention to itself torch has kernels that are not taken while functions are watched."""
+    module, attend = ATTENDING[way]
     x = torch.randn(batch, 3, 4, 4)
-    model = folded(Written(function, attend=nn.MultiheadAttention(8, 2, batch_first=True)))
+    model = folded(Written(lambda m, y: attend(m, y.flatten(2).mT)[0], attend=module))
     lowered = fxfuse.lower(model, (x,))
     assert not lowered.lowering.reason
     near(lowered, x)
     with torch.no_grad():
         expected = model(x)
-        assert lowered(x).stride() == expected.stride() and expected.is_contiguous() == is_to_itself
+        assert lowered(x).stride() == expected.stride()
+    assert expected.is_contiguous() == (way != "to another")
 
 
 def test_what_is_laid_out_as_it_was_is_kept():

@@ -7,6 +7,7 @@ from weights alone are not in the second graph any more.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,10 +141,9 @@ class _Specialiser(fx.Interpreter):
         return value
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What it gives. Attention to itself is one kernel of torch's, but under modes, and is contiguous."""
+        """What it gives, laid out as it is where no modes keep torch from its kernels for whole layers."""
         value = super().call_module(target, args, kwargs)
-        layer = self.module.get_submodule(target)
-        if isinstance(layer, nn.MultiheadAttention) and layer.batch_first and _is_to_itself(*args, **kwargs):
+        if _is_whole(self.module.get_submodule(target), args, kwargs):
             return pytree.tree_map_only(Tensor, Tensor.contiguous, value)
         return value
 
@@ -299,9 +299,15 @@ def _is_of_torch(module: nn.Module, node: fx.Node) -> bool:
     return all(_is_below(home, *packages) for home in homes)
 
 
-def _is_to_itself(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> bool:
-    """Whether attention is to what asks."""
-    return query is key is value
+def _is_whole(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether torch has one kernel for a layer, which attends to itself; such give what is contiguous."""
+    attend = [each for each in layer.modules() if isinstance(each, nn.MultiheadAttention)]
+    if not attend or not all(each.batch_first for each in attend):
+        return False
+    if isinstance(layer, nn.MultiheadAttention):
+        query, key, value, *_ = inspect.signature(layer.forward).bind(*args, **kwargs).args
+        return query is key is value
+    return isinstance(layer, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
 
 
 def _passed_on(module: nn.Module, node: fx.Node) -> fx.Node | None:
