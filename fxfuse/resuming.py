@@ -85,18 +85,18 @@ def question(model: Model, check: Check | None, inputs: Sequence[Any] | None, fo
         read = sorted({name for code in nested(check.__code__) for name in code.co_names})
         held += [check.__globals__.get(name) for name in read]
         plain = [each for each in held if isinstance(each, str | int | float | tuple)]
-        body = zlib.crc32(f"{_written(check.__code__)}{plain}".encode())
+        body = zlib.crc32(f"{_spelled(check.__code__)}{plain}".encode())
         return [folds, digest, f"{check.__module__}.{check.__qualname__} {body}"]
     return [folds, digest, repr(check)]
 
 
-def _written(code: CodeType) -> str:
+def _spelled(code: CodeType) -> str:
     """What it does, in the same words in every process and wherever it stands in its file."""
     return f"{code.co_code!r}{code.co_names}{[*map(_text, code.co_consts)]}"
 
 
 def _text(constant: Any) -> str:
     if isinstance(constant, CodeType):
-        return _written(constant)
+        return _spelled(constant)
     # The order of a set is another one in every process.
     return repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)

@@ -124,17 +124,25 @@ def test_modules_that_attend_under_given_masks_run_as_they_were_folded(engine):
     torch.testing.assert_close(lowered(X, some), model(X, some), equal_nan=True)
 
 
+def attending(heads=2, **options):
+    return nn.MultiheadAttention(8, heads, batch_first=True, **options)
+
+
 def encoder():
     return nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, norm_first=True)
 
 
+# Modules that attend, how they are called, and whether torch takes its fast path, with contiguous results.
 ATTENDING = {
-    "to itself": (nn.MultiheadAttention(8, 2, batch_first=True), lambda m, y: m.attend(y, y, y)),
-    "to another": (nn.MultiheadAttention(8, 2, batch_first=True), lambda m, y: m.attend(y, y + 1, y)),
-    "in an encoder": (encoder(), lambda m, y: (m.attend(y),)),
+    "to itself": (attending(), lambda m, y: m.attend(y, y, y)[0], True),
+    "with a single head": (attending(1), lambda m, y: m.attend(y, y, y)[0], False),
+    "without biases": (attending(bias=False), lambda m, y: m.attend(y, y, y)[0], False),
+    "to another": (attending(), lambda m, y: m.attend(y, y + 1, y)[0], False),
+    "in an encoder": (encoder(), lambda m, y: m.attend(y), True),
     "in several": (
         nn.TransformerEncoder(encoder(), 2, enable_nested_tensor=False),
-        lambda m, y: (m.attend(y),),
+        lambda m, y: m.attend(y),
+        True,
     ),
 }
 
@@ -143,16 +151,15 @@ ATTENDING = {
 @pytest.mark.parametrize("way", ATTENDING)
 def test_what_modules_that_attend_give_is_laid_out_as_it_was(way, batch):
     """For attention to itself torch has kernels that are not taken while functions are watched."""
-    module, attend = ATTENDING[way]
+    module, attend, is_contiguous = ATTENDING[way]
     x = torch.randn(batch, 3, 4, 4)
-    model = folded(Written(lambda m, y: attend(m, y.flatten(2).mT)[0], attend=module))
-    lowered = fxfuse.lower(model, (x,))
+    lowered = fxfuse.lower(folded(Written(lambda m, y: attend(m, y.flatten(2).mT), attend=module)), (x,))
     assert not lowered.lowering.reason
     near(lowered, x)
     with torch.no_grad():
-        expected = model(x)
+        expected = lowered.folded(x)
         assert lowered(x).stride() == expected.stride()
-    assert expected.is_contiguous() == (way != "to another")
+    assert expected.is_contiguous() == is_contiguous
 
 
 def test_what_is_laid_out_as_it_was_is_kept():

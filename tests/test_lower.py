@@ -98,7 +98,10 @@ def test_options_that_are_given_by_keyword_only(caplog):
     assert torch.equal(lowered(x=X, mask=None), lowered(X)) and not caplog.text
     for mask in (torch.zeros(12, 12), torch.rand(12, 12)):
         assert torch.equal(lowered(X, mask=mask), lowered.folded(X, mask=mask))
+    for scale in range(20):
+        lowered(X, mask=torch.full((12, 12), float(scale)).expand(scale + 1, 1, 12, 12)[:1])
     assert caplog.text.count("runs as it was folded: mask can only be given by keyword") == 1
+    assert len(lowered._outcomes) == 1
     with torch.enable_grad(), pytest.raises(fxfuse.UsageError, match="gives no gradients"):
         lowered(X, mask=torch.ones(12, 12, requires_grad=True))
 

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 import time
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class Lowered(nn.Module):
         self.cuda_graphs = cuda_graphs
         self.lowering = Lowering(engine)
         self.training = False
+        self._told: set[str] = set()  # options that were warned of
         self._forget()
         self.register_load_state_dict_post_hook(Lowered._forget)  # type: ignore[no-untyped-call]
         with contextlib.suppress(UsageError):  # it need not have been made by fxfuse
@@ -73,14 +74,13 @@ class Lowered(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the folded module gives."""
-        inputs, options = self._positional(args, kwargs) if kwargs else (args, {})
+        inputs, options = self._by_position(args, kwargs) if kwargs else (args, {})
         leaves, structure = flatten((*inputs, options) if options else inputs)
         if torch.is_grad_enabled() and any(map(wants_gradients, leaves)):
             raise UsageError("a lowered module gives no gradients; call it under torch.no_grad()")
-        kind = (*options, self._kind(structure, leaves)) if options else self._kind(structure, leaves)
-        is_folded = _are_operators_seen() or self._weights.are_others(self.folded)
-        known = _FOLDED if is_folded else self._outcomes.get(kind)
-        outcome = known or self._make_outcome(kind, inputs, options)
+        kind = self._kind(structure, leaves)
+        is_folded = options or _are_operators_seen() or self._weights.are_others(self.folded)
+        outcome = _FOLDED if is_folded else self._outcomes.get(kind) or self._make_outcome(kind, inputs)
         if outcome.run is None or any(map(torch.is_autocast_enabled, DEVICES)):
             with torch.no_grad():
                 return self.folded(*args, **kwargs)
@@ -101,9 +101,7 @@ class Lowered(nn.Module):
         leaves, structure = flatten(tuple(inputs))
         return self._make_outcome(self._kind(structure, leaves), tuple(inputs))
 
-    def _make_outcome(
-        self, kind: Hashable, inputs: tuple[Any, ...], options: Collection[str] = ()
-    ) -> Outcome:
+    def _make_outcome(self, kind: Hashable, inputs: tuple[Any, ...]) -> Outcome:
         outcomes, traced = self._outcomes, self._traced  # these, even if the weights change meanwhile
         if len(outcomes) == _KINDS:
             return outcomes.get(kind, _FOLDED)
@@ -111,11 +109,7 @@ class Lowered(nn.Module):
             if kind not in outcomes and len(outcomes) < _KINDS:
                 engine = ENGINES[self.engine]
                 engine = with_cuda_graphs(engine) if self.cuda_graphs else engine
-                found = outcomes[kind] = (
-                    Outcome(None, f"{', '.join(options)} can only be given by keyword")
-                    if options
-                    else compile_verified(traced, inputs, engine, self.dtype)
-                )
+                found = outcomes[kind] = compile_verified(traced, inputs, engine, self.dtype)
                 name = type(self.folded).__name__
                 if found.reason:
                     _LOG.warning(
@@ -130,16 +124,22 @@ class Lowered(nn.Module):
         own = streams([leaf for leaf in leaves if isinstance(leaf, Tensor)]) if self.cuda_graphs else ()
         return (structure, torch.get_num_threads(), own, *map(kind_of, leaves))
 
-    def _positional(
+    def _by_position(
         self, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The inputs by their positions, and those that have none."""
+        """The inputs by their positions, and options that have none."""
         signature = inspect.signature(self.folded.forward)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
         given = bound.kwargs.items()
-        return bound.args, {name: value for name, value in given if value is not defaults.get(name, self)}
+        options = {name: value for name, value in given if value is not defaults.get(name, self)}
+        for name in options.keys() - self._told:
+            self._told.add(name)
+            _LOG.warning(
+                "%s runs as it was folded: %s can only be given by keyword", type(self.folded).__name__, name
+            )
+        return bound.args, options
 
     def _forget(self, *_: object) -> None:
         self._outcomes: dict[Hashable, Outcome] = {}

@@ -48,12 +48,8 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
     nodes = [each.input_value(0).get_node() for each in compiled.get_runtime_model().get_results()]
     passed = {number for number, node in enumerate(nodes) if node.get_type_name() == "Parameter"}
     runs = threading.Lock()  # a request runs once at a time
-    wide = [number for number, tensor in enumerate(inputs) if tensor.dtype is torch.int64]
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        if not all(_fits_in_32_bits(tensors[number]) for number in wide):
-            with torch.no_grad():
-                return [result.clone(memory_format=torch.contiguous_format) for result in own(*tensors)]
         given = [tensor.detach().contiguous() for tensor in tensors]  # which openvino does not keep alive
         results = [torch.empty(like.shape, dtype=like.dtype) for like in graph.results]
         with runs:
@@ -67,10 +63,18 @@ def compile(graph: Specialised, inputs: Sequence[Tensor], dtype: torch.dtype | N
                 results[number].copy_(torch.from_numpy(request.get_output_tensor(number).data))
         return results
 
-    return run
+    wide = [number for number, tensor in enumerate(inputs) if tensor.dtype is torch.int64]
+
+    def run_if_they_fit(tensors: Sequence[Tensor]) -> list[Tensor]:
+        if all(_fits_in_32_bits(tensors[number]) for number in wide):
+            return run(tensors)
+        with torch.no_grad():
+            return [result.clone(memory_format=torch.contiguous_format) for result in own(*tensors)]
+
+    return run_if_they_fit if wide else run
 
 
 def _fits_in_32_bits(tensor: Tensor) -> bool:
-    """Whether OpenVINO reads its integers as they are, and has one with the other sign for each."""
+    """Whether OpenVINO reads its integers as they are. Of -2³¹ it does not make True."""
     least, most = torch.aminmax(tensor)
     return int(least) > -(2**31) and int(most) < 2**31

@@ -7,7 +7,6 @@ from weights alone are not in the second graph any more.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxfuse.aliases import is_query, plain_layer
 from fxfuse.calls import layer_input, operator_name, switches_mode, written_inputs
@@ -141,11 +141,15 @@ class _Specialiser(fx.Interpreter):
         return value
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What it gives, laid out as it is where no modes keep torch from its kernels for whole layers."""
+        """What it gives, laid out as it is where no mode keeps torch from the fast path of attention."""
         value = super().call_module(target, args, kwargs)
-        if _is_whole(self.module.get_submodule(target), args, kwargs):
-            return pytree.tree_map_only(Tensor, Tensor.contiguous, value)
-        return value
+        layer = self.module.get_submodule(target)
+        is_fake = any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(value))
+        if is_fake or not _may_have_fast_path(layer):
+            return value
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            alone = layer(*args, **kwargs)
+        return pytree.tree_map(_laid_out_like, value, alone)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
         """The arguments that generated code gives, to which a function may write."""
@@ -299,15 +303,16 @@ def _is_of_torch(module: nn.Module, node: fx.Node) -> bool:
     return all(_is_below(home, *packages) for home in homes)
 
 
-def _is_whole(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether torch has one kernel for a layer, which attends to itself; such give what is contiguous."""
-    attend = [each for each in layer.modules() if isinstance(each, nn.MultiheadAttention)]
-    if not attend or not all(each.batch_first for each in attend):
-        return False
-    if isinstance(layer, nn.MultiheadAttention):
-        query, key, value, *_ = inspect.signature(layer.forward).bind(*args, **kwargs).args
-        return query is key is value
-    return isinstance(layer, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
+def _may_have_fast_path(layer: nn.Module) -> bool:
+    """Whether it is a layer of torch's that attends, for which there may be one kernel."""
+    modules = [*layer.modules()]
+    attends = any(isinstance(each, nn.MultiheadAttention) for each in modules)
+    return attends and all(_is_below(type(each).__module__, "torch") for each in modules)
+
+
+def _laid_out_like(value: Any, like: Any) -> Any:
+    """`value`, contiguous if `like` is."""
+    return value.contiguous() if isinstance(value, Tensor) and like.is_contiguous() else value
 
 
 def _passed_on(module: nn.Module, node: fx.Node) -> fx.Node | None:
