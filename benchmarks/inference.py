@@ -196,7 +196,7 @@ def main() -> None:
     )
     parser.add_argument("--model", action="append", help="torchvision:NAME or timm:NAME, once for each")
     parser.add_argument("--batch", action="append", type=int, help="images in a call, once for each")
-    parser.add_argument("--rounds", type=int, default=11, help="counted calls of each way")
+    parser.add_argument("--rounds", type=int, help="counted calls of each way; 11, or 5 with --quick")
     parser.add_argument("--again", action="store_true", help="measure anew what is there")
     parser.add_argument(
         "--without", default="", help="leave out ways that have this in their names, where memory is short"
@@ -204,6 +204,7 @@ def main() -> None:
     options = parser.parse_args()
     names = options.model or (QUICK if options.quick else MODELS)
     batches = options.batch or ((1,) if options.quick else BATCHES)
+    rounds = options.rounds or (5 if options.quick else 11)
     file = RESULTS / f"{NAME}.json"
     record: Record = {"models": {}, "command": COMMAND, "instructions": INSTRUCTIONS}
     if file.exists() and not options.quick:
@@ -217,7 +218,7 @@ def main() -> None:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 without = "inductor" if options.quick else options.without
                 try:
-                    found = pool.submit(measure, name, batch, options.rounds, without).result()
+                    found = pool.submit(measure, name, batch, rounds, without).result()
                 except BrokenProcessPool:
                     print(f"{key}: its process was killed; memory may have run out", file=sys.stderr)
                     continue
